@@ -1,0 +1,286 @@
+"""The recipe: records in, an evaluated adapter out, over a run directory. generate -> optimise -> evaluate -> report.
+
+Each stage writes its outputs, is skipped when its inputs' digests are unchanged, and resumes after kill -9. `align` is a generator of
+typed events (hscr/events.py); the caller prints, stores or draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hscr import __version__
+from hscr.answer import Answerer
+from hscr.artifacts import file_digest, json_digest, verify_manifest, write_json, write_manifest
+from hscr.config import AlignConfig
+from hscr.evaluate import Prediction, evaluate, plan, summarize, verdict
+from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
+from hscr.images import decode_image
+from hscr.model import VLM, add_lora
+from hscr.optimize import optimize
+from hscr.preferences import generate
+from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
+from hscr.run_dir import PartialFile, RunDir
+from hscr.similarity import load_similarity
+
+
+class DataSet:
+    """The good records of a folder, their images, and the digest that names both."""
+
+    def __init__(self, path: Path) -> None:
+        self.records, self.rejected = read_records(path)
+        self.folder = records_file(path).parent
+        if not self.records:
+            reasons = "; ".join(f"line {r.line}: {r.reason}" for r in self.rejected[:3])
+            raise ValueError(f"data set {path.name!r} has no usable record" + (f" ({reasons})" if reasons else ""))
+        images = sorted({r.image for r in self.records})
+        missing = [i for i in images if not (self.folder / i).is_file()]
+        if missing:
+            raise ValueError(f"data set {path.name!r}: {len(missing)} images are missing, the first is {missing[0]!r}")
+        self.digest = json_digest(
+            [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
+        )
+
+    def open_image(self, record: VQARecord) -> Image.Image:
+        return decode_image(self.folder / record.image)
+
+
+def align(
+    vlm: VLM,
+    data: DataSet,
+    out: Path,
+    config: AlignConfig,
+    *,
+    evaluation_data: DataSet | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Run all stages in `out`; yields events, the last is a Result. Raises Stopped after `should_stop()`, ValueError for bad input.
+
+    Afterwards `out` holds config.json, preferences.jsonl, adapter/ (a PEFT folder), predictions.jsonl, evaluation.json, report.html and
+    report.json, and manifest.json with the digests of every stage's inputs and outputs.
+    """
+    run = RunDir(out)
+    with run.locked():
+        lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
+        write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
+        yield from _generating(vlm, data, run, config, should_stop)
+        yield from _optimizing(vlm, data, run, config, lineage, should_stop)
+        yield from _evaluating(vlm, evaluation_data, run, config, should_stop)
+        yield from _reporting(run, data, evaluation_data)
+        yield _result(out)
+
+
+def _generating(
+    vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, should_stop: Callable[[], bool]
+) -> Iterator[Event]:
+    stage, final = "generating", run.path / "preferences.jsonl"
+    inputs = json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed])
+    if run.is_done(stage, inputs):
+        yield Stage(stage, "skipped")
+        return
+    yield Stage(stage, "started")
+    size, n = config.preference.batch_size, len(data.records)
+    resumed = run.start(stage, inputs)
+    partial = PartialFile(run.path / "preferences.partial.jsonl", _batches(n, size), resume=resumed)
+    done = partial.done * size
+    rate = Rate(stage, n, min(done, n))
+    yield rate.at(min(done, n))
+    similarity = load_similarity(config.preference.similarity)
+    made = generate(vlm, data.records[done:], data.open_image, config.preference, similarity, config.seed)
+    for number, record in enumerate(made, done + 1):
+        partial.append([record])
+        if number % size == 0 or number == n:
+            yield rate.at(number)
+            if should_stop():
+                raise Stopped(stage)
+    partial.rename(final)
+    run.finish(stage, [final.name])
+    records = list(read_preferences(final))
+    levels = sum(len(r.levels) for r in records)
+    with_level = sum(bool(r.levels) for r in records)
+    yield Metrics(stage, 0, {"records": n, "records/with_levels": with_level, "levels/mean": levels / n})
+    if with_level < n / 4:
+        yield Warning_(
+            "few_levels", f"only {with_level} of {n} records got a graded wrong answer; the report lists the reasons"
+        )
+    yield Stage(stage, "completed")
+
+
+def _batches(n: int, size: int) -> list[int]:
+    return [min(size, n - start) for start in range(0, n, size)]
+
+
+def _optimizing(
+    vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, lineage: dict[str, str], should_stop: Callable[[], bool]
+) -> Iterator[Event]:
+    stage, preferences = "optimizing", run.path / "preferences.jsonl"
+    inputs = json_digest([file_digest(preferences), vlm.digest, asdict(config.optimization), config.seed])
+    if run.is_done(stage, inputs):
+        yield Stage(stage, "skipped")
+        return
+    yield Stage(stage, "started")
+    if not run.start(stage, inputs):  # what a run with other inputs left must not be taken up
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        (run.path / "reference.json").unlink(missing_ok=True)
+        (run.path / "steps.jsonl").unlink(missing_ok=True)
+    add_lora(vlm, config.optimization, config.seed)
+    rate: Rate | None = None
+    chosen: list[float] = []
+    steps = run.path / "steps.jsonl"
+    try:
+        for step in optimize(
+            vlm,
+            list(read_preferences(preferences)),
+            data.open_image,
+            config.optimization,
+            run.path,
+            seed=config.seed,
+            should_stop=should_stop,
+        ):
+            rate = rate or Rate(stage, step.total, step.step - 1)
+            with steps.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step.step, **step.metrics}) + "\n")
+            chosen.append(step.metrics["rewards/chosen"])
+            yield Metrics(stage, step.step, step.metrics)
+            yield rate.at(step.step)
+            if step.checkpoint:
+                yield Checkpoint(stage, step.step, step.checkpoint)
+            if step.step < step.total and should_stop():
+                raise Stopped(stage)
+        if len(chosen) >= 4 and sum(chosen[-4:]) / 4 < -0.05:
+            yield Warning_(
+                "likelihood_displacement",
+                "rewards/chosen fell below zero: the right answers became less likely; raise optimization.anchor or lower lr",
+            )
+        _save_adapter(vlm, run.path / "adapter", config, lineage)
+    finally:
+        vlm.model = vlm.model.unload()  # the base again, so that evaluation loads the adapter as everybody else does
+        vlm.model.requires_grad_(False)
+    run.finish(stage, ["adapter"])
+    yield Stage(stage, "completed")
+
+
+def _save_adapter(vlm: VLM, folder: Path, config: AlignConfig, lineage: dict[str, str]) -> None:
+    """A PEFT folder that stock peft loads, with its model card, configuration and sha256 manifest; whole or not at all."""
+    temporary = folder.with_name(".adapter.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    vlm.model.save_pretrained(str(temporary), safe_serialization=True)
+    write_json(temporary / "hscr.json", {**config.to_dict(), "lineage": lineage})
+    o, p = config.optimization, config.preference
+    card = f"""---
+library_name: peft
+base_model: {vlm.name}
+tags: [hscr, lora]
+---
+# HSCR adapter
+LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
+(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`: objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
+visual token dropout ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
+
+Weights are float32: serve unmerged, or merge in float32 (merging into bfloat16 loses about half of the update).
+Not a medical device; not for diagnosis.
+"""
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    write_manifest(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _evaluating(
+    vlm: VLM, data: DataSet | None, run: RunDir, config: AlignConfig, should_stop: Callable[[], bool]
+) -> Iterator[Event]:
+    stage, adapter = "evaluating", run.path / "adapter"
+    digest = verify_manifest(adapter)
+    inputs = json_digest([digest, vlm.digest, data.digest if data else None, asdict(config.evaluation), config.seed])
+    if data is None or config.evaluation.max_records == 0 or run.is_done(stage, inputs):
+        yield Stage(stage, "skipped")
+        return
+    yield Stage(stage, "started")
+    answerer = Answerer(vlm, dropout_ratio=config.preference.dropout_ratio)
+    answerer.load_adapter("adapter", adapter)
+    yield from evaluation_run(
+        answerer, data, {"base": None, "adapter": "adapter"}, run, inputs, config, should_stop=should_stop
+    )
+    run.finish(stage, ["predictions.jsonl", "evaluation.json"])
+    yield Stage(stage, "completed")
+
+
+def evaluation_run(
+    answerer: Answerer,
+    data: DataSet,
+    policies: dict[str, str | None],
+    run: RunDir,
+    inputs: str,
+    config: AlignConfig,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Evaluate policies into predictions.jsonl and evaluation.json of a run directory, resumable by whole batches."""
+    stage = "evaluating"
+    records = data.records[: config.evaluation.max_records]
+    sizes = [len(rows) for _, _, rows in plan(len(records), list(policies), config.evaluation)]
+    partial = PartialFile(run.path / "predictions.partial.jsonl", sizes, resume=run.start(stage, inputs))
+    done = sum(sizes[: partial.done])
+    rate = Rate(stage, sum(sizes), done)
+    yield rate.at(done)
+    for predictions in evaluate(
+        answerer,
+        records,
+        data.open_image,
+        policies,
+        config.evaluation,
+        seed=config.seed,
+        skip_batches=partial.done,
+    ):
+        partial.append(predictions)
+        done += len(predictions)
+        yield rate.at(done)
+        if should_stop():
+            raise Stopped(stage)
+    partial.rename(run.path / "predictions.jsonl")
+    summary = summarize(read_predictions(run.path / "predictions.jsonl"), config.evaluation)
+    write_json(run.path / "evaluation.json", {**summary, "verdict": verdict(summary)})
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    with path.open(encoding="utf-8") as lines:
+        return [Prediction(**json.loads(line)) for line in lines]
+
+
+def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> Iterator[Event]:
+    from hscr.report import write_report
+
+    stage = "reporting"
+    made_from = [run.path / n for n in ("config.json", "preferences.jsonl", "evaluation.json")]
+    inputs = json_digest([file_digest(p) if p.is_file() else None for p in made_from])
+    if run.is_done(stage, inputs):
+        yield Stage(stage, "skipped")
+        return
+    yield Stage(stage, "started")
+    run.start(stage, inputs)
+    if evaluation_data is None:
+        write_report(run.path, data.records, data.open_image)
+    else:
+        write_report(run.path, data.records, data.open_image, evaluation_data.records, evaluation_data.open_image)
+    run.finish(stage, ["report.html", "report.json"])
+    yield Stage(stage, "completed")
+
+
+def _result(out: Path) -> Result:
+    """Headline metrics: per policy the real image's scores, flat, as numbers."""
+    metrics: dict[str, float] = {}
+    path = out / "evaluation.json"
+    if path.is_file():
+        evaluation: dict[str, Any] = json.loads(path.read_text())
+        for policy, conditions in evaluation["scores"].items():
+            for metric, value in conditions["real"].items():
+                metrics[f"{policy}/{metric}"] = value["mean"]
+        for policy, value in evaluation["grounding"].items():
+            metrics[f"{policy}/grounding"] = value["mean"]
+    return Result("adapter", verify_manifest(out / "adapter"), metrics)

@@ -1,0 +1,162 @@
+"""Answers with grounding: the model asked about images, with any adapter, in one thread that owns the device.
+
+The grounding score is the alignment reward (hscr/reward.py) of the answer's own words, its dropout mask seeded by the image's digest:
+there is no record id online, and the same image always meets the same mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from PIL import Image
+
+from hscr.decode import decode
+from hscr.model import VLM, decode_text, encode_prompts
+from hscr.packing import token_logprobs
+from hscr.reward import branches, grounding_score, words_of
+from hscr.visual_tokens import Prompt
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """One question on one image. `adapter` is a name given to `load_adapter`, None the base."""
+
+    image: Image.Image
+    question: str
+    adapter: str | None = None
+    max_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    grounding: str = "none"  # none | summary | tokens
+
+
+@dataclass(frozen=True)
+class TokenGrounding:
+    """A token of the answer: log-probabilities (nats) with and without the image, their difference, and whether a word's."""
+
+    text: str
+    logprob: float
+    logprob_without_image: float
+    reward: float
+    is_content: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`token_ids` include the end of sequence where the model said it. `score` is None where no grounding was asked for."""
+
+    text: str
+    token_ids: list[int]
+    tokens: list[TokenGrounding] | None
+    score: float | None
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Answerer:
+    """A loaded model that answers; adapters share its base weights and its image features. Not thread-safe: one thread owns it."""
+
+    def __init__(self, vlm: VLM, *, dropout_ratio: float = 0.7) -> None:
+        self.vlm = vlm
+        self.dropout_ratio = dropout_ratio
+        self._adapters: set[str] = set()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make a PEFT folder available under `name` (use its digest). Loading a name again does nothing. Raises ValueError."""
+        if name in self._adapters:
+            return
+        if not (folder / "adapter_model.safetensors").is_file():  # never a pickled .bin
+            raise ValueError("the adapter folder has no adapter_model.safetensors")
+        key = name.replace(".", "_")  # a module's name may hold no dot
+        if isinstance(self.vlm.model, PeftModel):
+            self.vlm.model.load_adapter(str(folder), adapter_name=key)
+        else:
+            self.vlm.model = PeftModel.from_pretrained(self.vlm.model, str(folder), adapter_name=key)
+        self.vlm.model.requires_grad_(False).eval()
+        self._adapters.add(name)
+
+    def unload_adapter(self, name: str) -> None:
+        if name in self._adapters:
+            self.vlm.model.delete_adapter(name.replace(".", "_"))
+            self._adapters.discard(name)
+
+    @contextmanager
+    def _policy(self, adapter: str | None) -> Iterator[None]:
+        """Run as the base or as one adapter. One adapter at a time: no per-row hooks that an exception could leave behind."""
+        if adapter is None:
+            if isinstance(self.vlm.model, PeftModel):
+                with self.vlm.model.disable_adapter():
+                    yield
+            else:
+                yield
+        elif adapter not in self._adapters:
+            raise ValueError("no adapter of that name is loaded")
+        else:
+            self.vlm.model.set_adapter(adapter.replace(".", "_"), inference_mode=True)
+            yield
+
+    @torch.no_grad()
+    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
+        """Answer a batch, in order; requests of one adapter are decoded together. A row's answer does not depend on its batch (float32)."""
+        prompts = encode_prompts(self.vlm, [r.image for r in requests], [r.question for r in requests])
+        answers: dict[int, Answer] = {}
+        for adapter in dict.fromkeys(r.adapter for r in requests):
+            rows = [i for i, r in enumerate(requests) if r.adapter == adapter]
+            with self._policy(adapter):
+                made = self._answer([requests[i] for i in rows], [prompts[i] for i in rows])
+            answers.update(zip(rows, made, strict=True))
+        return [answers[i] for i in range(len(requests))]
+
+    def _answer(self, requests: Sequence[AnswerRequest], prompts: Sequence[Prompt]) -> list[Answer]:
+        ids = decode(
+            self.vlm,
+            prompts,
+            max_tokens=[r.max_tokens for r in requests],
+            temperature=[r.temperature for r in requests],
+            seeds=[r.seed for r in requests],
+        )
+        scored = [i for i, r in enumerate(requests) if r.grounding != "none" and ids[i]]
+        grounding = dict(
+            zip(scored, self.ground([prompts[i] for i in scored], [ids[i] for i in scored]), strict=True)
+            if scored
+            else ()
+        )
+        answers = []
+        for i, (request, row) in enumerate(zip(requests, ids, strict=True)):
+            score, tokens = grounding.get(i, (None, None))
+            answers.append(
+                Answer(
+                    text=decode_text(self.vlm, row),
+                    token_ids=row,
+                    tokens=tokens if request.grounding == "tokens" else None,
+                    score=score,
+                    finish_reason="stop" if row and row[-1] in self.vlm.eos_ids else "length",
+                    prompt_tokens=len(prompts[i].input_ids),
+                    completion_tokens=len(row),
+                )
+            )
+        return answers
+
+    def ground(
+        self, prompts: Sequence[Prompt], answers: Sequence[list[int]]
+    ) -> list[tuple[float, list[TokenGrounding]]]:
+        """Score and per-token values of given answers: one batched teacher-forced pass with and one without dropped tokens."""
+        scored = branches(self.vlm, prompts, answers, [p.image for p in prompts], dropout_ratio=self.dropout_ratio)
+        out = []
+        for ids, branch in zip(answers, scored, strict=True):
+            with_image, without = token_logprobs(branch.full, ids), token_logprobs(branch.dropped, ids)
+            rewards = with_image - without
+            _, words = words_of(self.vlm, ids)
+            content = {t for w in words for t in w.tokens}
+            tokens = [
+                TokenGrounding(self.vlm.tokenizer.decode([token]), float(a), float(b), float(r), t in content)
+                for t, (token, a, b, r) in enumerate(zip(ids, with_image, without, rewards, strict=True))
+            ]
+            out.append((grounding_score(rewards, words), tokens))
+        return out

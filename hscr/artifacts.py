@@ -1,0 +1,69 @@
+"""Digests, sha256 manifests and atomic files: how a run knows that an input or output is the one it was, and whole.
+
+The digest of a folder is the sha256 of its manifest (`SHA256SUMS`, the format of sha256sum). No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "SHA256SUMS"
+
+
+def file_digest(path: Path) -> str:
+    """`sha256:…` of a file's bytes, read in chunks."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bytes_digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Digest of a value's canonical JSON: sorted keys, no spaces."""
+    return bytes_digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _manifest_text(folder: Path) -> str:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return "".join(f"{file_digest(p).removeprefix('sha256:')}  {p.relative_to(folder).as_posix()}\n" for p in files)
+
+
+def write_manifest(folder: Path) -> str:
+    """Write FOLDER/SHA256SUMS over all files below it; returns the folder's digest."""
+    text = _manifest_text(folder)
+    atomic_write(folder / MANIFEST, text.encode())
+    return bytes_digest(text.encode())
+
+
+def verify_manifest(folder: Path, digest: str | None = None) -> str:
+    """The folder's digest after checking every file against its manifest; ValueError where a file is changed, missing or added."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder.name}: has no {MANIFEST}")
+    text = path.read_text(encoding="utf-8")
+    if text != _manifest_text(folder):
+        raise ValueError(f"{folder.name}: files differ from its {MANIFEST}")
+    found = bytes_digest(text.encode())
+    if digest is not None and digest != found:
+        raise ValueError(f"{folder.name}: digest is {found}, expected {digest}")
+    return found
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader, or a kill at any moment, sees the old or the new file whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,83 @@
+"""One row a record: [prompt | y_1 | y_2 | …] with a tree mask and positions that restart after the prompt.
+
+Each answer sees the prompt and itself, never another answer, so its log-probabilities and gradients are those of its own row [prompt | y]
+(tested) while the prompt, with all its visual tokens, is computed once. The language-model head runs on answer positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hscr.model import VLM
+from hscr.visual_tokens import Prompt, image_inputs
+
+
+def tree_mask(segments: Tensor) -> Tensor:
+    """Who may see whom: bool [B, 1, T, T] from segments [B, T] (0 prompt, 1… answers, −1 padding).
+
+    A token sees earlier tokens of the prompt and of its own segment; padding sees itself only (a row without any would give NaN).
+    """
+    t = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
+    seen = causal & ((key == 0) | (key == query)) & (query >= 0) & (key >= 0)
+    return (seen | torch.eye(t, dtype=torch.bool, device=segments.device)).unsqueeze(1)
+
+
+def packed_logits(
+    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[list[Tensor]]:
+    """Logits that predict each answer's tokens, teacher-forced: for record b and its answer j a tensor [A_bj, V].
+
+    `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights.
+    """
+    rows = []
+    for prompt, group in zip(prompts, answers, strict=True):
+        n = len(prompt.input_ids)
+        ids, positions, segments = [prompt.input_ids], [prompt.position_ids], [torch.zeros(n, dtype=torch.long)]
+        index: list[Tensor] = []
+        at = n
+        for j, answer in enumerate(group, 1):
+            a = len(answer)
+            ids.append(torch.tensor(answer, dtype=torch.long))
+            positions.append(prompt.next_position + torch.arange(a))
+            segments.append(torch.full((a,), j))
+            # The first token is predicted by the prompt's last one, every other by its left neighbour.
+            index.append(torch.cat([torch.tensor([n - 1]), torch.arange(at, at + a - 1)]))
+            at += a
+        rows.append((torch.cat(ids), torch.cat(positions), torch.cat(segments), torch.cat(index)))
+    width, kept = max(len(r[0]) for r in rows), max(len(r[3]) for r in rows)
+
+    def padded(column: int, size: int, value: int) -> Tensor:
+        out = torch.full((len(rows), size), value, dtype=torch.long)
+        for b, row in enumerate(rows):
+            out[b, : len(row[column])] = row[column]
+        return out.to(vlm.device)
+
+    mask = tree_mask(padded(2, width, -1))
+    if vlm.base.config._attn_implementation == "eager":  # eager adds its mask, SDPA reads booleans
+        mask = torch.zeros(mask.shape, dtype=vlm.base.dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(vlm.base.dtype).min
+        )
+    logits = vlm.model(
+        input_ids=padded(0, width, vlm.eos_id),
+        position_ids=padded(1, width, 0),
+        attention_mask=mask,
+        use_cache=False,
+        logits_to_keep=padded(3, kept, 0),
+        **image_inputs(prompts),
+    ).logits
+    out = []
+    for b, group in enumerate(answers):
+        sizes = [len(a) for a in group]
+        out.append(list(logits[b, : sum(sizes)].split(sizes)))
+    return out
+
+
+def token_logprobs(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """log π(y_t | …) [A] in float32 from logits [A, V] and the answer's ids [A]."""
+    target = torch.tensor(ids, dtype=torch.long, device=logits.device)[:, None]
+    return logits.float().log_softmax(-1).gather(-1, target).squeeze(-1)

@@ -1,0 +1,100 @@
+"""Runs and answers drawn for a terminal: progress bars from events, tables of evaluations, answers with their grounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hscr import events as e
+
+if TYPE_CHECKING:
+    from hscr.answer import Answer
+
+
+def bars(console: Console) -> Progress:
+    """Progress bars with count, elapsed and remaining time and a free text at the end."""
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def draw(events: Iterable[e.Event], console: Console) -> None:
+    """Follow a run: one bar a stage, the newest loss and reward beside the optimising one, warnings as they come."""
+    with bars(console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def task(stage: str) -> Any:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=None, note="")
+            return tasks[stage]
+
+        for event in events:
+            if isinstance(event, e.Progress):
+                progress.update(task(event.stage), completed=event.done, total=event.total)
+            elif isinstance(event, e.Stage) and event.status != "started":
+                bar = progress.tasks[task(event.stage)]
+                progress.update(bar.id, total=bar.total or 1, completed=bar.total or 1)
+                if event.status == "skipped":
+                    progress.update(bar.id, note="unchanged")
+            elif isinstance(event, e.Metrics) and "loss" in event.values:
+                note = f"loss {event.values['loss']:.3f}  rewards/chosen {event.values['rewards/chosen']:+.3f}"
+                progress.update(task(event.stage), note=note)
+            elif isinstance(event, e.Warning_):
+                progress.console.print(f"[yellow]warning:[/] {event.message}")
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """Scores with intervals, a row a metric, a column a policy, and the reading of the gain."""
+    table = Table(title="real image, 95 % intervals")
+    table.add_column("metric")
+    for policy in evaluation["scores"]:
+        table.add_column(policy, justify="right")
+    table.add_column("reading")
+    first = next(iter(evaluation["scores"].values()))["real"]
+    for metric in first:
+        cells = [interval_text(evaluation["scores"][p]["real"][metric]) for p in evaluation["scores"]]
+        table.add_row(metric, *cells, reading(evaluation.get("verdict", {}).get(metric)))
+    for name, key in (("grounding (nats)", "grounding"), ("changed by another image", "sensitivity")):
+        if evaluation.get(key):
+            table.add_row(name, *(interval_text(evaluation[key][p]) for p in evaluation["scores"]), "")
+    return table
+
+
+def interval_text(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def reading(verdict: dict[str, Any] | None) -> str:
+    """ "better +0.080 [+0.050, +0.110], gone without the image" for one metric's verdict."""
+    if not verdict:
+        return ""
+    g = verdict["gain"]
+    text = f"{verdict['result']} {g['mean']:+.3f} [{g['low']:+.3f}, {g['high']:+.3f}]"
+    if verdict["result"] == "better" and "gone_when_blank" in verdict:
+        text += ", gone without the image" if verdict["gone_when_blank"] else ", also without the image"
+    return text
+
+
+def grounded_text(answer: Answer) -> Text:
+    """The answer, its tokens shaded green by how much likelier the image makes them, and the score."""
+    text = Text()
+    for token in answer.tokens or ():
+        if token.is_content and token.reward > 0:
+            strength = min(int(60 * token.reward), 150)
+            text.append(token.text, style=f"on rgb({40 - strength // 5},{60 + strength // 2},{50 - strength // 5})")
+        elif token.is_content or token.text.strip().isprintable():
+            text.append("" if token.text.startswith("<") else token.text)
+    text = text if text.plain.strip() else Text(answer.text)
+    score = "" if answer.score is None else f"\ngrounding {answer.score:.3f} nats a token"
+    return Text.assemble(text, (score, "dim"))

@@ -1,0 +1,200 @@
+"""VQA records and preference records, and their JSONL form.
+
+A data set is a folder: one JSONL file (a record a line) and the images it names, relative to that file. Bad rows are never dropped
+silently: reading returns them with their line and reason. Nothing here loads torch or opens an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ANSWER_TYPES = ("open", "closed")
+MAX_TEXT_CHARS = 20_000
+
+
+@dataclass(frozen=True)
+class GroundedWord:
+    """A word of the answer that only the image can give, and the words of its category (itself among them)."""
+
+    word: str
+    among: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VQARecord:
+    """One image, one question, one reference answer. `image` is a path relative to the data set's folder."""
+
+    id: str
+    image: str
+    question: str
+    answer: str
+    answer_type: str = "open"
+    options: tuple[str, ...] = ()
+    grounded: tuple[GroundedWord, ...] = ()
+    group: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A line that is no record, and why. `line` counts from 1."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """One dispreferred answer: its text, similarity to y_w, and which words were replaced by what."""
+
+    text: str
+    similarity: float
+    replaced: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class WordReward:
+    """A word of the reference answer with its alignment reward (nats); `coupled` where it was chosen for replacement."""
+
+    text: str
+    reward: float
+    coupled: bool
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """A record with its graded wrong answers, nearest to right first, and where they came from. `dropped` counts reasons."""
+
+    record: VQARecord
+    levels: tuple[Level, ...]
+    words: tuple[WordReward, ...]
+    dropped: dict[str, int]
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """The JSON object of a record, without fields at their defaults' emptiness."""
+    return {k: v for k, v in dataclasses.asdict(value).items() if v not in (None, (), {}, [])}
+
+
+def vqa_record(row: Any) -> VQARecord:
+    """Parse one JSON object; ValueError says which field is wrong and how."""
+    if not isinstance(row, dict):
+        raise ValueError("a line must be a JSON object")
+    text: dict[str, str] = {}
+    for name in ("id", "image", "question", "answer"):
+        value = row.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("id", "answer"):
+            value = str(value)  # VQA-RAD has numeric answers
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{name}: must be a text that is not empty")
+        if len(value) > MAX_TEXT_CHARS:
+            raise ValueError(f"{name}: longer than {MAX_TEXT_CHARS} characters")
+        if "\x00" in value:
+            raise ValueError(f"{name}: holds a NUL character")
+        text[name] = value.strip()
+    path = Path(text["image"])
+    if path.is_absolute() or ".." in path.parts or "\\" in text["image"]:
+        raise ValueError("image: must be a path inside the data set's folder")
+    kind = row.get("answer_type") or "open"
+    if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
+        raise ValueError("answer_type: must be open or closed")
+    options = row.get("options") or []
+    if not (isinstance(options, list) and all(isinstance(o, str) and o for o in options)):
+        raise ValueError("options: must be a list of texts")
+    group, meta = row.get("group"), row.get("meta") or {}
+    if group is not None and not isinstance(group, str):
+        raise ValueError("group: must be a text")
+    if not isinstance(meta, dict):
+        raise ValueError("meta: must be an object")
+    return VQARecord(
+        **text,
+        answer_type=kind.lower(),
+        options=tuple(options),
+        grounded=tuple(_grounded(g) for g in row.get("grounded") or ()),
+        group=group,
+        meta=meta,
+    )
+
+
+def _grounded(row: Any) -> GroundedWord:
+    if not (isinstance(row, dict) and isinstance(row.get("word"), str) and isinstance(row.get("among"), list)):
+        raise ValueError('grounded: must be a list of {"word": text, "among": [texts]}')
+    return GroundedWord(row["word"], tuple(str(w) for w in row["among"]))
+
+
+def records_file(data: Path) -> Path:
+    """The JSONL file of a data set given as folder or file; ValueError says what is missing."""
+    if data.is_file():
+        return data
+    if (data / "records.jsonl").is_file():
+        return data / "records.jsonl"
+    found = sorted(data.glob("*.jsonl")) if data.is_dir() else []
+    if len(found) != 1:
+        what = (
+            "no such file or folder"
+            if not data.exists()
+            else f"{len(found)} .jsonl files there, expected records.jsonl"
+        )
+        raise ValueError(f"data set {data.name!r}: {what}")
+    return found[0]
+
+
+def read_records(data: Path) -> tuple[list[VQARecord], list[RejectedRow]]:
+    """All good records of a data set and all rejected rows (bad JSON, bad field, repeated id), in file order."""
+    records: list[VQARecord] = []
+    rejected: list[RejectedRow] = []
+    seen: set[str] = set()
+    with records_file(data).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = vqa_record(json.loads(line))
+                if record.id in seen:
+                    raise ValueError("id: used by an earlier line")
+            except RecursionError:
+                rejected.append(RejectedRow(number, "nested too deeply"))
+            except UnicodeDecodeError:
+                rejected.append(RejectedRow(number, "not UTF-8"))
+            except json.JSONDecodeError as error:
+                rejected.append(RejectedRow(number, f"not JSON: {error.msg}"))
+            except ValueError as error:
+                rejected.append(RejectedRow(number, str(error)))
+            else:
+                seen.add(record.id)
+                records.append(record)
+    return records, rejected
+
+
+def preference_record(row: dict[str, Any]) -> PreferenceRecord:
+    """The inverse of to_json for a preference record."""
+    return PreferenceRecord(
+        record=vqa_record(row["record"]),
+        levels=tuple(
+            Level(r["text"], r["similarity"], tuple((a, b) for a, b in r.get("replaced", ())))
+            for r in row.get("levels", ())
+        ),
+        words=tuple(WordReward(**w) for w in row.get("words", ())),
+        dropped=row.get("dropped", {}),
+    )
+
+
+def read_preferences(path: Path) -> Iterator[PreferenceRecord]:
+    """Preference records of a JSONL file; a torn last line (a writer that was killed) ends the reading."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            yield preference_record(json.loads(line))
+
+
+def write_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """Write records (dataclasses) one a line."""
+    with path.open("w", encoding="utf-8") as out:
+        for value in values:
+            out.write(json.dumps(to_json(value), ensure_ascii=False) + "\n")
