@@ -17,7 +17,7 @@ from PIL import Image
 
 from hscr import __version__
 from hscr.answer import Answerer
-from hscr.artifacts import file_digest, json_digest, verify_manifest, write_json, write_manifest
+from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json, write_manifest
 from hscr.config import AlignConfig
 from hscr.evaluate import Prediction, evaluate, plan, summarize, verdict
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
@@ -120,15 +120,16 @@ def _optimizing(
     vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, lineage: dict[str, str], should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
     stage, preferences = "optimizing", run.path / "preferences.jsonl"
-    inputs = json_digest([file_digest(preferences), vlm.digest, asdict(config.optimization), config.seed])
+    inputs = json_digest([file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
     yield Stage(stage, "started")
     if not run.start(stage, inputs):  # what a run with other inputs left must not be taken up
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-        (run.path / "reference.json").unlink(missing_ok=True)
-        (run.path / "steps.jsonl").unlink(missing_ok=True)
+        # The evaluation of an adapter that will be another: without --eval nothing would ever replace it.
+        for name in ("reference.json", "steps.jsonl", "evaluation.json", "predictions.jsonl"):
+            (run.path / name).unlink(missing_ok=True)
     add_lora(vlm, config.optimization, config.seed)
     rate: Rate | None = None
     chosen: list[float] = []
@@ -143,7 +144,9 @@ def _optimizing(
             seed=config.seed,
             should_stop=should_stop,
         ):
-            rate = rate or Rate(stage, step.total, step.step - 1)
+            if rate is None:
+                rate = Rate(stage, step.total, step.step - 1)
+                _keep_steps(steps, step.step - 1)
             with steps.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step.step, **step.metrics}) + "\n")
             chosen.append(step.metrics["rewards/chosen"])
@@ -151,7 +154,8 @@ def _optimizing(
             yield rate.at(step.step)
             if step.checkpoint:
                 yield Checkpoint(stage, step.step, step.checkpoint)
-            if step.step < step.total and should_stop():
+            # Only where optimize() saw the wish too and wrote a checkpoint: the signal may have come between the two looks.
+            if step.step < step.total and step.checkpoint and should_stop():
                 raise Stopped(stage)
         if len(chosen) >= 4 and sum(chosen[-4:]) / 4 < -0.05:
             yield Warning_(
@@ -164,6 +168,13 @@ def _optimizing(
         vlm.model.requires_grad_(False)
     run.finish(stage, ["adapter"])
     yield Stage(stage, "completed")
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    """Cut the metrics file back to the checkpoint that the run resumed from: later steps are taken again, a torn line goes."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last]
+    atomic_write(path, b"".join(kept))
 
 
 def _save_adapter(vlm: VLM, folder: Path, config: AlignConfig, lineage: dict[str, str]) -> None:
@@ -180,8 +191,8 @@ tags: [hscr, lora]
 ---
 # HSCR adapter
 LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
-(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`: objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
-visual token dropout ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
+(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`: 
+objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs, visual token dropout ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
 
 Weights are float32: serve unmerged, or merge in float32 (merging into bfloat16 loses about half of the update).
 Not a medical device; not for diagnosis.
@@ -224,6 +235,8 @@ def evaluation_run(
     """Evaluate policies into predictions.jsonl and evaluation.json of a run directory, resumable by whole batches."""
     stage = "evaluating"
     records = data.records[: config.evaluation.max_records]
+    if not records:
+        raise ValueError("evaluation.max_records: is 0, so there is nothing to evaluate")
     sizes = [len(rows) for _, _, rows in plan(len(records), list(policies), config.evaluation)]
     partial = PartialFile(run.path / "predictions.partial.jsonl", sizes, resume=run.start(stage, inputs))
     done = sum(sizes[: partial.done])

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
+from hscr.artifacts import bytes_digest
 from hscr.decode import decode
-from hscr.model import VLM, decode_text, encode_prompts
+from hscr.model import VLM, decode_text, encode_prompts, makes_features
 from hscr.packing import token_logprobs
 from hscr.reward import branches, grounding_score, words_of
 from hscr.visual_tokens import Prompt
@@ -59,6 +61,11 @@ class Answer:
     completion_tokens: int
 
 
+def _key(name: str) -> str:
+    """A module name for an adapter's name: peft allows no dot there, and two names must never share one."""
+    return "a" + bytes_digest(name.encode()).removeprefix("sha256:")[:32]
+
+
 class Answerer:
     """A loaded model that answers; adapters share its base weights and its image features. Not thread-safe: one thread owns it."""
 
@@ -71,20 +78,41 @@ class Answerer:
         """Make a PEFT folder available under `name` (use its digest). Loading a name again does nothing. Raises ValueError."""
         if name in self._adapters:
             return
-        if not (folder / "adapter_model.safetensors").is_file():  # never a pickled .bin
+        weights, key = folder / "adapter_model.safetensors", _key(name)
+        if not weights.is_file():  # never a pickled .bin
             raise ValueError("the adapter folder has no adapter_model.safetensors")
-        key = name.replace(".", "_")  # a module's name may hold no dot
-        if isinstance(self.vlm.model, PeftModel):
+        try:
+            with safe_open(weights, "pt") as file:
+                changes_features = any(makes_features(n) for n in file.keys())  # noqa: SIM118 - safe_open is no dict
+            config = PeftConfig.from_pretrained(str(folder))
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError("the adapter folder is damaged or is no PEFT adapter") from error
+        if changes_features:
+            raise ValueError("the adapter changes the vision tower or its projector, whose features all policies share")
+        try:
+            if not isinstance(self.vlm.model, PeftModel):
+                self.vlm.model = get_peft_model(self.vlm.model, config, adapter_name=key)
             self.vlm.model.load_adapter(str(folder), adapter_name=key)
-        else:
-            self.vlm.model = PeftModel.from_pretrained(self.vlm.model, str(folder), adapter_name=key)
+        except Exception as error:  # peft raises RuntimeError, KeyError, ValueError: the weights are another model's
+            self._delete(key)
+            raise ValueError("the adapter does not fit this model") from error
         self.vlm.model.requires_grad_(False).eval()
         self._adapters.add(name)
 
     def unload_adapter(self, name: str) -> None:
         if name in self._adapters:
-            self.vlm.model.delete_adapter(name.replace(".", "_"))
             self._adapters.discard(name)
+            self._delete(_key(name))
+
+    def _delete(self, key: str) -> None:
+        """Take one adapter's layers out, and the wrapper with the last of them: peft cannot disable what isn't there."""
+        if isinstance(self.vlm.model, PeftModel) and key in self.vlm.model.peft_config:
+            if len(self.vlm.model.peft_config) == 1:
+                self.vlm.model = self.vlm.model.unload()
+            else:
+                other = next(k for k in self.vlm.model.peft_config if k != key)
+                self.vlm.model.set_adapter(other, inference_mode=True)  # peft warns where the active one goes
+                self.vlm.model.delete_adapter(key)
 
     @contextmanager
     def _policy(self, adapter: str | None) -> Iterator[None]:
@@ -98,7 +126,7 @@ class Answerer:
         elif adapter not in self._adapters:
             raise ValueError("no adapter of that name is loaded")
         else:
-            self.vlm.model.set_adapter(adapter.replace(".", "_"), inference_mode=True)
+            self.vlm.model.set_adapter(_key(adapter), inference_mode=True)
             yield
 
     @torch.no_grad()

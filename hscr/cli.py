@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from hscr.config import PRESETS, AlignConfig, preset
 from hscr.events import Error, Event, Stopped, to_line
@@ -161,7 +162,7 @@ def align(
     settings = configuration(preset_name, config, set_, seed)
     data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
     for row in data_set.rejected[:20]:
-        console.print(f"[yellow]line {row.line} left out:[/] {row.reason}")
+        console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
     vlm = _load(model, dtype, device, revision)
     with _stoppable() as stop:
         _show(run(vlm, data_set, out, settings, evaluation_data=evaluation, should_stop=stop.is_set), events)
@@ -290,7 +291,46 @@ def export(
     path = run / "preferences.jsonl" if run.is_dir() else run
     if not path.is_file():
         raise ValueError(f"{run.name}: no preferences.jsonl there; run `hscr align` or `hscr generate` first")
+    out.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{write_export(read_preferences(path), form, out)} rows: [bold]{out}[/]")
+
+
+@app.command("demo-data")
+def demo_data(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the splits to.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    baselines: Annotated[bool, typer.Option(help="Also print what can be guessed without the image.")] = False,
+) -> None:
+    """Build the demo data: questions about real brain MRI slices whose answers can be checked (see its card)."""
+    from hscr.demo.data import build
+    from hscr.progress import bars, by_name
+
+    with bars(console) as progress:
+        folders = build(out, seed, by_name(progress))
+    for name, folder in folders.items():
+        console.print(f"{name}: [bold]{folder}[/]")
+    if baselines:
+        from hscr.demo.baselines import baselines as guess
+
+        typer.echo(json.dumps(guess(folders["test"], folders["pretrain"]), indent=1))
+
+
+@app.command("demo-model")
+def demo_model(
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Train it again from nothing (under 30 minutes).")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the rebuilt model to.")] = DEMO_MODEL,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Show the demo base model's card, or make the model again from the data."""
+    if not rebuild:
+        typer.echo((DEMO_MODEL / "README.md").read_text(encoding="utf-8"))
+        return
+    from hscr.demo.base import rebuild as make
+    from hscr.progress import bars, by_name
+
+    with bars(console) as progress:
+        make(out, seed, by_name(progress))
+    console.print(f"model: [bold]{out}[/]")
 
 
 def main() -> None:
@@ -309,7 +349,7 @@ def run_app(application: typer.Typer) -> None:
         if as_json:
             sys.stdout.write(to_line(Error(code, message)) + "\n")
         else:
-            console.print(f"[red]error:[/] {message}", soft_wrap=True)
+            console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
     except Stopped:
         console.print("stopped; the same command goes on from the last checkpoint")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -82,7 +83,10 @@ class OptimizationConfig:
     lora_alpha: int = _number(32, 1, 4096, "D: LoRA scale α")
     lora_targets: str = field(
         default="",
-        metadata={"doc": "D: regular expression of module names; empty = all linear layers of the language model"},
+        metadata={
+            "regex": True,
+            "doc": "D: regular expression of module names; empty = all linear layers of the language model",
+        },
     )
     checkpoint_every: int = _number(10, 1, 1_000_000, "steps between checkpoints")
 
@@ -147,6 +151,11 @@ def _checked(kind: type, rule: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: must be in {left}{rule['low']:g}, {rule['high']:g}], got {value:g}")
     if isinstance(value, str) and len(value) > 1000:
         raise ValueError(f"{where}: longer than 1000 characters")
+    if isinstance(value, str) and rule.get("regex"):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{where}: is no regular expression: {error}") from error
     return value
 
 

@@ -78,7 +78,8 @@ def decode(
 
 
 def _pick(logits: Tensor, temperature: float, stream: torch.Generator) -> int:
-    if temperature <= 0:
+    if not temperature > 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    scaled = (logits - logits.max()).float().cpu() / temperature  # at most 0: no temperature, however small, overflows
+    probabilities = torch.softmax(scaled, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=stream))

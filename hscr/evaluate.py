@@ -91,8 +91,11 @@ def evaluate(
 def interval(values: Sequence[float], n_bootstrap: int, seed: int = 0) -> dict[str, float | int]:
     """Mean with a 95 % percentile bootstrap interval over items."""
     x = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(x), (n_bootstrap, len(x)))
-    low, high = np.percentile(x[draws].mean(axis=1), [2.5, 97.5])
+    random = np.random.default_rng(seed)
+    rows = max(1, 1_000_000 // len(x))  # resamples at a time: all at once would be gigabytes for a large data set
+    parts = [min(rows, n_bootstrap - start) for start in range(0, n_bootstrap, rows)]
+    means = np.concatenate([x[random.integers(0, len(x), (part, len(x)))].mean(axis=1) for part in parts])
+    low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(x.mean()), "low": float(low), "high": float(high), "n": len(x)}
 
 

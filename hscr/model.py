@@ -81,7 +81,12 @@ def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto", r
 
     dtype `auto`: bfloat16 on CUDA, float32 elsewhere. Raises ValueError for an unknown name, folder, architecture or dtype.
     """
-    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device: no such device {device!r}") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} is not available here")
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
         dtype = "bfloat16" if where.type == "cuda" else "float32"
@@ -112,6 +117,8 @@ def _family(name: str | Path, revision: str | None) -> Family:
         raise ValueError(
             f"model {str(name)!r}: no such folder or Hugging Face name at hand ({str(error).splitlines()[0]})"
         ) from error
+    if path is None:  # a folder without the file, where transformers raises nothing
+        raise ValueError(f"model {str(name)!r}: no config.json there")
     model_type = json.loads(Path(str(path)).read_text()).get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(
@@ -142,14 +149,24 @@ def add_lora(vlm: VLM, config: OptimizationConfig, seed: int) -> None:
         task_type="CAUSAL_LM",
     )
     vlm.model = get_peft_model(vlm.model, lora)
-    touched = [n for n, p in vlm.model.named_parameters() if p.requires_grad and "vision_tower" in n]
-    if touched:
-        raise ValueError("lora_targets: matches the vision tower, whose features must stay those of the base")
+    if any(p.requires_grad and makes_features(n) for n, p in vlm.model.named_parameters()):
+        vlm.model = vlm.model.unload()
+        raise ValueError(
+            "lora_targets: matches the vision tower or its projector, whose features must stay those of the base"
+        )
+
+
+def makes_features(name: str) -> bool:
+    """A weight of this name changes the visual features, which are cached and shared by the base and all adapters."""
+    return "vision_tower" in name or "multi_modal_projector" in name
 
 
 def _plain(vlm: VLM, text: str) -> str:
     """Text that spells a special token is broken up and so stays text: an "<image>" in a question adds no image."""
-    for token in vlm.tokenizer.all_special_tokens:
+    # The image token by its id: an older tokenizer has it as an added token that is in no list of special ones.
+    for token in dict.fromkeys(
+        [*vlm.tokenizer.all_special_tokens, vlm.tokenizer.convert_ids_to_tokens(vlm.image_token_id)]
+    ):
         text = text.replace(token, token[0] + " " + token[1:])
     return text
 
@@ -168,22 +185,26 @@ def encode_prompts(vlm: VLM, images: Sequence[Image.Image], questions: Sequence[
     keys = [bytes_digest(f"{i.mode}{i.size}".encode() + i.tobytes()) for i in images]
     prompts: list[Prompt] = []
     missing: dict[str, torch.Tensor] = {}
+    known: dict[str, torch.Tensor] = {}  # held here: a `put` below may evict what this very batch needs
     for key, image, question in zip(keys, images, questions, strict=True):
         batch = vlm.processor(images=[image], text=_chat(vlm, _plain(vlm, question)), return_tensors="pt")
         ids = batch["input_ids"][0]
-        if key not in vlm.features:
+        if key in vlm.features:
+            known[key] = vlm.features[key]
+        elif key not in missing:
             missing[key] = batch["pixel_values"]
         prompts.append(Prompt(ids, torch.arange(len(ids)), None, key, vlm.image_token_id))
-    fresh: dict[str, torch.Tensor] = {}
     if missing:
         pixels = torch.cat(list(missing.values())).to(vlm.device, vlm.base.dtype)
-        # Chunked: a tower's activations for hundreds of images at once are the largest tensors of a run.
-        for start in range(0, len(pixels), 16):
-            out = vlm.base.get_image_features(pixel_values=pixels[start : start + 16], return_dict=True)
-            for key, features in zip(list(missing)[start : start + 16], out.pooler_output, strict=True):
-                fresh[key] = features
+        # Chunked: a tower's activations for hundreds of images at once are the largest tensors of a run. On a CPU one at a time, for
+        # features depend on their batch mates in the last bits, and a resumed run meets its images in other batches.
+        size = 1 if vlm.device.type == "cpu" else 16
+        for start in range(0, len(pixels), size):
+            out = vlm.base.get_image_features(pixel_values=pixels[start : start + size], return_dict=True)
+            for key, features in zip(list(missing)[start : start + size], out.pooler_output, strict=True):
+                known[key] = features
                 vlm.features.put(key, features)
-    return [p.with_features(fresh[p.image] if p.image in fresh else vlm.features[p.image]) for p in prompts]
+    return [p.with_features(known[p.image]) for p in prompts]
 
 
 def encode_answer(vlm: VLM, question: str, answer: str) -> list[int]:

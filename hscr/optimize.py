@@ -63,9 +63,11 @@ def optimize(
     can teach anything under `config` (no levels and no supervised term).
     """
     supervised = config.anchor > 0 or config.objective == "sft"
+    needed = 2 if config.objective == "implicit" else 1  # implicit pairs are among the levels
     useful = [p for p in preferences if p.levels or supervised]
-    if not useful:
-        raise ValueError("no record has a usable level; see the reasons in preferences.jsonl")
+    if not supervised and not any(len(p.levels) >= needed for p in useful):
+        few = "a usable level" if needed == 1 else "two levels, which the implicit objective compares"
+        raise ValueError(f"no record has {few}; see the reasons in preferences.jsonl")
     items = [
         _Item(
             p.record, [encode_answer(vlm, p.record.question, t) for t in (p.record.answer, *(x.text for x in p.levels))]
@@ -94,12 +96,14 @@ def optimize(
                     metrics[name].append(value)
             (torch.stack(losses).sum() / len(batch)).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         means |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-        if not math.isfinite(means["loss"]):
-            raise ArithmeticError(f"the loss is {means['loss']} at step {step}; a smaller lr or gamma may help")
+        # Before the step: clipping an infinite gradient gives NaN, and no checkpoint may hold that.
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(means[name]):
+                raise ArithmeticError(f"{name} is {means[name]} at step {step}; a smaller lr or gamma may help")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         stop = should_stop()
         digest = None
         if stop or step % config.checkpoint_every == 0 or step == len(plan):

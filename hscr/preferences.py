@@ -37,7 +37,8 @@ from hscr.reward import (
 from hscr.similarity import Similarity, normalized, rerank
 from hscr.visual_tokens import Prompt, dropped
 
-WORD_TOKENS = 4  # tokens decoded to complete a replacement word
+WORD_TOKENS = 8  # tokens decoded to complete a replacement word; one that is still growing then is dropped
+_REPLACEMENT = re.compile(r"\w+(?:[-']\w+)*")
 
 
 @dataclass
@@ -129,7 +130,8 @@ def _starts_another_word(vlm: VLM, token: int, original: int, word: str) -> bool
 
 def same_word(a: str, b: str) -> bool:
     """Equal up to case and a plain English ending, or one the beginning of the other: "left"/"Left", "lobe"/"lobes", "tempo"/"temporal"."""
-    a, b = (re.sub(r"(ies|es|s|ed|ing|ly)$", "", w.lower()) or w.lower() for w in (a, b))
+    # Three letters stay: "red" is no "r…" and no variant of "right".
+    a, b = (re.sub(r"(?<=\w{3})(ies|es|s|ed|ing|ly)$", "", w.lower()) for w in (a, b))
     return a == b or a.startswith(b) or b.startswith(a)
 
 
@@ -142,12 +144,13 @@ def _replace_words(vlm: VLM, drafts: Sequence[_Draft], config: PreferenceConfig)
         tails = decode(vlm, [d.cut for d, _ in rows[part]], prefixes[part], max_tokens=WORD_TOKENS)
         for (draft, w), prefix, tail in zip(rows[part], prefixes[part], tails, strict=True):
             text = vlm.tokenizer.decode([*prefix, *tail], skip_special_tokens=True)
-            match = re.compile(r"\w+(?:[-']\w+)*").match(text, draft.words[w].start)
-            if match and not same_word(match.group(), draft.words[w].text):
+            match = _REPLACEMENT.match(text, draft.words[w].start)
+            whole = match and (match.end() < len(text) or tail[-1] in vlm.eos_ids)
+            if match and whole and not same_word(match.group(), draft.words[w].text):
                 draft.replacement[w] = match.group()
             else:
                 draft.coupled.remove(w)
-                draft.dropped["replacement_is_the_word"] += 1
+                draft.dropped["replacement_is_the_word" if whole else "replacement_is_no_word"] += 1
 
 
 def _splice(draft: _Draft, chosen: Sequence[int]) -> tuple[str, int]:
@@ -193,7 +196,8 @@ def _redecode(
     done = []
     for start in range(0, len(rows), config.batch_size):
         part = rows[start : start + config.batch_size]
-        prefixes = [encode_answer(vlm, drafts[n].record.question, text)[:-1] for n, text, _ in part]
+        # Stripped: the template puts its own space before an answer, and a second one would be another token.
+        prefixes = [encode_answer(vlm, drafts[n].record.question, text.strip())[:-1] for n, text, _ in part]
         tails = decode(vlm, [drafts[n].prompt for n, _, _ in part], prefixes, max_tokens=config.max_new_tokens)
         for (n, _, chosen), prefix, tail in zip(part, prefixes, tails, strict=True):
             done.append((n, decode_text(vlm, [*prefix, *tail]), chosen))

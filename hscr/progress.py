@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -29,6 +29,19 @@ def bars(console: Console) -> Progress:
     )
 
 
+def by_name(progress: Progress) -> Callable[..., None]:
+    """A callback (name, done, total, metrics) that keeps one bar a name."""
+    tasks: dict[str, Any] = {}
+
+    def show(name: str, done: int, total: int, metrics: dict[str, float] | None = None) -> None:
+        if name not in tasks:
+            tasks[name] = progress.add_task(name, total=total, note="")
+        note = "  ".join(f"{key} {value:.3f}" for key, value in list((metrics or {}).items())[:3])
+        progress.update(tasks[name], completed=done, total=total, note=note)
+
+    return show
+
+
 def draw(events: Iterable[e.Event], console: Console) -> None:
     """Follow a run: one bar a stage, the newest loss and reward beside the optimising one, warnings as they come."""
     with bars(console) as progress:
@@ -43,7 +56,8 @@ def draw(events: Iterable[e.Event], console: Console) -> None:
             if isinstance(event, e.Progress):
                 progress.update(task(event.stage), completed=event.done, total=event.total)
             elif isinstance(event, e.Stage) and event.status != "started":
-                bar = progress.tasks[task(event.stage)]
+                identity = task(event.stage)  # first: `progress.tasks` is a copy made before a bar is added
+                bar = progress.tasks[identity]
                 progress.update(bar.id, total=bar.total or 1, completed=bar.total or 1)
                 if event.status == "skipped":
                     progress.update(bar.id, note="unchanged")

@@ -96,16 +96,23 @@ def vqa_record(row: Any) -> VQARecord:
             raise ValueError(f"{name}: longer than {MAX_TEXT_CHARS} characters")
         if "\x00" in value:
             raise ValueError(f"{name}: holds a NUL character")
+        if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{name}: holds half of a surrogate pair, which is no text")
         text[name] = value.strip()
     path = Path(text["image"])
     if path.is_absolute() or ".." in path.parts or "\\" in text["image"]:
         raise ValueError("image: must be a path inside the data set's folder")
+    if len(text["image"]) > 1000 or any(len(part.encode()) > 255 for part in path.parts):
+        raise ValueError("image: the path is longer than a file system allows")
     kind = row.get("answer_type") or "open"
     if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
         raise ValueError("answer_type: must be open or closed")
     options = row.get("options") or []
     if not (isinstance(options, list) and all(isinstance(o, str) and o for o in options)):
         raise ValueError("options: must be a list of texts")
+    grounded = row.get("grounded") or []
+    if not isinstance(grounded, list):
+        raise ValueError("grounded: must be a list")
     group, meta = row.get("group"), row.get("meta") or {}
     if group is not None and not isinstance(group, str):
         raise ValueError("group: must be a text")
@@ -115,7 +122,7 @@ def vqa_record(row: Any) -> VQARecord:
         **text,
         answer_type=kind.lower(),
         options=tuple(options),
-        grounded=tuple(_grounded(g) for g in row.get("grounded") or ()),
+        grounded=tuple(_grounded(g) for g in grounded),
         group=group,
         meta=meta,
     )

@@ -59,12 +59,13 @@ def words_of(vlm: VLM, ids: Sequence[int]) -> tuple[str, list[Word]]:
 
     Spans come from decoding growing prefixes, which holds for byte-level BPE and SentencePiece alike.
     """
+    starts: list[int] = []
     ends: list[int] = []
     text = ""
     for n in range(1, len(ids) + 1):
+        starts.append(len(text.rstrip("\ufffd")))  # a character begun by an earlier token belongs to this one too
         text = vlm.tokenizer.decode(list(ids[:n]), skip_special_tokens=True)
         ends.append(len(text))
-    starts = [0, *ends[:-1]]
     words = []
     for match in _WORD.finditer(text):
         tokens = tuple(t for t in range(len(ids)) if starts[t] < match.end() and ends[t] > match.start())

@@ -86,16 +86,13 @@ class PartialFile:
             self.done = bisect_right(sums, whole)
             lines = lines[: sums[self.done - 1] if self.done else 0]
         path.write_bytes(b"".join(lines))
-        self._file = path.open("a", encoding="utf-8")
 
     def append(self, values: Iterable[Any]) -> None:
         """Write records and hand them to the kernel, so that a killed process loses nothing written here."""
-        for value in values:
-            self._file.write(json.dumps(to_json(value), ensure_ascii=False) + "\n")
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(to_json(value), ensure_ascii=False) + "\n" for value in values)
 
     def rename(self, final: Path) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
         self.path.replace(final)

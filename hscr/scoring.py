@@ -82,7 +82,7 @@ def strict_closed(prediction: str, reference: str, options: Sequence[str] = ()) 
 def grounded_words(prediction: str, grounded: Sequence[GroundedWord]) -> list[bool]:
     """Per grounded word: it is said, and no other word of its category is."""
     said = set(strict_words(prediction))
-    return [{w.lower() for w in g.among} & said == {g.word.lower()} for g in grounded]
+    return [{w.lower() for w in (*g.among, g.word)} & said == {g.word.lower()} for g in grounded]
 
 
 def score(record: VQARecord, prediction: str) -> dict[str, float]:

@@ -48,19 +48,18 @@ def load_similarity(name: str) -> Similarity:
         raise ValueError(
             f"similarity {name!r}: cannot be loaded ({type(error).__name__}); token_f1 needs nothing"
         ) from error
-    known: dict[str, np.ndarray] = {}  # answers of a data set repeat
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        new = [t for t in dict.fromkeys(texts) if t not in known]
-        if new:
-            known.update(zip(new, encoder.encode(new, normalize_embeddings=True, show_progress_bar=False), strict=True))
-        return np.stack([known[t] for t in texts])
+    known: dict[tuple[str, ...], list[float]] = {}  # answers of a data set repeat
 
     def cosine(reference: str, candidates: Sequence[str]) -> list[float]:
         if not candidates:
             return []
-        vectors = embed([reference, *candidates])
-        return [float(x) for x in vectors[1:] @ vectors[0]]
+        texts = (reference, *candidates)
+        if texts not in known:
+            # One record's texts are one batch whatever was seen before: an embedding depends on its batch mates in the last bits, and
+            # a resumed run must find the same similarities.
+            vectors = encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+            known[texts] = [float(x) for x in np.asarray(vectors[1:]) @ vectors[0]]
+        return known[texts]
 
     return cosine
 

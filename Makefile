@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make their own environment with plain pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: demo test test-all lint install clean
+
+demo: $(READY)  ## the main job on the embedded default: data, service, align, ask, table, report
+	@exec $(BIN)/hscr demo $(ARGS)
+
+test: $(READY)  ## all tests that CI runs
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: test  ## what takes longer: rebuilds the demo model from nothing and checks it
+	@$(BIN)/hscr demo-model --rebuild --out build/demo-model
+	@HSCR_REBUILT_MODEL=build/demo-model $(BIN)/python -m pytest tests/hscr/test_demo_model.py
+
+lint: $(READY)  ## ruff, format, types, import contracts
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+install: $(READY)
+
+# torch first and pinned by the constraints file: an open range would pull gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,service,dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build data *.egg-info

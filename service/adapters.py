@@ -1,0 +1,173 @@
+"""The registry: adapter names, immutable versions by digest, and aliases with their history.
+
+An adapter's folder is stored once under its digest; a row points at it only when it is whole. No torch and no web framework here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from hscr.artifacts import verify_manifest
+from service import jobs
+from service.db import now
+from service.errors import Problem
+from service.models import Adapter, AdapterVersion, Alias, AliasMove, Dataset, Job
+
+NAME = r"^[a-z0-9][a-z0-9._\-]{0,63}$"
+CHAMPION = "champion"
+_REFERENCE = re.compile(
+    r"^(?P<name>[a-z0-9][a-z0-9._\-]{0,63})(?:@(?P<alias>[a-z0-9][a-z0-9._\-]{0,63})|:(?P<version>[0-9]{1,9}))?$"
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An adapter reference after resolution: what it was at that moment, by digest."""
+
+    name: str
+    version: int
+    digest: str
+    model: str
+
+
+def folder(data_dir: Path, digest: str) -> Path:
+    return data_dir / "artifacts" / "adapters" / digest.replace(":", "-")
+
+
+def store(data_dir: Path, source: Path, digest: str, token: str) -> Path:
+    """Copy a verified adapter folder to its place by digest, under a temporary name until it is whole. Raises ValueError."""
+    verify_manifest(source, digest)
+    final = folder(data_dir, digest)
+    if not final.exists():
+        temporary = final.with_name(f".{final.name}.{token}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, temporary)
+        sync_tree(temporary)
+        try:
+            temporary.rename(final)
+        except OSError:  # another attempt was first; equal digests are equal folders
+            shutil.rmtree(temporary, ignore_errors=True)
+    verify_manifest(final, digest)
+    return final
+
+
+def sync_tree(root: Path) -> None:
+    """Bring a folder's files to the disk before its name is: a rename must not outlive the bytes after a power cut."""
+    for path in [*root.rglob("*"), root, root.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish(
+    session: Session,
+    mine: jobs.Claim,
+    *,
+    digest: str,
+    metrics: dict[str, Any],
+    result: dict[str, Any],
+    report: str | None,
+) -> AdapterVersion:
+    """In one transaction: the job succeeds, its version exists, its last event says so. Raises jobs.Superseded."""
+    seq = jobs.succeed(session, mine, result, metrics=metrics, report=report, stage="publishing")
+    job = session.get_one(Job, mine.job_id, populate_existing=True)
+    dataset = session.get_one(Dataset, job.dataset_id)
+    version = AdapterVersion(
+        adapter_name=job.adapter_name,
+        version=_next_version(session, job.adapter_name),
+        digest=digest,
+        model=job.model,
+        job_id=job.id,
+        dataset_id=dataset.id,
+        dataset_digest=dataset.digest,
+        config=job.config,
+        metrics=result,
+    )
+    session.add(version)
+    what = {"name": version.adapter_name, "version": version.version, "digest": digest}
+    jobs.add_event(session, job.id, seq, mine.fence, "status", {"status": "succeeded", "adapter": what})
+    session.flush()
+    return version
+
+
+def _next_version(session: Session, name: str) -> int:
+    bump = (
+        update(Adapter)
+        .where(Adapter.name == name)
+        .values(last_version=Adapter.last_version + 1)
+        .returning(Adapter.last_version)
+    )
+    number = session.scalar(bump)
+    if number is None:
+        try:
+            with session.begin_nested():
+                session.add(Adapter(name=name, last_version=0))
+        except IntegrityError:
+            pass  # another job made the name meanwhile; its row is there now
+        number = session.scalars(bump).one()
+    return number
+
+
+def get(session: Session, name: str) -> Adapter:
+    adapter = session.get(Adapter, name)
+    if adapter is None:
+        raise Problem("adapter_not_found", "No adapter has this name; GET /adapters lists them.")
+    return adapter
+
+
+def get_version(session: Session, name: str, number: int) -> AdapterVersion:
+    get(session, name)
+    version = session.get(AdapterVersion, (name, number))
+    if version is None:
+        raise Problem(
+            "version_not_found", "The adapter has no version of this number; GET /adapters/{name} lists them."
+        )
+    return version
+
+
+def resolve(session: Session, reference: str) -> Resolved:
+    """`name@alias`, `name:version`, or `name` (its alias champion, else its newest version) -> one immutable version. Raises Problem."""
+    match = _REFERENCE.match(reference)
+    if match is None:
+        raise Problem("adapter_not_found", "Write an adapter as name, name@alias or name:version.")
+    name, alias, number = match["name"], match["alias"], match["version"]
+    adapter = get(session, name)
+    if number is None:
+        row = session.get(Alias, (name, alias or CHAMPION))
+        if row is None and alias is not None:
+            raise Problem("alias_not_found", "The adapter has no such alias; GET /adapters/{name} lists them.")
+        number = row.version if row else adapter.last_version
+    version = get_version(session, name, int(number))
+    return Resolved(name, version.version, version.digest, version.model)
+
+
+def set_alias(session: Session, name: str, alias: str, number: int, reason: str | None) -> Alias:
+    """Point an alias at a version and note the move. Pointing it where it is changes nothing."""
+    session.get(Adapter, name, with_for_update=True)  # one move of this adapter's aliases at a time
+    get_version(session, name, number)
+    row = session.get(Alias, (name, alias))
+    before = row.version if row else None
+    if row is None:
+        row = Alias(adapter_name=name, alias=alias, version=number)
+        session.add(row)
+    if before != number:
+        row.version, row.updated_at = number, now()
+        session.add(AliasMove(adapter_name=name, alias=alias, from_version=before, to_version=number, reason=reason))
+    session.flush()
+    return row
+
+
+def aliases(session: Session, name: str) -> list[Alias]:
+    return list(session.scalars(select(Alias).where(Alias.adapter_name == name).order_by(Alias.alias)))

@@ -1,0 +1,106 @@
+"""The FastAPI application: routes, errors, documentation pages that need no internet, and what lives as long as the process.
+
+`uvicorn service.app:create_app --factory` serves it; service/serve.py adds the orderly end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+from fastapi.staticfiles import StaticFiles
+
+import hscr
+from service import problems
+from service.auth import Auth, check_settings
+from service.batcher import Batcher
+from service.datasets import clear_leftovers
+from service.db import Database
+from service.edge import Edge
+from service.engine import LocalEngine
+from service.metrics import Metrics
+from service.routes import adapters, align, datasets, health, jobs, vqa
+from service.settings import Settings
+from service.state import State
+
+DESCRIPTION = """
+Align a medical vision-language model on your own data and ask it, on your own machines.
+
+1. `POST /datasets` a zip of `records.jsonl` and its images.
+2. `POST /align` starts a job; follow it on `/jobs/{id}/events`.
+3. `POST /vqa` asks the base model or an adapter version, and says how far the image carries the answer.
+"""
+
+
+def create_app(settings: Settings | None = None, engine: LocalEngine | None = None) -> FastAPI:
+    """The application. Raises ValueError where it would be open to others. `engine` is for tests."""
+    settings = settings or Settings()
+    check_settings(settings)
+    if engine is None and settings.engine == "local":
+        engine = LocalEngine(settings)
+    metrics = Metrics()
+    state = State(settings, Database(settings.database), metrics, engine, None)
+    app = FastAPI(
+        title="HSCR",
+        version=hscr.__version__,
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=problems.RESPONSES,
+    )
+    app.state.hscr = state
+    problems.install(app)
+    for module in (datasets, align, jobs, adapters, vqa, health):
+        app.include_router(module.router)
+    _documentation(app)
+    app.add_middleware(Auth, settings=settings)
+    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    state: State = app.state.hscr
+    settings = state.settings
+    if settings.api_key is None:
+        logging.getLogger("hscr").warning("no HSCR_API_KEY: open to everybody on this machine, and to nobody else")
+    await run_in_threadpool(clear_leftovers, settings.data_dir)
+    if state.engine is not None:
+        state.batcher = Batcher(
+            state.engine.answer,
+            batch_max=settings.batch_max,
+            window_s=settings.batch_window_s,
+            queue_max=settings.queue_max,
+            setup=state.engine.load,
+            on_batch=state.metrics.batch_size.observe,
+        )
+        state.metrics.watch_queue(lambda: state.batcher.depth if state.batcher else 0)
+        state.batcher.start()
+    yield
+    state.draining.set()
+    if state.batcher is not None:
+        await run_in_threadpool(state.batcher.close)
+    state.database.close()
+
+
+def _documentation(app: FastAPI) -> None:
+    """Swagger UI from a Python package's files: a hospital's network has no CDN."""
+    app.mount("/docs/assets", StaticFiles(directory=str(files("fastapi_offline") / "static")), name="docs-assets")
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="HSCR API",
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon.png",
+        )

@@ -1,0 +1,166 @@
+"""Data sets: an uploaded archive becomes a folder named by its content's digest, and rows that can be browsed.
+
+Bad rows are reported with their line and reason and left out of the stored copy, so that a run reads only what was counted. Whatever is refused
+leaves nothing behind. No torch and no web framework here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+from sqlalchemy import func, insert, select
+from sqlalchemy.orm import Session
+
+from hscr.artifacts import file_digest, json_digest
+from hscr.images import ImageError, decode_image
+from hscr.records import RejectedRow, VQARecord, read_records, records_file, to_json, write_jsonl
+from service.adapters import sync_tree
+from service.archive import ArchiveLimits, discard, flatten, unpack
+from service.db import Database
+from service.errors import Problem
+from service.models import Dataset, DatasetRecord, new_id
+
+REJECTED_KEPT = 1000
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an archive held: good records, rejected rows, and the digest of the stored folder."""
+
+    records: list[VQARecord]
+    rejected: list[RejectedRow]
+    images: dict[str, str]  # path -> digest
+    digest: str
+
+
+def folder(data_dir: Path, digest: str) -> Path:
+    return data_dir / "datasets" / digest.replace(":", "-")
+
+
+def import_zip(
+    database: Database, data_dir: Path, file: IO[bytes], name: str, limits: ArchiveLimits, rows_max: int
+) -> tuple[Dataset, bool]:
+    """Check, unpack and register an archive; the data set and whether it is new. Equal content under one name is one version. Raises Problem."""
+    incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
+    incoming.mkdir(parents=True)
+    try:
+        unpack(file, incoming, limits)
+        content = _read(flatten(incoming), rows_max)
+        _store(flatten(incoming), content, folder(data_dir, content.digest))
+    finally:
+        discard(incoming)
+    with database.write() as session:
+        return _register(session, name, content)
+
+
+def _read(source: Path, rows_max: int) -> Content:
+    try:
+        path = records_file(source)
+    except ValueError:
+        raise Problem(
+            "invalid_archive", "Put one records.jsonl (or one other .jsonl file) at the top of the archive."
+        ) from None
+    records, rejected = read_records(path)
+    if len(records) + len(rejected) > rows_max:
+        raise Problem("invalid_archive", f"The data set has more than {rows_max} rows.")
+    images: dict[str, str] = {}
+    bad: dict[str, str] = {}
+    kept: list[VQARecord] = []
+    for line, record in zip(_lines_of(path, {r.line for r in rejected}), records, strict=True):
+        if record.image not in images and record.image not in bad:
+            try:
+                decode_image(source / record.image)
+                images[record.image] = file_digest(source / record.image)
+            except (ImageError, OSError) as error:
+                bad[record.image] = str(error) if isinstance(error, ImageError) else "the image file is missing"
+        if record.image in bad:
+            rejected.append(RejectedRow(line, f"image: {bad[record.image]}"))
+        else:
+            kept.append(record)
+    rejected.sort(key=lambda row: row.line)
+    if not kept:
+        raise Problem(
+            "dataset_empty",
+            "Every row was rejected; `rejected` says why.",
+            rejected=[asdict(row) for row in rejected[:20]],
+        )
+    return Content(kept, rejected, images, json_digest([[to_json(r) for r in kept], sorted(images.items())]))
+
+
+def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
+    """The line numbers of the good rows, in the order in which read_records returned them."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip() and number not in rejected:
+                yield number
+
+
+def _store(source: Path, content: Content, final: Path) -> None:
+    """Put exactly the accepted records and their images under the digest; the rename comes last."""
+    if final.exists():
+        return
+    whole = final.with_name(f".incoming-{uuid4().hex}")
+    try:
+        whole.mkdir()
+        for image in content.images:
+            (whole / image).parent.mkdir(parents=True, exist_ok=True)
+            (source / image).rename(whole / image)
+        write_jsonl(whole / "records.jsonl", content.records)
+        sync_tree(whole)
+        try:
+            whole.rename(final)
+        except OSError:
+            if not final.exists():  # a second upload of the same content was first: fine; anything else is not
+                raise
+    finally:
+        discard(whole)
+
+
+def _register(session: Session, name: str, content: Content) -> tuple[Dataset, bool]:
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))  # one version number at a time
+    known = session.scalar(select(Dataset).where(Dataset.name == name, Dataset.digest == content.digest))
+    if known is not None:
+        return known, False
+    latest = session.scalar(select(func.max(Dataset.version)).where(Dataset.name == name)) or 0
+    dataset = Dataset(
+        id=new_id("ds"),
+        name=name,
+        version=latest + 1,
+        format="hscr",
+        digest=content.digest,
+        n_records=len(content.records),
+        n_images=len(content.images),
+        n_rejected=len(content.rejected),
+        rejected=[asdict(row) for row in content.rejected[:REJECTED_KEPT]],
+    )
+    session.add(dataset)
+    session.flush()
+    rows = [
+        {"dataset_id": dataset.id, "number": n, "record_id": r.id, "record": to_json(r)}
+        for n, r in enumerate(content.records, 1)
+    ]
+    session.execute(insert(DatasetRecord), rows)
+    return dataset, True
+
+
+def get(session: Session, dataset_id: str) -> Dataset:
+    dataset = session.get(Dataset, dataset_id)
+    if dataset is None:
+        raise Problem(
+            "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
+        )
+    return dataset
+
+
+def clear_leftovers(data_dir: Path, older_than_s: float = 3600) -> None:
+    """Remove what an upload left behind whose process was killed."""
+    for path in (data_dir / "datasets").glob(".incoming-*"):
+        if time.time() - path.stat().st_mtime > older_than_s:
+            shutil.rmtree(path, ignore_errors=True)

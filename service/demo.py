@@ -1,0 +1,271 @@
+"""`hscr demo`: the whole main job as a client of the service, on real MRI slices, and an honest reading of the outcome.
+
+Builds the demo data, starts `hscr up`, uploads over HTTP, aligns, follows the events, asks base and new version the same questions with
+real and blank images, prints a table and writes a page. Knows the HTTP contract only: nothing here reaches into the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from httpx_sse import connect_sse
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from hscr.config import EvaluationConfig
+from hscr.demo.data import build
+from hscr.evaluate import Prediction, summarize, verdict
+from hscr.progress import bars, by_name, evaluation_table
+from hscr.records import VQARecord, read_records
+from hscr.report import image_uri, render
+from hscr.scoring import score
+
+SPLITS = {"align": 480, "valid": 200, "test": 400}
+CLIENTS = 8  # concurrent questions: enough to fill the engine's batches
+WATCHED = ("open/grounded_words", "closed/strict")
+console = Console()
+
+
+class DemoError(Exception):
+    """A part of the demonstration failed; the message says which, with what it logged."""
+
+
+def run_demo(data: Path, seed: int) -> None:
+    """Run the demonstration in `data` (data set, service state and report); raises DemoError with the log's tail where a part fails."""
+    started = time.monotonic()
+    with bars(console) as progress:
+        folders = build(data / "dataset", seed, by_name(progress), SPLITS)
+    with _service(data / "service") as client:
+        job, version = _align(client, folders, seed)
+        records, _ = read_records(folders["test"])
+        predictions = _ask_all(client, folders["test"], records, version)
+    summary = summarize(predictions, EvaluationConfig())
+    summary["verdict"] = verdict(summary)
+    console.print(evaluation_table(summary))
+    console.print(_side_by_side(records, predictions))
+    lines = conclusions(summary)
+    for line in lines:
+        console.print(f"• {line}")
+    page = data / "report.html"
+    page.write_text(_page(folders["test"], records, predictions, summary, lines, job, version), encoding="utf-8")
+    console.print(f"report: [bold]{page}[/]   ({time.monotonic() - started:.0f} s)")
+
+
+@contextmanager
+def _service(data: Path) -> Iterator[httpx.Client]:
+    """`hscr up` as a process of its own, ready to answer; stopped with everything it started when the block ends, however it ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data.mkdir(parents=True, exist_ok=True)
+    log = data / "up.log"
+    command = [sys.executable, "-m", "service.cli", "up", "--port", str(port), "--data", str(data)]
+    with log.open("wb") as out:
+        # Its own session: a Ctrl-C in the terminal reaches this process only, which then stops the service in order.
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "HSCR_API_KEY": ""},
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            with console.status("starting the service: Valkey, worker, sweep, API…"):
+                _wait_ready(client, process, log)
+            console.print(f"service: {client.base_url} (docs at {client.base_url}docs while the demo runs)")
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _wait_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path, limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoError("the service did not start:\n" + log.read_text(errors="replace")[-2000:])
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise DemoError(f"the service was not ready within {limit_s:.0f} s:\n" + log.read_text(errors="replace")[-2000:])
+
+
+def _checked(response: httpx.Response) -> Any:
+    if response.is_error:
+        problem = response.json()
+        raise DemoError(f"{response.request.url.path}: {problem.get('title')}: {problem.get('detail')}")
+    return response.json()
+
+
+def _upload(client: httpx.Client, name: str, folder: Path) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = shutil.make_archive(f"{scratch}/{name}", "zip", folder)
+        with open(archive, "rb") as file:
+            made = _checked(
+                client.post("/datasets", data={"name": name, "format": "hscr"}, files={"file": (f"{name}.zip", file)})
+            )
+    console.print(f"uploaded {name}: data set {made['id']} with {made['n_records']} records")
+    return str(made["id"])
+
+
+def _align(client: httpx.Client, folders: dict[str, Path], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Upload, POST /align, follow the server-sent events to the end; the job and the version that it made."""
+    dataset = _upload(client, "demo-align", folders["align"])
+    evaluation = _upload(client, "demo-valid", folders["valid"])
+    body = {
+        "dataset": dataset,
+        "adapter": "demo",
+        "preset": "recommended",
+        "evaluation": {"dataset": evaluation},
+        "seed": seed,
+    }
+    job = _checked(client.post("/align", json=body))
+    with bars(console) as progress:
+        show = by_name(progress)
+        done: dict[str, tuple[int, int]] = {}
+        with connect_sse(
+            client, "GET", f"/jobs/{job['id']}/events", headers={"Accept": "text/event-stream"}, timeout=None
+        ) as source:
+            for event in source.iter_sse():
+                data = json.loads(event.data)["data"]
+                if event.event == "progress":
+                    done[data["stage"]] = (data["done"], data["total"])
+                    show(data["stage"], *done[data["stage"]])
+                elif event.event == "metrics" and "loss" in data["values"] and data["stage"] in done:
+                    show(data["stage"], *done[data["stage"]], {"loss": data["values"]["loss"]})
+                elif event.event == "warning":
+                    progress.console.print(f"[yellow]warning:[/] {data['message']}")
+    job = _checked(client.get(f"/jobs/{job['id']}"))
+    if job["status"] != "succeeded":
+        raise DemoError(f"the job {job['status']}: {job.get('error')}")
+    version = job["lineage"]["adapter"]
+    console.print(f"adapter version demo:{version['version']} ({version['digest'][:19]}…)")
+    return job, version
+
+
+def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], version: dict[str, Any]) -> list[Prediction]:
+    """Every question to the base and to the version, with its image and with a blank one."""
+    policies = {"base": None, "adapter": f"demo:{version['version']}"}
+    tasks = [(p, c, r) for c in ("real", "blank") for p in policies for r in records]
+    blank = io.BytesIO()
+    with Image.open(folder / records[0].image) as first:
+        Image.new("RGB", first.size).save(blank, "PNG")
+    out: dict[int, Prediction] = {}
+
+    async def ask(http: httpx.AsyncClient, gate: asyncio.Semaphore, number: int) -> None:
+        policy, condition, record = tasks[number]
+        image = (folder / record.image).read_bytes() if condition == "real" else blank.getvalue()
+        body: dict[str, Any] = {
+            "image": {"base64": base64.b64encode(image).decode()},
+            "question": record.question,
+            "grounding": "summary" if condition == "real" else "none",
+        }
+        if policies[policy]:
+            body["adapter"] = policies[policy]
+        async with gate:
+            answer = _checked(await http.post("/vqa", json=body))
+        text = answer["answer"]
+        grounding = answer["grounding"]["score"] if condition == "real" else None
+        out[number] = Prediction(policy, condition, record.id, text, score(record, text), grounding)
+
+    async def ask_every() -> None:
+        gate = asyncio.Semaphore(CLIENTS)
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=120) as http:
+            with bars(console) as progress:
+                task = progress.add_task(
+                    "asking /vqa", total=len(tasks), note="base and adapter, real and blank images"
+                )
+                for done in asyncio.as_completed([ask(http, gate, n) for n in range(len(tasks))]):
+                    await done
+                    progress.advance(task)
+
+    asyncio.run(ask_every())
+    return [out[n] for n in range(len(tasks))]
+
+
+def conclusions(summary: dict[str, Any]) -> list[str]:
+    """The outcome in plain words, good or bad."""
+    names = {"open/grounded_words": "words that only the image can give", "closed/strict": "closed questions"}
+    lines = []
+    for metric in WATCHED:
+        v = summary["verdict"][metric]
+        gain = v["gain"]
+        size = f"{100 * gain['mean']:+.1f} points [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+        text = {
+            "better": f"On {names[metric]} the adapter beats the base: {size}.",
+            "tie": f"On {names[metric]} adapter and base cannot be told apart: {size}.",
+            "worse": f"On {names[metric]} the adapter is worse than the base: {size}.",
+        }[v["result"]]
+        if v["result"] == "better":
+            text += (
+                " With blank images the gain is gone, as it should be."
+                if v["gone_when_blank"]
+                else " The gain is there with blank images too, so it does not come from the image."
+            )
+        lines.append(text)
+    return lines
+
+
+def _side_by_side(records: list[VQARecord], predictions: list[Prediction], n: int = 6) -> Table:
+    table = Table(title="answers that differ, in file order")
+    for column in ("question", "reference", "base", "adapter"):
+        table.add_column(column, overflow="fold")
+    for record, base, adapter in _differing(records, predictions)[:n]:
+        table.add_row(record.question, record.answer, base.text, adapter.text)
+    return table
+
+
+def _differing(
+    records: list[VQARecord], predictions: list[Prediction]
+) -> list[tuple[VQARecord, Prediction, Prediction]]:
+    said = {(p.policy, p.id): p for p in predictions if p.condition == "real"}
+    rows = [(r, said["base", r.id], said["adapter", r.id]) for r in records]
+    return [row for row in rows if row[1].text != row[2].text]
+
+
+def _page(
+    folder: Path,
+    records: list[VQARecord],
+    predictions: list[Prediction],
+    summary: dict[str, Any],
+    lines: list[str],
+    job: dict[str, Any],
+    version: dict[str, Any],
+) -> str:
+    answers = []
+    for record, base, adapter in _differing(records, predictions)[:24]:
+        with Image.open(folder / record.image) as image:
+            answers.append({"record": record, "image": image_uri(image), "base": base, "adapter": adapter})
+    return render(
+        "demo.html",
+        evaluation=summary,
+        lines=lines,
+        answers=answers,
+        job=job,
+        version=version,
+        config=job.get("config", {}),
+    )

@@ -1,0 +1,70 @@
+"""Every refusal the service can give: one table from a stable code to its HTTP status and title. Nothing else maps errors to HTTP.
+
+Details are fixed sentences that say what to do next: no path, no object's text, no part of an image, question, answer or file name.
+This module imports no web framework, so that the worker may use the domain modules that raise these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TABLE: dict[str, tuple[int, str]] = {
+    "bad_request": (400, "The request cannot be read"),
+    "unauthorized": (401, "An API key is needed"),
+    "host_not_allowed": (403, "This address is not served"),
+    "origin_not_allowed": (403, "Calls from this web origin are refused"),
+    "key_required": (403, "This address is served with an API key only"),
+    "not_found": (404, "No such route"),
+    "dataset_not_found": (404, "No such data set"),
+    "job_not_found": (404, "No such job"),
+    "report_not_found": (404, "This job has no report"),
+    "adapter_not_found": (404, "No such adapter"),
+    "version_not_found": (404, "No such adapter version"),
+    "alias_not_found": (404, "No such alias"),
+    "method_not_allowed": (405, "This route does not take this method"),
+    "job_ended": (409, "The job has ended"),
+    "idempotency_in_flight": (409, "A request with this Idempotency-Key is being worked on"),
+    "adapter_for_other_model": (409, "The adapter belongs to another base model"),
+    "body_too_large": (413, "The body is too large"),
+    "unsupported_media_type": (415, "This content type is not read here"),
+    "invalid_request": (422, "The request has invalid fields"),
+    "invalid_config": (422, "The configuration is out of range"),
+    "invalid_archive": (422, "The archive is refused"),
+    "dataset_empty": (422, "The data set has no usable record"),
+    "invalid_image": (422, "The image is refused"),
+    "model_not_served": (422, "This service serves another base model"),
+    "idempotency_mismatch": (422, "This Idempotency-Key was used with another body"),
+    "internal": (500, "The service failed"),
+    "artifact_damaged": (500, "A stored file is not what it was"),
+    "answer_failed": (500, "The model failed on this request"),
+    "engine_unavailable": (503, "This replica answers no questions"),
+    "engine_loading": (503, "The model is still loading"),
+    "overloaded": (503, "Too many questions are waiting"),
+    "draining": (503, "The service is shutting down"),
+    "database_unavailable": (503, "The database does not answer"),
+}
+
+
+class Problem(Exception):
+    """A refusal. `detail` is for people, `extra` adds fields to the problem document, `headers` to the response."""
+
+    def __init__(self, code: str, detail: str, *, headers: dict[str, str] | None = None, **extra: Any) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail, self.headers, self.extra = code, detail, headers or {}, extra
+
+    @property
+    def status(self) -> int:
+        return TABLE[self.code][0]
+
+    def document(self, request_id: str) -> dict[str, Any]:
+        """The RFC 9457 body (`application/problem+json`)."""
+        status, title = TABLE[self.code]
+        return {
+            "type": f"urn:hscr:problem:{self.code}",
+            "title": title,
+            "status": status,
+            "code": self.code,
+            "detail": self.detail,
+            "request_id": request_id,
+            **self.extra,
+        }

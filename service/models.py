@@ -1,0 +1,218 @@
+"""The tables, as SQLAlchemy 2 typed models. Constraints hold what must never be false; the life cycle itself is in service/jobs.py."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from service.db import UTCDateTime, now
+
+STATUSES = ("queued", "running", "paused", "awaiting_review", "succeeded", "failed", "cancelled")
+
+# SQLite counts up only for a column that is exactly INTEGER PRIMARY KEY.
+_RowId = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UTCDateTime, dict[str, Any]: JSON, list[Any]: JSON, str: String(200)}
+
+
+class Dataset(Base):
+    """One version of a named data set; its files lie in DATA/datasets/<digest>/ and are shared by equal content."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (UniqueConstraint("name", "version"), UniqueConstraint("name", "digest"))
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str]
+    version: Mapped[int]
+    format: Mapped[str] = mapped_column(String(40))
+    digest: Mapped[str] = mapped_column(String(80), index=True)
+    n_records: Mapped[int]
+    n_images: Mapped[int]
+    n_rejected: Mapped[int]
+    rejected: Mapped[list[Any]]  # [{"line": 3, "reason": "…"}], the first thousand
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class DatasetRecord(Base):
+    """One record of a data set; `number` counts from 1 in file order and is the page cursor."""
+
+    __tablename__ = "dataset_records"
+    __table_args__ = (CheckConstraint("number > 0", name="number_positive"),)
+
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    record_id: Mapped[str] = mapped_column(Text)
+    record: Mapped[dict[str, Any]]
+
+
+class Job(Base):
+    """One align job. `fence` counts claims and hand-backs: a write that names an older fence changes nothing."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"status IN ({', '.join(repr(s) for s in STATUSES)})", name="status_known"),
+        CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="lease_only_while_running"),
+        CheckConstraint(
+            "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)", name="ended_has_time"
+        ),
+        Index("ix_jobs_status_lease", "status", "lease_until"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    status: Mapped[str] = mapped_column(String(20))
+    stage: Mapped[str | None] = mapped_column(String(20))
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
+    evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"))
+    adapter_name: Mapped[str]
+    model: Mapped[str] = mapped_column(Text)
+    config: Mapped[dict[str, Any]]
+    meta: Mapped[dict[str, Any]]
+    deadline_at: Mapped[datetime | None]
+
+    fence: Mapped[int] = mapped_column(default=0)
+    lease_until: Mapped[datetime | None]
+    attempts: Mapped[int] = mapped_column(default=0)
+    crashes: Mapped[int] = mapped_column(default=0)  # in a row without progress between them
+    high_water: Mapped[int] = mapped_column(BigInteger, default=-1)  # the furthest point any attempt reached
+    crash_water: Mapped[int] = mapped_column(BigInteger, default=-1)  # high_water at the last crash
+    last_seq: Mapped[int] = mapped_column(default=0)
+    rung_at: Mapped[datetime | None]
+
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    error_code: Mapped[str | None] = mapped_column(String(80))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    report: Mapped[str | None] = mapped_column(String(80))  # name of the published report's folder
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class JobEvent(Base):
+    """One event of a job, append-only. `seq` counts from 1 without a gap within its job and is the cursor of pages and streams."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (UniqueConstraint("job_id", "seq"),)
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
+    seq: Mapped[int]
+    fence: Mapped[int]
+    type: Mapped[str] = mapped_column(String(20))
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Outbox(Base):
+    """A bell that is still to be rung: written with the job's row, deleted by the relay once the broker has it."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Adapter(Base):
+    """A name under which versions gather. One adapter has one base model."""
+
+    __tablename__ = "adapters"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    last_version: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class AdapterVersion(Base):
+    """An immutable version: its folder is DATA/artifacts/adapters/<digest>/. A job publishes at most one."""
+
+    __tablename__ = "adapter_versions"
+    __table_args__ = (UniqueConstraint("job_id"), CheckConstraint("version > 0", name="version_positive"))
+
+    adapter_name: Mapped[str] = mapped_column(String(64), ForeignKey("adapters.name"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[str] = mapped_column(String(80), index=True)
+    model: Mapped[str] = mapped_column(Text)
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"))
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
+    dataset_digest: Mapped[str] = mapped_column(String(80))
+    config: Mapped[dict[str, Any]]
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Alias(Base):
+    """A movable name of one version, as `champion`."""
+
+    __tablename__ = "aliases"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["adapter_name", "version"], ["adapter_versions.adapter_name", "adapter_versions.version"]
+        ),
+    )
+
+    adapter_name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version: Mapped[int]
+    updated_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class AliasMove(Base):
+    """When an alias moved, from where, to where and why. Append-only."""
+
+    __tablename__ = "alias_history"
+    __table_args__ = (Index("ix_alias_history_adapter_alias", "adapter_name", "alias"),)
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True, autoincrement=True)
+    adapter_name: Mapped[str] = mapped_column(String(64), ForeignKey("adapters.name"))
+    alias: Mapped[str] = mapped_column(String(64))
+    from_version: Mapped[int | None]
+    to_version: Mapped[int]
+    reason: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class IdempotencyKey(Base):
+    """What a caller's Idempotency-Key was answered with; only digests of key and body are kept."""
+
+    __tablename__ = "idempotency_keys"
+
+    key_digest: Mapped[str] = mapped_column(String(80), primary_key=True)
+    body_digest: Mapped[str] = mapped_column(String(80))
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
+    response: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+def new_id(prefix: str) -> str:
+    """An id that sorts by its time of birth, so that a list's cursor is its last id."""
+    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"

@@ -1,0 +1,79 @@
+"""The web half of errors: every failure of a request becomes one problem document. The table itself is service/errors.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+
+from service.errors import Problem
+
+MEDIA_TYPE = "application/problem+json"
+_BY_STATUS = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+# For the OpenAPI document: the shape of every error.
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "title", "status", "code", "detail", "request_id"],
+    "properties": {
+        "type": {"type": "string", "examples": ["urn:hscr:problem:dataset_not_found"]},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "code": {"type": "string", "description": "Stable; switch on this."},
+        "detail": {"type": "string"},
+        "request_id": {"type": "string"},
+    },
+}
+_RESPONSE: dict[str, Any] = {
+    "description": "A problem document (RFC 9457)",
+    "content": {MEDIA_TYPE: {"schema": SCHEMA}},
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {"default": _RESPONSE, 422: _RESPONSE}
+
+
+def problem_response(problem: Problem, request_id: str) -> JSONResponse:
+    return JSONResponse(problem.document(request_id), problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Handlers for refusals, invalid fields, unknown routes and a database that is away."""
+
+    @app.exception_handler(Problem)
+    async def refused(request: Request, error: Problem) -> JSONResponse:
+        return problem_response(error, request.state.request_id)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return problem_response(invalid_fields(error.errors()), request.state.request_id)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        code = _BY_STATUS.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
+        detail = "See /docs for the routes and what they take."
+        problem = Problem(code, detail, headers=dict(error.headers or {}))
+        return problem_response(problem, request.state.request_id)
+
+    @app.exception_handler(DBAPIError)
+    async def database(request: Request, error: DBAPIError) -> JSONResponse:
+        if not (error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")):
+            raise error
+        problem = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
+        return problem_response(problem, request.state.request_id)
+
+
+def invalid_fields(errors: Any) -> Problem:
+    """Which fields are wrong and how; never what was in them."""
+    fields = [
+        {"field": ".".join(str(p)[:80] for p in e["loc"][:8]), "reason": str(e["msg"])[:200]} for e in list(errors)[:20]
+    ]
+    return Problem("invalid_request", "Correct the fields named in `errors`.", errors=fields)

@@ -1,0 +1,1 @@
+"""One module a resource: handlers with their request and response models beside them."""

@@ -1,0 +1,120 @@
+"""POST /align: check everything that can be checked, write the job, answer 202. Nothing is published here; the relay does that."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Header, Response
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from sqlalchemy.orm import Session
+
+from hscr.config import AlignConfig, preset
+from service import datasets, jobs
+from service.adapters import NAME
+from service.errors import Problem
+from service.idempotency import once
+from service.routes.jobs import JobView, job_view
+from service.state import Service
+
+router = APIRouter(tags=["align"])
+
+EXAMPLES = {
+    "plain": {
+        "summary": "The recommended preset",
+        "value": {"dataset": "ds_019ab2c4d5e6f708192a3b4c5d6e", "adapter": "brain-mri"},
+    },
+    "own values": {
+        "summary": "Own values on top of a preset, evaluated on another data set",
+        "value": {
+            "dataset": "ds_019ab2c4d5e6f708192a3b4c5d6e",
+            "adapter": "brain-mri",
+            "preset": "recommended",
+            "optimization": {"epochs": 3},
+            "evaluation": {"dataset": "ds_019ab2c4d5e6f708192a3b4c5d6f", "max_records": 200},
+            "seed": 1,
+        },
+    },
+}
+
+
+class AlignRequest(BaseModel):
+    """`preference`, `optimization` and `evaluation` overlay the preset; `hscr.config` lists their fields and ranges."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dataset: Annotated[str, StringConstraints(max_length=40)] = Field(description="Id of the data set to align on.")
+    adapter: Annotated[str, StringConstraints(pattern=NAME)] = Field(
+        description="Name under which the version is published."
+    )
+    model: Annotated[str, StringConstraints(max_length=300)] | None = Field(
+        None, description="The base model; must be the one this service serves."
+    )
+    preset: Literal["recommended", "paper"] = "recommended"
+    preference: dict[str, Any] = Field(default_factory=dict)
+    optimization: dict[str, Any] = Field(default_factory=dict)
+    evaluation: dict[str, Any] = Field(
+        default_factory=dict, description="Also takes `dataset`: the id of a data set to evaluate on."
+    )
+    seed: int | None = None
+    deadline_s: float | None = Field(
+        None, gt=0, le=30 * 86400, allow_inf_nan=False, description="Fail the job after this time."
+    )
+    metadata: dict[
+        Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
+    ] = Field(default_factory=dict, max_length=32)
+
+
+@router.post("/align", status_code=202, summary="Start an align job")
+def align(
+    state: Service,
+    response: Response,
+    request: Annotated[AlignRequest, Body(openapi_examples=EXAMPLES)],
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> JobView:
+    """202 means: the job is stored and will run. With an Idempotency-Key, sending the request again makes no second job."""
+    config, evaluation_dataset = _configuration(request)
+    if request.model not in (None, state.settings.model_id):
+        raise Problem(
+            "model_not_served", f"This service serves {state.settings.model_id}; leave `model` out or name it."
+        )
+
+    def make(session: Session) -> tuple[str, dict[str, Any]]:
+        for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
+            if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
+                raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
+        job = jobs.create(
+            session,
+            dataset_id=request.dataset,
+            evaluation_dataset_id=evaluation_dataset,
+            adapter_name=request.adapter,
+            model=state.settings.model_id,
+            config=config.to_dict(),
+            deadline_s=request.deadline_s,
+            meta=request.metadata,
+        )
+        return job.id, job_view(session, job).model_dump(mode="json")
+
+    body, replayed = once(state.database, state.in_flight, idempotency_key, request.model_dump(mode="json"), make)
+    response.headers["Location"] = f"/jobs/{body['id']}"
+    if replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return JobView.model_validate(body)
+
+
+def _configuration(request: AlignRequest) -> tuple[AlignConfig, str | None]:
+    """The preset with the request's values on it, and the evaluation's data set. Raises Problem."""
+    evaluation = dict(request.evaluation)
+    dataset = evaluation.pop("dataset", None)
+    if dataset is not None and not (isinstance(dataset, str) and len(dataset) <= 40):
+        raise Problem("invalid_config", "evaluation.dataset: must be the id of a data set")
+    values: dict[str, Any] = {
+        "preference": request.preference,
+        "optimization": request.optimization,
+        "evaluation": evaluation,
+    }
+    if request.seed is not None:
+        values["seed"] = request.seed
+    try:
+        return AlignConfig.from_dict(values, base=preset(request.preset)), dataset
+    except ValueError as error:
+        raise Problem("invalid_config", str(error)) from None

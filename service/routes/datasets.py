@@ -1,0 +1,114 @@
+"""Data sets: upload, list, look at records and images."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, File, Form, Path, Response, UploadFile
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
+from sqlalchemy import select
+
+from service import datasets
+from service.archive import ArchiveLimits
+from service.errors import Problem
+from service.models import Dataset, DatasetRecord
+from service.pages import After, AfterNumber, Limit, Page, page
+from service.state import Service
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+DatasetId = Annotated[str, Path(max_length=40, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
+
+
+class RejectedView(BaseModel):
+    line: int
+    reason: str
+
+
+class DatasetView(BaseModel):
+    id: str
+    name: str
+    version: int
+    format: str
+    digest: str
+    n_records: int
+    n_images: int
+    n_rejected: int
+    created_at: datetime
+
+
+class DatasetDetail(DatasetView):
+    rejected: list[RejectedView]
+
+
+class RecordView(BaseModel):
+    number: int
+    record: dict[str, Any]
+    image_url: str
+
+
+@router.post("", status_code=201, summary="Upload a data set")
+def upload(
+    state: Service,
+    response: Response,
+    file: Annotated[UploadFile, File(description="A zip of records.jsonl and its images.")],
+    name: Annotated[str, Form(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\- ]{0,99}$")] = "dataset",
+    format: Annotated[Literal["hscr"], Form(description="`hscr`: one JSON record a line.")] = "hscr",
+) -> DatasetDetail:
+    """201 with counts and the rejected rows. The same content under the same name is the same version: 200 with what is there."""
+    s = state.settings
+    limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
+    dataset, new = datasets.import_zip(state.database, s.data_dir, file.file, name, limits, s.record_rows_max)
+    response.status_code = 201 if new else 200
+    response.headers["Location"] = f"/datasets/{dataset.id}"
+    return _detail(dataset)
+
+
+@router.get("", summary="Data sets, newest first")
+def index(state: Service, limit: Limit = 50, after: After = None) -> Page[DatasetView]:
+    query = select(Dataset).order_by(Dataset.id.desc()).limit(limit + 1)
+    with state.database.read() as session:
+        rows = session.scalars(query.where(Dataset.id < after) if after else query).all()
+    return Page(**page(rows, limit, _view, lambda row: row.id))
+
+
+@router.get("/{dataset_id}", summary="One data set")
+def show(state: Service, dataset_id: DatasetId) -> DatasetDetail:
+    with state.database.read() as session:
+        return _detail(datasets.get(session, dataset_id))
+
+
+@router.get("/{dataset_id}/records", summary="Its records, in file order")
+def records(state: Service, dataset_id: DatasetId, limit: Limit = 50, after: AfterNumber = 0) -> Page[RecordView]:
+    with state.database.read() as session:
+        datasets.get(session, dataset_id)
+        query = select(DatasetRecord).where(DatasetRecord.dataset_id == dataset_id, DatasetRecord.number > after)
+        rows = session.scalars(query.order_by(DatasetRecord.number).limit(limit + 1)).all()
+    return Page(**page(rows, limit, _record, lambda row: row.number))
+
+
+@router.get("/{dataset_id}/records/{number}/image", summary="A record's image", response_class=FileResponse)
+def image(state: Service, dataset_id: DatasetId, number: Annotated[int, Path(ge=1, le=2**31 - 1)]) -> FileResponse:
+    with state.database.read() as session:
+        dataset = datasets.get(session, dataset_id)
+        row = session.get(DatasetRecord, (dataset_id, number))
+    if row is None:
+        raise Problem("not_found", "The data set has no record of this number.")
+    # The path was checked when the record was read: relative and without "..".
+    headers = {"Content-Security-Policy": "sandbox", "Cache-Control": "private, max-age=3600"}
+    return FileResponse(datasets.folder(state.settings.data_dir, dataset.digest) / row.record["image"], headers=headers)
+
+
+def _view(row: Dataset) -> DatasetView:
+    return DatasetView.model_validate(row, from_attributes=True)
+
+
+def _detail(row: Dataset) -> DatasetDetail:
+    return DatasetDetail.model_validate(row, from_attributes=True)
+
+
+def _record(row: DatasetRecord) -> RecordView:
+    return RecordView(
+        number=row.number, record=row.record, image_url=f"/datasets/{row.dataset_id}/records/{row.number}/image"
+    )

@@ -1,0 +1,55 @@
+"""Liveness, readiness and metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+
+from service.models import Job
+from service.state import Service, State
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="Is the process alive?")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="Can it take requests?")
+def readyz(state: Service) -> JSONResponse:
+    """200 when the database answers with the current schema and the model (if this replica has one) is loaded; else 503 and what is missing."""
+    checks: dict[str, Any] = {
+        "database": _database(state),
+        "engine": _engine(state),
+        "draining": state.draining.is_set(),
+    }
+    ready = checks["database"] == "ok" and checks["engine"] in ("ok", "none") and not checks["draining"]
+    return JSONResponse({"status": "ready" if ready else "not ready", **checks}, 200 if ready else 503)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+def metrics(state: Service) -> Response:
+    return Response(state.metrics.scrape(state.database), media_type=CONTENT_TYPE_LATEST)
+
+
+def _database(state: State) -> str:
+    try:
+        with state.database.read() as session:
+            session.execute(select(Job.id).limit(1))
+    except DBAPIError:
+        return "unavailable"
+    return "ok"
+
+
+def _engine(state: State) -> str:
+    if state.batcher is None:
+        return "none"
+    if state.batcher.failure is not None:
+        return "failed"
+    return "ok" if state.batcher.ready.is_set() else "loading"

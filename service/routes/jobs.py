@@ -1,0 +1,230 @@
+"""Jobs: look, follow (pages or server-sent events), cancel, read the report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import BaseModel
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service import jobs
+from service.errors import Problem
+from service.models import AdapterVersion, Dataset, Job, JobEvent
+from service.pages import After, AfterNumber, Limit, Page, page
+from service.reports import folder as report_folder
+from service.state import Service, State
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+JobId = Annotated[str, Path(max_length=40, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
+Status = Literal["queued", "running", "paused", "awaiting_review", "succeeded", "failed", "cancelled"]
+POLL_S, HEARTBEAT_S = 0.5, 15.0
+
+
+class Progress(BaseModel):
+    stage: str
+    done: int
+    total: int
+    rate: float | None = None
+    eta_s: float | None = None
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+
+
+class DatasetRef(BaseModel):
+    id: str
+    digest: str
+
+
+class VersionRef(BaseModel):
+    name: str
+    version: int
+    digest: str
+
+
+class Lineage(BaseModel):
+    dataset: DatasetRef
+    evaluation_dataset: DatasetRef | None
+    adapter: VersionRef | None
+
+
+class JobView(BaseModel):
+    id: str
+    status: Status
+    stage: str | None
+    cancel_requested: bool
+    adapter: str
+    model: str
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    progress: Progress | None
+    metrics: dict[str, Any]
+    error: JobError | None
+    attempts: int
+    lineage: Lineage
+    report_url: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    deadline_at: datetime | None
+
+
+class EventView(BaseModel):
+    seq: int
+    type: str
+    data: dict[str, Any]
+    created_at: datetime
+
+
+@router.get("", summary="Jobs, newest first")
+def index(
+    state: Service, limit: Limit = 50, after: After = None, status: Annotated[Status | None, Query()] = None
+) -> Page[JobView]:
+    query = select(Job).order_by(Job.id.desc()).limit(limit + 1)
+    query = query.where(Job.id < after) if after else query
+    query = query.where(Job.status == status) if status else query
+    with state.database.read() as session:
+        rows = session.scalars(query).all()
+        return Page(**page(rows, limit, lambda row: job_view(session, row), lambda row: row.id))
+
+
+@router.get("/{job_id}", summary="One job")
+def show(state: Service, job_id: JobId) -> JobView:
+    with state.database.read() as session:
+        return job_view(session, jobs.get(session, job_id))
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="What happened, as a page or a stream",
+    response_model=Page[EventView],
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def events(
+    state: Service,
+    request: Request,
+    job_id: JobId,
+    limit: Limit = 200,
+    after: AfterNumber = 0,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
+) -> Any:
+    """With `Accept: text/event-stream` a stream that ends after the job's last event; reconnect with Last-Event-ID and nothing is lost."""
+    await asyncio.to_thread(_exists, state, job_id)
+    if "text/event-stream" in accept:
+        start = after if last_event_id is None else last_event_id
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(
+            _stream(state, request, job_id, start), media_type="text/event-stream", headers=headers
+        )
+    rows = await asyncio.to_thread(_rows, state, job_id, after, limit + 1)
+    return Page(**page(rows, limit, _event, lambda row: row.seq))
+
+
+@router.post("/{job_id}/cancel", status_code=202, summary="Cancel")
+def cancel(state: Service, job_id: JobId) -> JobView:
+    """A queued job is cancelled at once, a running one within seconds (its run gets TERM, then KILL). Cancelling twice changes nothing."""
+    with state.database.write() as session:
+        return job_view(session, jobs.request_cancel(session, job_id))
+
+
+@router.get("/{job_id}/report", summary="The run's report", response_class=Response)
+def report(state: Service, job_id: JobId, accept: Annotated[str, Header()] = "") -> Response:
+    """The page for people; with `Accept: application/json` its numbers."""
+    with state.database.read() as session:
+        name = jobs.get(session, job_id).report
+    kind = "report.json" if "application/json" in accept and "text/html" not in accept else "report.html"
+    path = report_folder(state.settings.data_dir, name) / kind if name else None
+    if path is None or not path.is_file():
+        raise Problem("report_not_found", "A job has its report when it has succeeded.")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
+    return FileResponse(path, headers={"Content-Security-Policy": policy})
+
+
+def job_view(session: Session, job: Job) -> JobView:
+    """The public form of a job. Also the body that POST /align stores for replays."""
+    version = session.scalar(select(AdapterVersion).where(AdapterVersion.job_id == job.id))
+    return JobView(
+        id=job.id,
+        status=job.status,  # type: ignore[arg-type]  # the table's check constraint is the same list
+        stage=job.stage,
+        cancel_requested=job.cancel_requested,
+        adapter=job.adapter_name,
+        model=job.model,
+        config=job.config,
+        metadata=job.meta,
+        progress=Progress(**job.progress) if job.progress else None,
+        metrics=job.metrics,
+        error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
+        attempts=job.attempts,
+        lineage=Lineage(
+            dataset=_dataset(session, job.dataset_id),
+            evaluation_dataset=_dataset(session, job.evaluation_dataset_id) if job.evaluation_dataset_id else None,
+            adapter=VersionRef(name=version.adapter_name, version=version.version, digest=version.digest)
+            if version
+            else None,
+        ),
+        report_url=f"/jobs/{job.id}/report" if job.report else None,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        deadline_at=job.deadline_at,
+    )
+
+
+def _dataset(session: Session, dataset_id: str) -> DatasetRef:
+    return DatasetRef(id=dataset_id, digest=session.get_one(Dataset, dataset_id).digest)
+
+
+def _event(row: JobEvent) -> EventView:
+    return EventView(seq=row.seq, type=row.type, data=row.data, created_at=row.created_at)
+
+
+def _exists(state: State, job_id: str) -> None:
+    with state.database.read() as session:
+        jobs.get(session, job_id)
+
+
+def _rows(state: State, job_id: str, after: int, limit: int) -> list[JobEvent]:
+    """A short session a poll: a stream holds no connection between polls, and the event loop never waits for the database."""
+    with state.database.read() as session:
+        return jobs.events_after(session, job_id, after, limit)
+
+
+async def _stream(state: State, request: Request, job_id: str, after: int) -> AsyncIterator[str]:
+    spoke = time.monotonic()
+    yield "retry: 1000\n\n"
+    while not (state.draining.is_set() or await request.is_disconnected()):
+        rows = await asyncio.to_thread(_rows, state, job_id, after, 500)
+        for row in rows:
+            body = json.dumps(_event(row).model_dump(mode="json"))
+            yield f"id: {row.seq}\nevent: {row.type}\ndata: {body}\n\n"
+            after = row.seq
+            if row.type == "status" and row.data.get("status") in jobs.ENDED:
+                return
+        if rows:
+            spoke = time.monotonic()
+            continue
+        if time.monotonic() - spoke > HEARTBEAT_S:
+            spoke = time.monotonic()
+            yield ": still here\n\n"
+        if await asyncio.to_thread(_over, state, job_id, after):
+            return
+        await asyncio.sleep(POLL_S)
+
+
+def _over(state: State, job_id: str, after: int) -> bool:
+    """True where the caller already has the last event of an ended job (a Last-Event-ID at or past the end)."""
+    with state.database.read() as session:
+        job = jobs.get(session, job_id)
+        return job.status in jobs.ENDED and after >= job.last_seq

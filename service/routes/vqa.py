@@ -1,0 +1,251 @@
+"""POST /vqa: one question on one image, as JSON or multipart; the answer with how far the image carries it.
+
+The adapter is resolved to an immutable version first; from there on only its digest counts. The image is data in the request, never an address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from hscr.images import ImageError, decode_image
+from service import adapters
+from service.adapters import Resolved
+from service.batcher import Batcher, Closed, Full
+from service.engine import AdapterDamaged, Question
+from service.errors import Problem
+from service.problems import invalid_fields
+from service.state import Service, State
+
+router = APIRouter(tags=["vqa"])
+
+
+class Parameters(BaseModel):
+    """What both forms of the request share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: Annotated[str, Field(min_length=1, max_length=8000, pattern=r"\S")]
+    adapter: Annotated[str, Field(max_length=160)] | None = Field(
+        None,
+        description="`name@alias`, `name:version` or `name` (its champion, else its newest); left out: the base model.",
+    )
+    max_tokens: int = Field(64, ge=1, le=1024)
+    temperature: float = Field(0.0, ge=0, le=5, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    grounding: Literal["none", "summary", "tokens"] = "none"
+
+
+class InlineImage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    base64: str = Field(min_length=1, description="The bytes of a PNG, JPEG or WebP file.")
+
+
+class VQARequest(Parameters):
+    image: InlineImage
+
+
+class ModelRef(BaseModel):
+    id: str
+    revision: str | None
+    digest: str | None
+
+
+class AdapterRef(BaseModel):
+    name: str
+    version: int
+    digest: str
+
+
+class Token(BaseModel):
+    text: str
+    logprob: float
+    logprob_without_image: float
+    reward: float
+    is_content: bool
+
+
+class Grounding(BaseModel):
+    score: float | None = Field(
+        description="Mean reward of the answer's words in nats: how much the image adds to them."
+    )
+    flagged: bool | None = Field(description="Below the version's threshold; null while it has none.")
+    threshold: float | None
+    tokens: list[Token] | None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class VQAResponse(BaseModel):
+    answer: str
+    finish_reason: Literal["stop", "length"]
+    token_ids: list[int]
+    model: ModelRef
+    adapter: AdapterRef | None
+    grounding: Grounding | None
+    usage: Usage
+    timing_ms: dict[str, float]
+    request_id: str
+
+
+# The body is read by hand, for it comes in two forms; so the document says both here.
+_SCHEMA = VQARequest.model_json_schema(ref_template="#/components/schemas/{model}")
+_INLINE = _SCHEMA.pop("$defs")["InlineImage"]
+_SCHEMA["properties"]["image"] = _INLINE
+_FORM = Parameters.model_json_schema()
+_FORM["properties"] = {"image": {"type": "string", "format": "binary"}, **_FORM["properties"]}
+_FORM["required"] = ["image", "question"]
+_EXAMPLE = {
+    "image": {"base64": "iVBORw0KGgo…"},
+    "question": "Which lobe holds the lesion?",
+    "adapter": "brain-mri@champion",
+    "grounding": "summary",
+}
+OPENAPI: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _SCHEMA, "example": _EXAMPLE},
+            "multipart/form-data": {"schema": _FORM},
+        },
+    }
+}
+
+
+@router.post("/vqa", summary="Ask a question on an image", openapi_extra=OPENAPI)
+async def vqa(state: Service, request: Request) -> VQAResponse:
+    """Base and adapters are served together. When too many questions wait, 503 at once with Retry-After."""
+    begin = time.perf_counter()
+    batcher = _ready(state)
+    parameters, data = await _read(request)
+    image = await asyncio.to_thread(_decode, data)
+    resolved = await asyncio.to_thread(_resolve, state, parameters.adapter)
+    question = Question(
+        image=image,
+        text=parameters.question,
+        adapter_digest=resolved.digest if resolved else None,
+        adapter_folder=adapters.folder(state.settings.data_dir, resolved.digest) if resolved else None,
+        max_tokens=parameters.max_tokens,
+        temperature=parameters.temperature,
+        seed=parameters.seed,
+        grounding=parameters.grounding,
+    )
+    asked = time.perf_counter()
+    answer = await _ask(state, batcher, question, request)
+    end = time.perf_counter()
+    engine, settings = state.engine, state.settings
+    return VQAResponse(
+        answer=answer.text,
+        finish_reason=answer.finish_reason,
+        token_ids=answer.token_ids,
+        model=ModelRef(
+            id=settings.model_id, revision=settings.model_revision, digest=engine.model_digest if engine else None
+        ),
+        adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
+        grounding=_grounding(parameters, answer),
+        usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
+        timing_ms={"model": round((end - asked) * 1000, 1), "total": round((end - begin) * 1000, 1)},
+        request_id=request.state.request_id,
+    )
+
+
+def _ready(state: State) -> Batcher:
+    if state.batcher is None:
+        raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
+    if state.batcher.failure is not None:
+        raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
+    if not state.batcher.ready.is_set():
+        raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
+    return state.batcher
+
+
+async def _read(request: Request) -> tuple[Parameters, bytes]:
+    """Parameters and image bytes from either form. Raises Problem."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "application/json":
+            body = VQARequest.model_validate_json(await request.body())
+            return body, base64.b64decode(body.image.base64, validate=True)
+        if kind == "multipart/form-data":
+            return await _read_form(request)
+    except ValidationError as error:
+        raise invalid_fields(error.errors(include_input=False, include_url=False, include_context=False)) from None
+    except (binascii.Error, ValueError):
+        raise Problem("invalid_image", "image.base64: is not base64.") from None
+    raise Problem("unsupported_media_type", "Send application/json or multipart/form-data.")
+
+
+async def _read_form(request: Request) -> tuple[Parameters, bytes]:
+    async with request.form(max_files=1, max_fields=16, max_part_size=64 * 1024) as form:
+        file = form.get("image")
+        if not isinstance(file, UploadFile):
+            raise Problem("invalid_request", "Send the image as the file part `image`.")
+        fields = {name: value for name, value in form.multi_items() if name != "image"}
+        return Parameters.model_validate(fields), await file.read()
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        return decode_image(data)
+    except ImageError as error:
+        raise Problem("invalid_image", f"{error}.") from None
+
+
+def _resolve(state: State, reference: str | None) -> Resolved | None:
+    if reference is None or reference == "":
+        return None
+    with state.database.read() as session:
+        resolved = adapters.resolve(session, reference)
+    if resolved.model != state.settings.model_id:
+        raise Problem("adapter_for_other_model", "Ask a service that serves the base model of this adapter.")
+    return resolved
+
+
+async def _ask(state: State, batcher: Batcher, question: Question, request: Request) -> Any:
+    """Wait for the answer; a client that leaves takes its question out of the queue."""
+    try:
+        future = batcher.submit(question)
+    except Full as error:
+        state.metrics.refused.inc()
+        raise Problem("overloaded", "Ask again later.", headers={"Retry-After": str(error.retry_after_s)}) from None
+    except Closed:
+        raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
+    waiting = asyncio.wrap_future(future)
+    try:
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=0.25)
+            if not waiting.done() and await request.is_disconnected():
+                raise HTTPException(400)  # nobody reads this
+        return waiting.result()
+    except asyncio.CancelledError:
+        raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
+    except HTTPException:
+        raise
+    except AdapterDamaged:
+        raise Problem("artifact_damaged", "The adapter's stored files fail their digest or cannot be loaded.") from None
+    except Exception:
+        raise Problem("answer_failed", "Try a shorter question or another image; the log has the request id.") from None
+    finally:
+        waiting.cancel()
+
+
+def _grounding(parameters: Parameters, answer: Any) -> Grounding | None:
+    if parameters.grounding == "none":
+        return None
+    tokens = None
+    if parameters.grounding == "tokens" and answer.tokens is not None:
+        tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
+    return Grounding(score=answer.score, flagged=None, threshold=None, tokens=tokens)

@@ -1,0 +1,55 @@
+"""`python -m service.serve`: the API under uvicorn, with an orderly end: at SIGTERM it says it is not ready, streams end, waiting questions are answered."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_app
+from service.lifeline import watch_parent
+from service.settings import Settings
+from service.state import State
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server that tells the application at once when a signal asks for the end."""
+
+    def __init__(self, config: uvicorn.Config, state: State) -> None:
+        super().__init__(config)
+        self._state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not the inherited one: it raises the signal again after the orderly end, and the exit status would say "killed".
+        self._state.draining.set()
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
+def main() -> int:
+    watch_parent()
+    settings = Settings()
+    try:
+        app = create_app(settings)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,  # it would log whole paths; service/edge.py logs routes
+        server_header=False,
+        timeout_graceful_shutdown=15,
+        timeout_keep_alive=15,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = _Server(config, app.state.hscr)
+    server.run()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Deployment settings: addresses, paths, limits and times, read from the environment (names below, prefix HSCR_).
+
+The science is not here: that is hscr/config.py. Every process of a deployment reads the same variables.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """All settings with their defaults. `DATABASE_URL` and `REDIS_URL` have no prefix, as is usual."""
+
+    model_config = SettingsConfigDict(env_prefix="HSCR_", extra="ignore", populate_by_name=True)
+
+    data_dir: Path = Path("hscr-data")
+    database_url: str = Field(default="", validation_alias=AliasChoices("DATABASE_URL", "HSCR_DATABASE_URL"))
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6379/0", validation_alias=AliasChoices("REDIS_URL", "HSCR_REDIS_URL")
+    )
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: SecretStr | None = None
+
+    model: str = ""  # Hugging Face name or folder; empty = the demo model that ships with hscr
+    model_revision: str | None = None
+    engine: Literal["local", "none"] = "local"
+    device: str = "auto"
+    dtype: str = "auto"
+    engine_threads: int = Field(default=1, ge=1)
+    batch_max: int = Field(default=8, ge=1)
+    batch_window_s: float = Field(default=0.005, ge=0)
+    queue_max: int = Field(default=64, ge=1)
+    adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded in the engine
+
+    run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
+    run_threads: int = Field(default=1, ge=1)
+    lease_s: float = Field(default=30.0, gt=0)
+    stop_grace_s: float = Field(default=8.0, ge=0)  # a cancelled run gets this long after TERM, then KILL
+    lock_wait_s: float = Field(default=60.0, ge=0)  # an attempt waits this long for an older one's run to be dead
+    max_crashes: int = Field(default=3, ge=1)
+    sweep_interval_s: float = Field(default=1.0, gt=0)
+    ring_after_s: float = Field(default=5.0, gt=0)
+
+    body_max_bytes: int = 32 * 2**20
+    upload_max_bytes: int = 4 * 2**30
+    upload_unpacked_max_bytes: int = 16 * 2**30
+    upload_entries_max: int = 200_000
+    record_rows_max: int = 500_000
+
+    @field_validator("run_command", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """A JSON list, or a command line as a shell would split it."""
+        if isinstance(value, str):
+            return json.loads(value) if value.lstrip().startswith("[") else shlex.split(value)
+        return value
+
+    @property
+    def database(self) -> str:
+        """The database's address; a SQLite file in the data folder unless DATABASE_URL says otherwise."""
+        return self.database_url or f"sqlite:///{(self.data_dir / 'hscr.db').resolve()}"
+
+    @property
+    def model_path(self) -> str:
+        return self.model or demo_model()
+
+    @property
+    def model_id(self) -> str:
+        """The model's name for people: a hub name as it is, of a folder only its last part (a path says too much)."""
+        return "hscr-demo" if not self.model else Path(self.model).name if Path(self.model).exists() else self.model
+
+    @property
+    def on_loopback(self) -> bool:
+        return is_loopback(self.host)
+
+
+@cache
+def demo_model() -> str:
+    import hscr
+
+    return str(Path(next(iter(hscr.__path__))) / "demo" / "model")
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

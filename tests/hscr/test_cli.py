@@ -1,0 +1,240 @@
+"""The command line: exit codes, messages, help, and what is printed where."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hscr import cli
+from hscr.artifacts import json_digest
+from hscr.cli import app, configuration
+from hscr.events import Stopped
+from hscr.records import read_preferences
+from hscr.run_dir import RunDir
+from tests.hscr.tiny import picture
+
+FAST = ["-s", "preference.similarity=token_f1", "-s", "optimization.lora_rank=2", "-s", "optimization.epochs=1"]
+FAST += ["-s", "evaluation.n_bootstrap=100", "-s", "evaluation.max_new_tokens=4", "-s", "evaluation.max_records=3"]
+
+
+@pytest.fixture
+def hscr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command as `python -m hscr` does; (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hscr", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return int(code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is wrapped or coloured, so that messages can be searched."""
+    from rich.console import Console
+
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(cli, "console", Console(stderr=True, width=300, color_system=None))
+
+
+COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
+
+
+def test_all_promised_commands_exist() -> None:
+    assert {"align", "generate", "evaluate", "ask", "export"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_reads_and_names_every_command(hscr: Any, command: str) -> None:
+    code, out, _ = hscr(*([command] if command else []), "--help")
+    assert code == 0
+    assert "Usage" in out
+    assert all(c in out for c in COMMANDS) or command
+
+
+def test_help_answers_without_loading_torch() -> None:
+    code = "import sys, hscr.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_align_in_json_writes_nothing_but_events_to_stdout(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    where = ["align", data_folder, "--eval", data_folder, "-m", tiny_folder, "-o", tmp_path / "out", *FAST]
+    code, out, _ = hscr(*where, "--events", "json")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [e["status"] for e in events if e["type"] == "stage"] == ["started", "completed"] * 4
+    assert events[-1]["type"] == "result"
+    assert events[-1]["adapter"] == "adapter"
+    assert events[-1]["digest"].startswith("sha256:")
+    code, out, err = hscr(*where)  # again, drawn: everything is skipped
+    assert code == 0
+    assert "unchanged" in err
+    assert "open/strict" in out
+
+
+def test_evaluate_compares_base_and_adapter_and_does_not_repeat_itself(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert hscr("align", data_folder, "-m", tiny_folder, "-o", run, *FAST)[0] == 0
+    where = ["evaluate", data_folder, "-m", tiny_folder, "--adapter", run / "adapter", "-o", tmp_path / "out", *FAST]
+    code, out, err = hscr(*where)
+    assert code == 0, err
+    assert "base" in out
+    assert "adapter" in out
+    before = (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns
+    assert hscr(*where)[0] == 0
+    assert (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns == before
+    code, _, err = hscr(*where, "-s", "evaluation.max_records=0")
+    assert code == 2
+    assert "nothing to evaluate" in err
+
+
+def test_generate_and_export_write_rows(hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    made = tmp_path / "new" / "p.jsonl"
+    code, _, err = hscr("generate", data_folder, "-m", tiny_folder, "-o", made, *FAST)
+    assert code == 0, err
+    levels = sum(len(p.levels) for p in read_preferences(made))
+    assert levels > 0
+    assert hscr("export", made, "-o", tmp_path / "other" / "t.jsonl")[0] == 0
+    assert len((tmp_path / "other" / "t.jsonl").read_text().splitlines()) == levels
+
+
+def test_ask_prints_an_answer_and_json_with_everything(hscr: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    where = ["ask", tmp_path / "a.png", "Where?", "-m", tiny_folder, "--max-tokens", 5]
+    code, out, _ = hscr(*where, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert len(answer["token_ids"]) == answer["completion_tokens"] == len(answer["tokens"]) <= 5
+    assert {"text", "logprob", "logprob_without_image", "reward", "is_content"} == answer["tokens"][0].keys()
+    assert answer["finish_reason"] in ("stop", "length")
+    code, out, _ = hscr(*where)
+    assert code == 0
+    assert re.search(r"grounding -?\d", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["align", "{data}", "-o", "{tmp}/o", "-s", "optimization.lr=-1"],
+            "optimization.lr: must be in (0, 1], got -1",
+        ),
+        (["align", "{data}", "-o", "{tmp}/o", "-s", "optimization.lr"], "write field=value"),
+        (["align", "{data}", "-o", "{tmp}/o", "-s", "lr=1"], "lr: unknown field"),
+        (["align", "{data}", "-o", "{tmp}/o", "--preset", "best"], "preset: must be one of"),
+        (["align", "{data}", "-o", "{tmp}/o", "--config", "{tmp}/none.json"], "--config: no such file: none.json"),
+        (["align", "{data}", "-o", "{tmp}/o", "--config", "{data}/records.jsonl"], "is not JSON"),
+        (["align", "{data}", "-o", "{tmp}/o", "-m", "{tmp}"], "no config.json there"),
+        (["align", "{tmp}/[b]none", "-o", "{tmp}/o"], "data set '[b]none': no such file or folder"),
+        (
+            ["align", "{data}", "-o", "{tmp}/o", "-m", "{model}", "--events", "xml"],
+            "--events: must be progress or json",
+        ),
+        (["align", "{data}", "-o", "{tmp}/o", "-m", "{model}", "--dtype", "int4"], "dtype: must be auto or one of"),
+        (["ask", "{tmp}/none.png", "Where?"], "the image file is missing"),
+        (["ask", "{data}/records.jsonl", "Where?"], "the data is not a PNG, JPEG or WebP image"),
+        (["export", "{tmp}", "-o", "{tmp}/x"], "no preferences.jsonl there"),
+        (["export", "{tmp}/nothing", "-o", "{tmp}/x", "--format", "csv"], "no preferences.jsonl there"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_clear_line(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    names = {"{data}": data_folder, "{tmp}": tmp_path, "{model}": tiny_folder}
+    filled = []
+    for argument in arguments:
+        for name, value in names.items():
+            argument = argument.replace(name, str(value))
+        filled.append(argument)
+    code, out, err = hscr(*filled)
+    assert code == 2
+    assert message in err
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("form", [["--events", "json"], ["--events=json"]])
+def test_bad_input_in_json_is_an_error_event(hscr: Any, data_folder: Path, tmp_path: Path, form: list[str]) -> None:
+    code, out, _ = hscr("align", data_folder, "-o", tmp_path / "o", "-s", "seed=-1", *form)
+    assert code == 2
+    assert json.loads(out) == {"type": "error", "code": "bad_input", "message": json.loads(out)["message"]}
+    assert "seed: must be in" in out
+
+
+def test_usage_errors_end_with_2(hscr: Any) -> None:
+    assert hscr("align")[0] == 2
+    assert hscr("no-such-command")[0] == 2
+    assert hscr("ask", "a.png", "Where?", "--max-tokens", 0)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Stopped("optimizing"), 75),
+        (ArithmeticError("loss is nan"), 2),
+        (KeyboardInterrupt(), 130),
+        (ValueError("x"), 2),
+    ],
+)
+def test_ends_of_a_run_map_to_exit_codes(
+    hscr: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def end(*a: Any, **kw: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", end)
+    assert hscr("align", "--events=json")[0] == code
+
+
+def test_a_crash_is_no_bad_input(hscr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything unforeseen keeps its traceback and Python's exit code 1, so that the service tries again."""
+
+    def crash() -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(cli, "app", crash)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        hscr("align")
+
+
+def test_a_locked_run_directory_is_bad_input(hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    with RunDir(tmp_path / "out").locked():
+        code, _, err = hscr("align", data_folder, "-m", tiny_folder, "-o", tmp_path / "out", *FAST)
+    assert code == 2
+    assert "another run is working in it" in err
+
+
+def test_rows_left_out_are_told(hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    with (data_folder / "records.jsonl").open("a") as file:
+        file.write('{"id": "x"}\n')
+    code, _, err = hscr("align", data_folder, "-m", tiny_folder, "-o", tmp_path / "out", *FAST)
+    assert code == 0
+    assert "line 9 left out: image: must be a text" in err
+
+
+def test_configuration_lays_file_over_preset_and_fields_over_both(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"optimization": {"lr": 0.5, "gamma": 0.25}, "seed": 4}')
+    found = configuration("recommended", file, ["optimization.lr=0.25", "preference.similarity=token_f1"], None)
+    assert (found.optimization.lr, found.optimization.gamma, found.optimization.anchor) == (0.25, 0.25, 1.0)
+    assert (found.preference.similarity, found.seed) == ("token_f1", 4)
+    assert configuration("paper", file, [], 9).seed == 9
+    assert json_digest(configuration("paper", None, None).to_dict())

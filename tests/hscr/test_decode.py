@@ -1,0 +1,112 @@
+"""The decoding loop against stock `generate`, and what it promises about rows of a batch."""
+
+import random
+
+import pytest
+import torch
+
+from hscr.decode import decode
+from hscr.model import VLM, encode_answer, encode_prompts
+from hscr.packing import packed_logits
+from hscr.visual_tokens import Prompt, dropped
+from tests.hscr.tiny import picture
+
+QUESTIONS = ["Where is the lesion?", "Which plane?", "Is there a lesion in the left frontal lobe? yes no", "what"]
+
+
+def prompts_of(vlm: VLM) -> list[Prompt]:
+    return encode_prompts(vlm, [picture(i) for i in range(4)], QUESTIONS)
+
+
+def test_greedy_equals_stock_generate_with_pixel_values(vlm: VLM) -> None:
+    ours = decode(vlm, prompts_of(vlm), max_tokens=16)
+    for i, question in enumerate(QUESTIONS):
+        batch = vlm.processor(images=[picture(i)], text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+        stock = vlm.model.generate(
+            **batch, do_sample=False, max_new_tokens=16, suppress_tokens=[vlm.image_token_id], pad_token_id=0
+        )
+        assert ours[i] == stock[0, batch["input_ids"].shape[1] :].tolist()
+    assert len({tuple(row) for row in ours}) == 4  # the answers differ, so equality says something
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_does_not_depend_on_its_batch_mates(vlm: VLM, seed: int) -> None:
+    """Random mixes of prompts, dropped prompts, prefixes, limits and temperatures, in random order."""
+    prompts = prompts_of(vlm)
+    prefix = encode_answer(vlm, QUESTIONS[0], "There is a large lesion")[:-1]
+    rows = []
+    for i, p in enumerate(prompts):
+        rows += [(p, [], 8, 0.0, i), (dropped(p, 0.7, i, 0), prefix[: i + 1], 5, 0.0, i), (p, prefix, 6, 1.0, i)]
+    chosen = random.Random(seed).sample(rows, 5)
+    together = decode(
+        vlm,
+        [r[0] for r in chosen],
+        [r[1] for r in chosen],
+        max_tokens=[r[2] for r in chosen],
+        temperature=[r[3] for r in chosen],
+        seeds=[r[4] for r in chosen],
+    )
+    for (p, x, limit, heat, stream), made in zip(chosen, together, strict=True):
+        assert decode(vlm, [p], [x], max_tokens=limit, temperature=heat, seeds=[stream])[0] == made
+
+
+def test_a_prefix_is_continued_not_repeated(vlm: VLM) -> None:
+    prompt = prompts_of(vlm)[0]
+    whole = decode(vlm, [prompt], max_tokens=10)[0]
+    assert decode(vlm, [prompt], [whole[:4]], max_tokens=6)[0] == whole[4:]
+    other = encode_answer(vlm, QUESTIONS[0], "right right right")[:-1]
+    assert decode(vlm, [prompt], [other], max_tokens=6)[0] != whole[4:]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.7])
+def test_the_cached_loop_equals_the_plain_route_without_a_cache(vlm: VLM, ratio: float) -> None:
+    for i, prompt in enumerate(prompts_of(vlm)):
+        cut = dropped(prompt, ratio, i, 0)
+        made = decode(vlm, [cut], max_tokens=10)[0]
+        with torch.no_grad():
+            logits = packed_logits(vlm, [cut], [[made]])[0][0]
+        logits[:, vlm.image_token_id] = -torch.inf
+        assert logits.argmax(-1).tolist() == made
+
+
+def test_sampling_has_one_stream_a_row(vlm: VLM) -> None:
+    prompt = prompts_of(vlm)[0]
+    a, b, again = decode(vlm, [prompt] * 3, max_tokens=12, temperature=2.0, seeds=[1, 2, 1])
+    assert a == again != b
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert decode(vlm, [prompt], max_tokens=12, temperature=2.0, seeds=[1])[0] == a
+    assert torch.equal(torch.get_rng_state(), state)  # the global stream is left alone
+
+
+def test_a_small_temperature_tends_to_greedy_and_never_overflows(vlm: VLM) -> None:
+    prompt = prompts_of(vlm)[0]
+    greedy = decode(vlm, [prompt], max_tokens=6)[0]
+    for heat in (1e-3, 1e-30, 1e-45, float("nan")):
+        assert decode(vlm, [prompt], max_tokens=6, temperature=heat, seeds=[3])[0] == greedy
+
+
+def test_the_image_token_is_never_produced(vlm: VLM) -> None:
+    """The image token is made a hundred times as likely (in logits) as the first greedy one: stock argmax would take it."""
+    prompt = prompts_of(vlm)[0]
+    first = decode(vlm, [prompt], max_tokens=1)[0][0]
+    with torch.no_grad():
+        vlm.base.lm_head.weight[vlm.image_token_id] = 100 * vlm.base.lm_head.weight[first]
+        wanted = packed_logits(vlm, [prompt], [[[first]]])[0][0][0].argmax()
+    assert int(wanted) == vlm.image_token_id
+    for heat in (0.0, 1.0):
+        assert vlm.image_token_id not in decode(vlm, [prompt], max_tokens=20, temperature=heat)[0]
+
+
+def test_rows_end_with_end_of_sequence_or_at_their_limit(vlm: VLM) -> None:
+    """With the end of sequence made likely on one step only one row stops; the other goes on to its limit."""
+    prompts = prompts_of(vlm)
+    free = decode(vlm, prompts[:2], max_tokens=6)
+    end = free[0][2]
+    assert end not in free[0][:2]
+    vlm.base.generation_config.eos_token_id = [end, 2]
+    stopped, other = decode(vlm, prompts[:2], max_tokens=[6, 4])
+    assert stopped == free[0][:3]
+    assert other == free[1][:4] or other[-1] == end
+    assert decode(vlm, prompts[:2], max_tokens=[0, 2])[0] == []
+    assert decode(vlm, [], max_tokens=3) == []

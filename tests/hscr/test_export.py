@@ -1,0 +1,40 @@
+"""Preference records for other trainers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hscr.export import trl_rows, write_export
+from hscr.records import Level, PreferenceRecord, VQARecord, read_preferences
+
+RECORDS = [
+    PreferenceRecord(
+        VQARecord("a", "images/a.png", "Where?", "left"), (Level("right", 0.5), Level("none", 0.1)), (), {}
+    ),
+    PreferenceRecord(VQARecord("b", "images/b.png", "Which?", "axial"), (), (), {"no_level": 1}),
+]
+
+
+def test_trl_has_one_row_a_pair_in_conversational_columns() -> None:
+    rows = list(trl_rows(RECORDS))
+    assert rows[0] == {
+        "images": ["images/a.png"],
+        "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where?"}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "left"}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "right"}]}],
+    }
+    assert [r["rejected"][0]["content"][0]["text"] for r in rows] == ["right", "none"]
+
+
+def test_files_hold_a_row_a_line(tmp_path: Path) -> None:
+    assert write_export(RECORDS, "trl", tmp_path / "t.jsonl") == 2
+    assert len([json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]) == 2
+    assert write_export(RECORDS, "hscr", tmp_path / "h.jsonl") == 2
+    assert list(read_preferences(tmp_path / "h.jsonl")) == RECORDS
+
+
+def test_an_unknown_format_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format: must be one of trl, hscr"):
+        write_export(RECORDS, "csv", tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,125 @@
+"""Image decoding: formats, and limits that hold before a pixel is decoded."""
+
+import io
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hscr.images import ImageError, ImageLimits, decode_image
+from tests.hscr.tiny import picture
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_formats_come_back_as_they_were(form: str, options: dict[str, object]) -> None:
+    original = picture(1, (20, 30))
+    image = decode_image(encoded(original, form, **options))
+    assert image.mode == "RGB"
+    assert image.tobytes() == original.tobytes()
+
+
+def test_jpeg_is_read_also_in_grey_and_cmyk() -> None:
+    for mode in ("RGB", "L", "CMYK"):
+        assert decode_image(encoded(picture(1).convert(mode), "JPEG")).mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 12_000), (30_000, 1), (2**31 - 1, 2**31 - 1)])
+def test_a_huge_size_in_the_header_is_refused_with_little_memory(size: tuple[int, int]) -> None:
+    data = png_header(*size)
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="pixels"):
+        decode_image(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_limits_are_exact() -> None:
+    data = encoded(Image.new("RGB", (10, 8)))
+    assert decode_image(data, ImageLimits(len(data), 80, 10)).size == (10, 8)
+    for limits in (ImageLimits(len(data) - 1, 80, 10), ImageLimits(len(data), 79, 10), ImageLimits(len(data), 80, 9)):
+        with pytest.raises(ImageError):
+            decode_image(data, limits)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_a_truncated_file_is_damaged(form: str) -> None:
+    data = encoded(picture(1, (64, 64)), form)
+    with pytest.raises(ImageError, match=r"damaged|not a PNG"):
+        decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF"])
+def test_other_formats_are_refused(form: str) -> None:
+    with pytest.raises(ImageError, match="not a PNG, JPEG or WebP"):
+        decode_image(encoded(picture(1), form))
+
+
+def test_no_data_no_file_and_no_image_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="empty"):
+        decode_image(b"")
+    with pytest.raises(ImageError, match="missing"):
+        decode_image(tmp_path / "secret-name.png")
+    with pytest.raises(ImageError, match="not a PNG") as error:
+        decode_image(b"<svg>secret</svg>")
+    assert "secret" not in str(error.value)
+
+
+def test_a_big_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "big.png"
+    with path.open("wb") as file:
+        file.truncate(10**12)  # sparse: reading it would take all memory
+    with pytest.raises(ImageError, match="bytes"):
+        decode_image(path)
+
+
+def test_sixteen_bit_grey_is_scaled_to_its_own_range() -> None:
+    """Values 1000, 2000, 3000 → 0, 127, 255 (127.5 cut); Pillow's own conversion would clip all to white."""
+    values = np.array([[1000, 2000, 3000]], dtype=np.uint16)
+    image = decode_image(encoded(Image.fromarray(values)))
+    assert np.asarray(image)[0].tolist() == [[0, 0, 0], [127, 127, 127], [255, 255, 255]]
+
+
+def test_transparency_lies_on_black() -> None:
+    """Alpha 128 of 200: 200·128/255 = 100."""
+    image = decode_image(encoded(Image.new("RGBA", (2, 2), (200, 100, 0, 128))))
+    assert image.getpixel((0, 0)) == pytest.approx((100, 50, 0), abs=1)
+    assert decode_image(encoded(Image.new("LA", (1, 1), (255, 0)))).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_palettes_transparent_colour_lies_on_black() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0] + [0] * 762)
+    palette.putdata([0, 1])
+    image = decode_image(encoded(palette, transparency=0))
+    assert [image.getpixel((x, 0)) for x in range(2)] == [(0, 0, 0), (0, 255, 0)]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_one_pixel_is_an_image(mode: str) -> None:
+    assert decode_image(encoded(Image.new(mode, (1, 1)))).size == (1, 1)

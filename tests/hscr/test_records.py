@@ -1,0 +1,136 @@
+"""VQA records and preference records in JSONL: what is read, what is rejected and why."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hscr.records import (
+    GroundedWord,
+    Level,
+    PreferenceRecord,
+    VQARecord,
+    WordReward,
+    read_preferences,
+    read_records,
+    records_file,
+    to_json,
+    vqa_record,
+    write_jsonl,
+)
+
+GOOD: dict[str, Any] = {"id": "a", "image": "images/a.png", "question": "Where?", "answer": "left"}
+
+
+def test_a_full_record_survives_json() -> None:
+    record = VQARecord(
+        "é1",
+        "images/a.png",
+        "Which?",
+        "no",
+        "closed",
+        ("yes", "no"),
+        (GroundedWord("no", ("yes", "no")),),
+        "g",
+        {"k": [1]},
+    )
+    assert vqa_record(json.loads(json.dumps(to_json(record)))) == record
+    assert vqa_record(GOOD) == VQARecord("a", "images/a.png", "Where?", "left")
+
+
+def test_numbers_as_id_and_answer_become_text() -> None:
+    record = vqa_record({**GOOD, "id": 7, "answer": 2.5})
+    assert (record.id, record.answer) == ("7", "2.5")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"id": ""}, "id: must be a text"),
+        ({"id": None}, "id: must be a text"),
+        ({"question": 3}, "question: must be a text"),
+        ({"answer": "  "}, "answer: must be a text"),
+        ({"answer": True}, "answer: must be a text"),
+        ({"question": "x" * 20_001}, "question: longer than"),
+        ({"answer": "a\x00b"}, "answer: holds a NUL"),
+        ({"answer": "a\ud800b"}, "answer: holds half of a surrogate pair"),
+        ({"image": "/etc/passwd"}, "image: must be a path inside"),
+        ({"image": "../a.png"}, "image: must be a path inside"),
+        ({"image": "images/../../a.png"}, "image: must be a path inside"),
+        ({"image": "images\\a.png"}, "image: must be a path inside"),
+        ({"image": "i" * 300}, "image: the path is longer"),
+        ({"image": "i/" * 600 + "a"}, "image: the path is longer"),
+        ({"answer_type": "OPEN?"}, "answer_type: must be open or closed"),
+        ({"answer_type": 1}, "answer_type: must be open or closed"),
+        ({"options": "yes"}, "options: must be a list"),
+        ({"options": ["yes", 1]}, "options: must be a list"),
+        ({"grounded": ["left"]}, "grounded: must be a list of"),
+        ({"grounded": 5}, "grounded: must be a list"),
+        ({"grounded": True}, "grounded: must be a list"),
+        ({"grounded": [{"word": "left"}]}, "grounded: must be a list of"),
+        ({"group": 1}, "group: must be a text"),
+        ({"meta": [1]}, "meta: must be an object"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        vqa_record({**GOOD, **change})
+
+
+def test_bad_lines_are_returned_with_line_and_reason_and_never_dropped(tmp_path: Path) -> None:
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+        b"",
+        b"{",
+        b'"text"',
+        json.dumps({**GOOD, "question": "again"}).encode(),
+        b'{"id": "\xff"}',
+        b"[" * 100_000,
+        json.dumps({**GOOD, "id": "b", "answer_type": "CLOSED"}).encode(),
+        b'{"id": 1' + b"0" * 5000 + b"}",
+    ]
+    (tmp_path / "records.jsonl").write_bytes(b"\r\n".join(lines))
+    records, rejected = read_records(tmp_path)
+    assert [(r.id, r.answer_type) for r in records] == [("a", "open"), ("b", "closed")]
+    assert {r.line: r.reason.split(":")[0] for r in rejected if r.line != 9} == {
+        3: "not JSON",
+        4: "a line must be a JSON object",
+        5: "id",
+        6: "not UTF-8",
+        7: "nested too deeply",
+    }
+    assert [r.line for r in rejected] == [3, 4, 5, 6, 7, 9]
+
+
+def test_the_records_file_is_found_or_its_absence_explained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file or folder"):
+        records_file(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"0 \.jsonl files there"):
+        records_file(tmp_path)
+    (tmp_path / "train.jsonl").touch()
+    assert records_file(tmp_path).name == "train.jsonl"
+    (tmp_path / "test.jsonl").touch()
+    with pytest.raises(ValueError, match=r"2 \.jsonl files there"):
+        records_file(tmp_path)
+    (tmp_path / "records.jsonl").touch()
+    assert records_file(tmp_path).name == "records.jsonl"
+    assert records_file(tmp_path / "test.jsonl").name == "test.jsonl"
+
+
+def test_preference_records_survive_jsonl_and_a_torn_last_line_ends_the_reading(tmp_path: Path) -> None:
+    records = [
+        PreferenceRecord(
+            vqa_record({**GOOD, "id": str(i)}),
+            (Level("right", 0.5, (("left", "right"),)), Level("no", 0.1)),
+            (WordReward("left", 1.5, True), WordReward("é", 0.0, False)),
+            {"gap_too_small": 2},
+        )
+        for i in range(2)
+    ]
+    empty = PreferenceRecord(vqa_record({**GOOD, "id": "3"}), (), (), {})
+    path = tmp_path / "p.jsonl"
+    write_jsonl(path, [*records, empty])
+    assert list(read_preferences(path)) == [*records, empty]
+    path.write_bytes(path.read_bytes()[:-5])
+    assert list(read_preferences(path)) == records

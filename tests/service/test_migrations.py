@@ -1,0 +1,103 @@
+"""The schema's history on both databases: up, down, up again, and equal to the models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from alembic import command
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+
+from service.db import Database, alembic_config, now
+from service.models import AdapterVersion, Alias, Base, Job, new_id
+
+
+def test_history_and_models_agree(database_url: str) -> None:
+    command.check(alembic_config(database_url))
+
+
+def test_down_to_nothing_and_up_again(database_url: str, database: Database) -> None:
+    config = alembic_config(database_url)
+    command.downgrade(config, "base")
+    assert set(inspect(database.engine).get_table_names()) == {"alembic_version"}
+    command.upgrade(config, "head")
+    assert set(inspect(database.engine).get_table_names()) == {"alembic_version", *Base.metadata.tables}
+    command.upgrade(config, "head")
+    command.check(config)
+
+
+def job(dataset: Any, **changes: Any) -> Job:
+    given = {
+        "id": new_id("job"),
+        "status": "queued",
+        "dataset_id": dataset.id,
+        "adapter_name": "a",
+        "model": "m",
+        "config": {},
+        "meta": {},
+    }
+    return Job(**given | changes)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"status": "unknown"},
+        {"status": "running"},
+        {"status": "queued", "lease_until": now()},
+        {"status": "succeeded"},
+        {"status": "queued", "finished_at": now()},
+        {"dataset_id": "ds_none"},
+    ],
+)
+def test_rows_that_must_never_be_are_refused(database: Database, dataset: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(IntegrityError), database.write() as session:
+        session.add(job(dataset, **wrong))
+
+
+def test_job_publishes_at_most_one_version_and_an_alias_points_at_a_real_one(database: Database, dataset: Any) -> None:
+    from service.models import Adapter
+
+    with database.write() as session:
+        row = job(dataset)
+        session.add_all([row, Adapter(name="a", last_version=2)])
+        job_id = row.id
+
+    def version(number: int) -> AdapterVersion:
+        return AdapterVersion(
+            adapter_name="a", version=number, digest="d", model="m", job_id=job_id, dataset_id=dataset.id,
+            dataset_digest="d", config={}, metrics={},
+        )  # fmt: skip
+
+    with database.write() as session:
+        session.add(version(1))
+    with pytest.raises(IntegrityError), database.write() as session:
+        session.add(version(2))
+    with pytest.raises(IntegrityError), database.write() as session:
+        session.add(Alias(adapter_name="a", alias="champion", version=2))
+
+
+def test_sqlite_write_transactions_lock_from_their_start(tmp_path: Any) -> None:
+    """Read-then-write by two writers at once: with a deferred BEGIN one of them would meet "database is locked"."""
+    import threading
+
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    with database.write() as session:
+        session.execute(text("CREATE TABLE n (v INTEGER)"))
+        session.execute(text("INSERT INTO n VALUES (0)"))
+
+    def bump() -> None:
+        for _ in range(20):
+            with database.write() as session:
+                value = session.scalar(text("SELECT v FROM n"))
+                session.execute(text("UPDATE n SET v = :v"), {"v": value + 1})
+
+    threads = [threading.Thread(target=bump) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as session:
+        assert session.scalar(text("SELECT v FROM n")) == 160
+    database.close()

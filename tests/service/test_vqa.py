@@ -1,0 +1,183 @@
+"""POST /vqa in front of an engine that only echoes: both forms of the request, references, refusals. The real engine is in tests/e2e."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.engine import LocalEngine, Question
+from service.settings import Settings
+from tests.conftest import png, wait_for
+from worker.supervise import run_job
+
+
+class Echo(LocalEngine):
+    """Answers with what it was asked; holds while the gate is shut."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.asked: list[Question] = []
+
+    def load(self) -> None:
+        self.model_digest = "sha256:base"
+
+    def answer(self, questions: list[Question]) -> list[Any]:
+        self.asked += questions
+        assert self.gate.wait(20)
+        return [ValueError("canary") if q.text == "fail" else self._echo(q) for q in questions]
+
+    def _echo(self, q: Question) -> Any:
+        token = SimpleNamespace(text="a", logprob=-0.1, logprob_without_image=-2.1, reward=2.0, is_content=True)
+        return SimpleNamespace(
+            text=f"{q.text}|{q.image.size}|{q.adapter_digest}|{q.max_tokens}|{q.seed}",
+            token_ids=[1],
+            tokens=[token] if q.grounding == "tokens" else None,
+            score=None if q.grounding == "none" else 2.0,
+            finish_reason="stop",
+            prompt_tokens=3,
+            completion_tokens=1,
+        )
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Echo:
+    return Echo(settings)
+
+
+@pytest.fixture
+def asker(settings: Settings, engine: Echo) -> Iterator[TestClient]:
+    settings.queue_max, settings.batch_max = 2, 1
+    with TestClient(create_app(settings, engine), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200, 5)
+        yield client
+    engine.gate.set()
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    return {"image": {"base64": base64.b64encode(png()).decode()}, "question": "Where?"} | changes
+
+
+def test_base_answers_in_both_forms(asker: TestClient) -> None:
+    form = asker.post("/vqa", files={"image": ("canary.png", png())}, data={"question": "Where?", "seed": "7"})
+    answer = asker.post("/vqa", json=body(seed=7))
+    assert form.status_code == answer.status_code == 200
+    got = answer.json()
+    assert got["answer"] == form.json()["answer"] == "Where?|(8, 8)|None|64|7"
+    assert got["model"] == {"id": "hscr-demo", "revision": None, "digest": "sha256:base"}
+    assert (got["adapter"], got["grounding"]) == (None, None)
+    assert got["usage"] == {"prompt_tokens": 3, "completion_tokens": 1}
+    assert got["request_id"] == answer.headers["x-request-id"]
+    assert set(got["timing_ms"]) == {"model", "total"}
+
+
+def test_grounding_comes_as_asked(asker: TestClient) -> None:
+    assert asker.post("/vqa", json=body(grounding="summary")).json()["grounding"] == {
+        "score": 2.0,
+        "flagged": None,
+        "threshold": None,
+        "tokens": None,
+    }
+    tokens = asker.post("/vqa", json=body(grounding="tokens")).json()["grounding"]["tokens"]
+    assert tokens[0] == {"text": "a", "logprob": -0.1, "logprob_without_image": -2.1, "reward": 2.0, "is_content": True}
+
+
+def test_adapter_is_resolved_to_its_digest_before_it_is_asked(
+    asker: TestClient,
+    engine: Echo,
+    database: Any,
+    settings: Settings,
+    new_job: Callable[..., str],
+    stand_in: Callable[..., None],
+) -> None:
+    run_job(database, settings, new_job(), lambda: False)
+    digest = asker.get("/adapters/brain/versions/1").json()["digest"]
+    for reference in ("brain", "brain:1"):
+        got = asker.post("/vqa", json=body(adapter=reference)).json()
+        assert got["adapter"] == {"name": "brain", "version": 1, "digest": digest}
+        assert digest in got["answer"]
+    run_job(database, settings, new_job(model="other", adapter_name="foreign"), lambda: False)
+    assert asker.post("/vqa", json=body(adapter="foreign")).json()["code"] == "adapter_for_other_model"
+    assert asker.post("/vqa", json=body(adapter="none@champion")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"question": ""}, 422, "invalid_request"),
+        ({"question": "  "}, 422, "invalid_request"),
+        ({"question": "x" * 9000}, 422, "invalid_request"),
+        ({"max_tokens": 0}, 422, "invalid_request"),
+        ({"max_tokens": 10**9}, 422, "invalid_request"),
+        ({"temperature": -1}, 422, "invalid_request"),
+        ({"temperature": 1e308}, 422, "invalid_request"),
+        ({"grounding": "all"}, 422, "invalid_request"),
+        ({"chat_template": "canary"}, 422, "invalid_request"),
+        ({"image": {"url": "http://127.0.0.1/canary"}}, 422, "invalid_request"),
+        ({"image": {"base64": "canary!"}}, 422, "invalid_image"),
+        ({"image": {"base64": base64.b64encode(b"canary").decode()}}, 422, "invalid_image"),
+        ({"image": {"base64": base64.b64encode(png()[:50]).decode()}}, 422, "invalid_image"),
+        ({"question": "fail"}, 500, "answer_failed"),
+    ],
+)
+def test_refusals_say_nothing_of_the_content(asker: TestClient, change: dict[str, Any], status: int, code: str) -> None:
+    answer = asker.post("/vqa", json=body(**change))
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert "canary" not in answer.text
+
+
+def test_other_bodies_are_refused(asker: TestClient) -> None:
+    assert asker.post("/vqa", content=b"x", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert asker.post("/vqa", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
+    assert asker.post("/vqa", content=b"[" * 10**5, headers={"Content-Type": "application/json"}).status_code == 422
+    assert asker.post("/vqa", data={"question": "Where?"}, files={"other": b"x"}).status_code in (400, 422)
+    assert (
+        asker.post("/vqa", files={"image": png()}, data={"question": "Where?", "temperature": "nan"}).status_code == 422
+    )
+
+
+def test_too_many_questions_are_refused_at_once(asker: TestClient, engine: Echo) -> None:
+    engine.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(asker.post, "/vqa", json=body()) for _ in range(3)]
+        wait_for(lambda: len(engine.asked) == 1 and asker.app.state.hscr.batcher.depth == 2, 5)  # type: ignore[attr-defined]
+        refused = asker.post("/vqa", json=body())
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "hscr_vqa_refused_total 1.0" in asker.get("/metrics").text
+        engine.gate.set()
+        assert [w.result().status_code for w in waiting] == [200, 200, 200]
+
+
+def test_model_that_cannot_be_loaded_is_said_and_readiness_is_down(settings: Settings) -> None:
+    class Broken(Echo):
+        def load(self) -> None:
+            raise OSError("canary")
+
+    with TestClient(create_app(settings, Broken(settings)), base_url="http://127.0.0.1") as client:
+        wait_for(lambda: client.get("/readyz").json()["engine"] == "failed", 5)
+        answer = client.post("/vqa", json=body())
+        assert (answer.status_code, answer.json()["code"]) == (503, "engine_unavailable")
+        assert "canary" not in answer.text
+
+
+def test_questions_and_file_names_are_not_logged(asker: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    with caplog.at_level(logging.DEBUG):
+        asker.post("/vqa", json=body(question="canary question"))
+        asker.post("/vqa", files={"image": ("canary.png", png())}, data={"question": "canary"})
+        asker.post("/vqa", json=body(question="canary", temperature=-1))
+        asker.post("/vqa", json=body(question="fail", adapter="canary"))
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith(("hscr", "sqlalchemy", "service"))]
+    assert ours
+    assert not any("canary" in line for line in ours)

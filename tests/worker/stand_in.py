@@ -1,0 +1,118 @@
+"""A run program that speaks the run contract in a few tenths of a second: events, locks, checkpoints, resume, exit codes. No torch.
+
+What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_at (step) and crashes (how often), exit (code at the start),
+ignore_term, child (leave a grandchild), hold (wait while that file exists, after saying so in <file>.here), noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hscr.artifacts import write_json, write_manifest
+
+
+def say(kind: str, **values: object) -> None:
+    print(json.dumps({"type": kind, **values}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    for name in ("--model", "--config", "--eval", "--events"):
+        parser.add_argument(name)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    told = json.loads(Path(os.environ["STAND_IN"]).read_text())
+    out: Path = arguments.out
+    lock = (out / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if told.get("ignore_term") else lambda *_: stopped.append(1))
+    if (arguments.data / "records.jsonl").is_file() is False:
+        say("error", code="no_data", message="the data set is missing")
+        return 2
+    if told.get("noise"):
+        print("not json", "x" * 200_000, flush=True)
+        say("secret", question="What is left?")
+        say("metrics", stage="optimizing", step=1, values={"loss": float("nan")})
+    if told.get("child"):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (out.parent / "grandchild.pid").write_text(str(child.pid))
+    if "exit" in told:
+        say("error", code="bad_records", message="the run refuses its input")
+        return int(told["exit"])
+
+    state_file = out / "state.json"
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {"step": 0, "weights": ""}
+    for stage in ("generating", "optimizing"):
+        if stage == "generating" and (out / "preferences.jsonl").is_file():
+            say("stage", stage=stage, status="skipped")
+            continue
+        say("stage", stage=stage, status="started")
+        if stage == "generating":
+            partial = out / "preferences.partial.jsonl"
+            done = len(partial.read_text().splitlines()) if partial.is_file() else 0
+            for number in range(done, 3):
+                with partial.open("a") as file:
+                    file.write(json.dumps({"n": number}) + "\n")
+                say("progress", stage=stage, done=number + 1, total=3, rate=1.0, eta_s=0.0)
+            hold(told, stage)
+            partial.rename(out / "preferences.jsonl")
+        else:
+            hold(told, stage)
+            while state["step"] < told.get("steps", 5):
+                time.sleep(told.get("step_s", 0.02))
+                if stopped:
+                    say("checkpoint", stage=stage, step=state["step"], digest="sha256:" + "0" * 64)
+                    return 75
+                if state["step"] + 1 == told.get("crash_at") and crash_again(out, told):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                state["step"] += 1
+                state["weights"] = hashlib.sha256(f"{state['weights']}{state['step']}".encode()).hexdigest()
+                write_json(state_file, state)
+                say("progress", stage=stage, done=state["step"], total=told.get("steps", 5), rate=1.0, eta_s=0.0)
+                say("metrics", stage=stage, step=state["step"], values={"loss": 1 / state["step"]})
+        say("stage", stage=stage, status="completed")
+    adapter = out / "adapter"
+    adapter.mkdir(exist_ok=True)
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA"})
+    (adapter / "adapter_model.safetensors").write_bytes(state["weights"].encode())
+    digest = write_manifest(adapter)
+    if told.get("damage"):
+        (adapter / "adapter_model.safetensors").write_bytes(b"other")
+    (out / "report.html").write_text("<h1>report</h1>")
+    write_json(out / "report.json", {"steps": state["step"]})
+    hold(told, "reporting")
+    if stopped:
+        return 75
+    say("result", adapter="adapter", digest=digest, metrics={"accuracy": 0.5})
+    return 0
+
+
+def hold(told: dict, stage: str) -> None:
+    """Wait while the file exists; its text names the stage."""
+    path = Path(told.get("hold", "/nonexistent"))
+    if path.is_file() and path.read_text() == stage:
+        path.with_suffix(".here").write_text(str(os.getpid()))
+        while path.is_file():
+            time.sleep(0.02)
+
+
+def crash_again(out: Path, told: dict) -> bool:
+    counter = out.parent / "crashes"
+    count = int(counter.read_text()) if counter.is_file() else 0
+    counter.write_text(str(count + 1))
+    return count < told.get("crashes", 1000)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

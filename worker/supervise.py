@@ -1,0 +1,269 @@
+"""One attempt at a job: claim, start the run, relay its events, and end the job's attempt in exactly one way.
+
+Every write carries the fencing token. A supervisor that lost its lease, or cannot reach the database until the lease has run out, kills its
+run and writes nothing more; the sweep gives the job to somebody else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from hscr.artifacts import write_json
+from service import adapters, datasets, jobs
+from service.db import Database, now
+from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
+from service.models import Dataset, Job
+from service.settings import Settings
+from worker.attempt import JobFolder, try_lock
+from worker.reports import store_report
+from worker.run import BAD_INPUT, DONE, Run
+
+log = logging.getLogger("hscr.worker")
+TICK_S = 0.1
+busy = False
+
+
+def run_job(database: Database, settings: Settings, job_id: str, should_stop: Callable[[], bool]) -> None:
+    """Work on a job if it is there to be claimed; returns when this attempt is over. A bell too many costs milliseconds."""
+    global busy
+    busy = True  # before the claim: a SIGTERM from here on hands the job back instead of ending the process
+    try:
+        with database.write() as session:
+            mine = jobs.claim(session, job_id, settings.lease_s)
+        if mine is None:
+            return
+        log.info("job %s attempt %d: claimed", job_id, mine.fence)
+        _Attempt(database, settings, mine, should_stop).run()
+    except jobs.Superseded:
+        log.warning("job %s: superseded", job_id)
+    finally:
+        busy = False
+
+
+@dataclass
+class _Asked:
+    """Why the run is being stopped: cancel, stop (the worker leaves), deadline."""
+
+    reason: str
+    kill_at: float
+
+
+@dataclass
+class _Attempt:
+    database: Database
+    settings: Settings
+    mine: jobs.Claim
+    should_stop: Callable[[], bool]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    pending: list[RunEvent] = field(default_factory=list)
+    result: ResultEvent | None = None
+    error: ErrorEvent | None = None
+    asked: _Asked | None = None
+    _renewed: float = field(default_factory=time.monotonic)
+    _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, None))
+
+    def run(self) -> None:
+        folder = JobFolder(self.settings.data_dir, self.mine.job_id)
+        try:
+            with folder.lock_file() as lock:
+                if not self._wait_for(lock):
+                    return
+                work = folder.begin(self.mine.fence)
+                status = self._follow(
+                    Run(self._command(folder, work), folder.path / "run.log", **self._run_options(lock))
+                )
+                self._conclude(status, work)
+        except jobs.Superseded:
+            raise
+        except Exception as error:
+            # Its type only: an exception's text may name a file.
+            log.exception("job %s attempt %d: the supervisor failed", self.mine.job_id, self.mine.fence)
+            self._crash("attempt_failed", f"the attempt failed with {type(error).__name__}")
+
+    def _run_options(self, lock: int) -> dict[str, Any]:
+        return {"threads": self.settings.run_threads, "inherit": [lock]}
+
+    def _wait_for(self, lock: int) -> bool:
+        """Take the job's lock; False where this attempt ended while an older run still held it."""
+        until = time.monotonic() + self.settings.lock_wait_s
+        while not try_lock(lock):
+            self._beat()
+            self._look()
+            if self.asked is not None:
+                self._conclude(None, None)
+                return False
+            if time.monotonic() > until:
+                self._crash("run_folder_busy", "the run of an earlier attempt is still alive")
+                return False
+            time.sleep(TICK_S)
+        return True
+
+    def _command(self, folder: JobFolder, work: Path) -> list[str]:
+        with self.database.read() as session:
+            job = session.get_one(Job, self.mine.job_id)
+            data = session.get_one(Dataset, job.dataset_id).digest
+            other = session.get_one(Dataset, job.evaluation_dataset_id).digest if job.evaluation_dataset_id else None
+        self.metrics = dict(job.metrics)
+        write_json(folder.path / "config.json", job.config)
+        place = self.settings.data_dir.resolve()
+        command = [*self.settings.run_command, str(datasets.folder(place, data)), "--model", self.settings.model_path]
+        command += [
+            "--out",
+            str(work.resolve()),
+            "--config",
+            str((folder.path / "config.json").resolve()),
+            "--events",
+            "json",
+        ]
+        return command + (["--eval", str(datasets.folder(place, other))] if other else [])
+
+    def _follow(self, run: Run) -> int:
+        """Relay the run's events until it has ended; its exit status."""
+        try:
+            while (status := run.ended()) is None:
+                self._take(run.poll())
+                self._beat()
+                self._look()
+                if self.asked is not None:
+                    if self.asked.kill_at == 0:
+                        self.asked.kill_at = time.monotonic() + self.settings.stop_grace_s
+                        run.terminate()
+                    elif time.monotonic() > self.asked.kill_at:
+                        run.kill()
+                time.sleep(TICK_S)
+            self._take(run.drain())
+            return status
+        finally:
+            run.close()
+
+    def _look(self) -> None:
+        """Is there a reason to stop?"""
+        if self.asked is None:
+            if self._pulse.cancel_requested:
+                self.asked = _Asked("cancel", 0)
+            elif self._pulse.deadline_at is not None and now() > self._pulse.deadline_at:
+                self.asked = _Asked("deadline", 0)
+            elif self.should_stop():
+                self.asked = _Asked("stop", 0)
+
+    def _take(self, events: list[RunEvent]) -> None:
+        for event in events:
+            if isinstance(event, ResultEvent):
+                self.result = event  # the terminal event tells of it, once it is published
+            elif isinstance(event, ErrorEvent):
+                self.error = event
+                self.pending.append(event)
+            elif isinstance(event, ProgressEvent) and self.pending and self._same_progress(self.pending[-1], event):
+                self.pending[-1] = event
+            else:
+                if isinstance(event, MetricsEvent):
+                    self.metrics[event.stage] = {"step": event.step, **event.values}
+                self.pending.append(event)
+
+    @staticmethod
+    def _same_progress(last: RunEvent, event: ProgressEvent) -> bool:
+        """A newer progress of the same stage replaces one that was not stored yet."""
+        return isinstance(last, ProgressEvent) and last.stage == event.stage
+
+    def _beat(self) -> None:
+        """Renew the lease and store what is pending: soon where there are events, else three times a lease. Raises Superseded."""
+        since = time.monotonic() - self._renewed
+        if since < (0.5 if self.pending else min(1.0, self.settings.lease_s / 3)):
+            return
+        try:
+            with self.database.write() as session:
+                self._pulse = self._store(session)
+        except DBAPIError:
+            if since > self.settings.lease_s:
+                log.error("job %s: the database did not answer for a whole lease", self.mine.job_id)
+                raise jobs.Superseded(self.mine.job_id) from None
+            time.sleep(0.5)
+            return
+        self.pending.clear()
+        self._renewed = time.monotonic()
+
+    def _store(self, session: Session) -> jobs.Pulse:
+        stages = [
+            e.stage for e in self.pending if isinstance(e, (StageEvent, ProgressEvent, CheckpointEvent, MetricsEvent))
+        ]
+        shown = [e for e in self.pending if isinstance(e, ProgressEvent)]
+        return jobs.heartbeat(
+            session,
+            self.mine,
+            self.settings.lease_s,
+            self.pending,
+            stage=stages[-1] if stages else None,
+            progress=shown[-1].model_dump(include={"stage", "done", "total", "rate", "eta_s"}) if shown else None,
+            metrics=self.metrics if any(isinstance(e, MetricsEvent) for e in self.pending) else None,
+        )
+
+    def _conclude(self, status: int | None, work: Path | None) -> None:
+        """End this attempt in exactly one way, by what was asked and how the run ended."""
+        asked = self.asked.reason if self.asked else None
+        log.info("job %s attempt %d: run ended with %s, asked: %s", self.mine.job_id, self.mine.fence, status, asked)
+        if asked == "cancel":
+            self._finish(lambda s: jobs.cancelled(s, self.mine))
+        elif status == DONE and self.result is not None and work is not None:
+            self._publish(work, self.result)
+        elif asked == "deadline":
+            self._finish(lambda s: jobs.fail(s, self.mine, **jobs.DEADLINE))
+        elif status == BAD_INPUT:
+            error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
+            self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
+        elif asked == "stop":
+            self._finish(lambda s: jobs.hand_back(s, self.mine, "worker_stopping"))
+        elif status == DONE:
+            self._crash("no_result", "the run ended without a result")
+        else:
+            how = f"signal {-status}" if status is not None and status < 0 else f"exit code {status}"
+            self._crash(self.error.code if self.error else "run_crashed", f"the run ended with {how}")
+
+    def _publish(self, work: Path, result: ResultEvent) -> None:
+        """Artifacts first, whole and under their digests; then one transaction makes them known."""
+        self._store_now([StageEvent(stage="publishing", status="started")])
+        try:
+            adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
+        except ValueError:
+            self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
+            return
+        report = store_report(self.settings.data_dir, work)
+        self._finish(
+            lambda s: adapters.publish(
+                s, self.mine, digest=result.digest, metrics=self.metrics, result=result.metrics, report=report
+            )
+        )
+        log.info("job %s: published", self.mine.job_id)
+
+    def _crash(self, code: str, message: str) -> None:
+        self._finish(
+            lambda s: jobs.crash(s, self.mine.job_id, self.mine.fence, code, message, self.settings.max_crashes)
+        )
+
+    def _store_now(self, events: list[RunEvent]) -> None:
+        self.pending += events
+        self._renewed = 0.0
+        self._beat()
+
+    def _finish(self, write: Callable[[Session], Any]) -> None:
+        """The last write of this attempt, with whatever events are still pending; tried again while the lease lasts."""
+        until = time.monotonic() + self.settings.lease_s
+        while True:
+            try:
+                with self.database.write() as session:
+                    if self.pending:
+                        self._store(session)
+                    write(session)
+                self.pending.clear()
+                return
+            except DBAPIError:
+                if time.monotonic() > until:
+                    raise jobs.Superseded(self.mine.job_id) from None
+                time.sleep(0.5)

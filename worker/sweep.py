@@ -1,0 +1,131 @@
+"""The sweep: its own small process that rings the bells of new jobs, rings again for forgotten ones, and takes jobs back from the dead.
+
+`python -m worker.sweep`. Everything it does may be done twice, so a second sweep is harmless. No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from celery import Celery
+from kombu.exceptions import OperationalError as BrokerError
+from redis.exceptions import RedisError
+from sqlalchemy import delete, or_, select, update
+from sqlalchemy.exc import DBAPIError
+
+from service import jobs
+from service.db import Database, now
+from service.lifeline import watch_parent
+from service.models import Job, Outbox
+from service.queue import make_celery, ring, waiting_bells
+from service.settings import Settings
+
+log = logging.getLogger("hscr.sweep")
+BATCH = 100
+
+
+def relay(database: Database, celery: Celery) -> int:
+    """Ring the bells that wait in the outbox; how many. Rung first, removed after: a crash between the two rings twice."""
+    with database.read() as session:
+        bells = session.execute(select(Outbox.id, Outbox.job_id).order_by(Outbox.id).limit(BATCH)).all()
+    for bell in bells:
+        ring(celery, bell.job_id)
+        with database.write() as session:
+            session.execute(update(Job).where(Job.id == bell.job_id).values(rung_at=now()))
+            session.execute(delete(Outbox).where(Outbox.id == bell.id))
+    return len(bells)
+
+
+def ring_again(database: Database, celery: Celery, after_s: float) -> int:
+    """Ring for queued jobs that nobody claimed though their bell was rung, once no bell is left in the broker; how many.
+
+    While bells wait there, a worker will come for them: ringing more would only fill the broker behind a busy worker.
+    """
+    forgotten = or_(
+        Job.rung_at < now() - timedelta(seconds=after_s), Job.rung_at.is_(None) & ~Job.id.in_(select(Outbox.job_id))
+    )
+    with database.read() as session:
+        ids = session.scalars(
+            select(Job.id).where(Job.status == "queued", forgotten).order_by(Job.id).limit(BATCH)
+        ).all()
+    if not ids or waiting_bells(celery) > 0:
+        return 0
+    for job_id in ids:
+        ring(celery, job_id)
+        with database.write() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(rung_at=now()))
+    return len(ids)
+
+
+def reap(database: Database, max_crashes: int) -> int:
+    """Queue again (or fail) the jobs whose lease ran out, and fail those that missed their deadline in the queue; how many."""
+    with database.read() as session:
+        lost = session.scalars(
+            select(Job.id).where(Job.status == "running", Job.lease_until < now()).limit(BATCH)
+        ).all()
+        late = session.scalars(select(Job.id).where(Job.status == "queued", Job.deadline_at < now()).limit(BATCH)).all()
+    for job_id in lost:
+        with database.write() as session:
+            status = jobs.reap(session, job_id, max_crashes)
+        log.warning("job %s: lease ran out, now %s", job_id, status)
+    for job_id in late:
+        with database.write() as session:
+            jobs.expire(session, job_id)
+    return len(lost) + len(late)
+
+
+def sweep_once(database: Database, celery: Celery, settings: Settings) -> None:
+    """One round. What fails is logged by its kind and tried again in the next round; one step's failure does not stop the others."""
+    steps: list[Callable[[], int]] = [
+        lambda: reap(database, settings.max_crashes),
+        lambda: relay(database, celery),
+        lambda: ring_again(database, celery, settings.ring_after_s),
+    ]
+    for step in steps:
+        try:
+            step()
+        except (BrokerError, RedisError, OSError) as error:
+            log.warning("the broker does not answer: %s", type(error).__name__)
+        except DBAPIError as error:
+            log.warning("the database does not answer: %s", type(error).__name__)
+
+
+def heartbeat_file(settings: Settings) -> Path:
+    return settings.data_dir / "sweep.alive"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--healthy", action="store_true", help="exit 0 where a sweep ran within the last minute")
+    arguments = parser.parse_args()
+    settings = Settings()
+    alive = heartbeat_file(settings)
+    if arguments.healthy:
+        return 0 if alive.is_file() and time.time() - alive.stat().st_mtime < 60 else 1
+    watch_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    database, celery = Database(settings.database), make_celery(settings)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    log.info("sweep %d started", os.getpid())
+    while not stop.is_set():
+        sweep_once(database, celery, settings)
+        alive.touch()
+        stop.wait(settings.sweep_interval_s)
+    database.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

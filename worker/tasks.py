@@ -1,0 +1,65 @@
+"""The Celery binding and nothing else: a bell comes in with a job's id, worker/supervise.py does the work.
+
+`celery -A worker.tasks worker` runs it. On SIGTERM Celery's main process waits for its child's task to end; a byte of shared memory tells
+the child to hand its job back now.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import re
+import signal
+from typing import Any
+
+from celery.signals import worker_process_init, worker_shutting_down
+
+from service.db import Database
+from service.lifeline import die_with_parent, watch_parent
+from service.queue import QUEUE, TASK, make_celery
+from service.settings import Settings
+from worker import supervise
+
+logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+settings = Settings()
+app = make_celery(settings)
+_JOB_ID = re.compile(r"^job_[0-9a-f]{28}$")
+_shutdown = mmap.mmap(-1, 1)  # written by the main process, seen by its forked child
+_child = {"told": False}  # the child itself got SIGTERM
+
+watch_parent()
+
+
+@app.task(name=TASK, queue=QUEUE, ignore_result=True)
+def align(job_id: Any) -> None:
+    if not (isinstance(job_id, str) and _JOB_ID.match(job_id)):
+        return  # a forged bell
+    parent = os.getppid()
+    leaving = lambda: _child["told"] or os.getppid() != parent  # noqa: E731
+    database = Database(settings.database)
+    try:
+        supervise.run_job(database, settings, job_id, should_stop=lambda: _shutdown[0] != 0 or leaving())
+    finally:
+        database.close()
+    if leaving():
+        os._exit(
+            0
+        )  # nobody waits for this child any more, or it was told to go; the message was acknowledged on receipt
+
+
+@worker_shutting_down.connect
+def _tell_child(**_: Any) -> None:
+    _shutdown[0] = 1
+
+
+@worker_process_init.connect
+def _prepare_child(**_: Any) -> None:
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    die_with_parent(os.getppid(), signal.SIGTERM)  # TERM, not KILL: there may be a job to hand back
+
+
+def _on_sigterm(number: int, frame: Any) -> None:
+    _child["told"] = True
+    if not supervise.busy:
+        os._exit(0)
