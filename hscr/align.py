@@ -191,8 +191,9 @@ tags: [hscr, lora]
 ---
 # HSCR adapter
 LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
-(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`: 
-objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs, visual token dropout ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
+(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`:
+objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
+visual token dropout ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
 
 Weights are float32: serve unmerged, or merge in float32 (merging into bfloat16 loses about half of the update).
 Not a medical device; not for diagnosis.

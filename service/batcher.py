@@ -1,7 +1,7 @@
 """Micro-batches: a bounded queue in, one thread that works on what came within a short window, futures out. Knows no torch and no web.
 
-Full means refused at once, with a guess how long the queue takes. An item whose future was cancelled (its client left) is dropped before it is
-worked on. An exception reaches the futures of its own batch only.
+Full means refused at once, with a guess how long the queue takes. An item whose future was cancelled (its client left) is dropped
+before it is worked on. An exception reaches the futures of its own batch only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data sets: an uploaded archive becomes a folder named by its content's digest, and rows that can be browsed.
 
-Bad rows are reported with their line and reason and left out of the stored copy, so that a run reads only what was counted. Whatever is refused
-leaves nothing behind. No torch and no web framework here.
+Bad rows are reported with their line and reason and left out of the stored copy, so that a run reads only what was counted. Whatever
+is refused leaves nothing behind. No torch and no web framework here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def folder(data_dir: Path, digest: str) -> Path:
 def import_zip(
     database: Database, data_dir: Path, file: IO[bytes], name: str, limits: ArchiveLimits, rows_max: int
 ) -> tuple[Dataset, bool]:
-    """Check, unpack and register an archive; the data set and whether it is new. Equal content under one name is one version. Raises Problem."""
+    """Check, unpack and register an archive; the data set and whether it is new (equal content under one name is not). Raises Problem."""
     incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
     incoming.mkdir(parents=True)
     try:

@@ -90,7 +90,7 @@ def _service(data: Path) -> Iterator[httpx.Client]:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             with console.status("starting the service: Valkey, worker, sweep, API…"):
                 _wait_ready(client, process, log)
-            console.print(f"service: {client.base_url} (docs at {client.base_url}docs while the demo runs)")
+            console.print(f"service: http://127.0.0.1:{port}   docs while the demo runs: http://127.0.0.1:{port}/docs")
             yield client
     finally:
         process.send_signal(signal.SIGTERM)
@@ -151,6 +151,8 @@ def _align(client: httpx.Client, folders: dict[str, Path], seed: int) -> tuple[d
             client, "GET", f"/jobs/{job['id']}/events", headers={"Accept": "text/event-stream"}, timeout=None
         ) as source:
             for event in source.iter_sse():
+                if not event.data:  # the stream opens with a `retry:` line alone
+                    continue
                 data = json.loads(event.data)["data"]
                 if event.event == "progress":
                     done[data["stage"]] = (data["done"], data["total"])

@@ -1,7 +1,8 @@
 """The life cycle of a job: one table of transitions, and the few functions that move a job along it.
 
-Each function works in the caller's write transaction. Whatever an attempt writes names its fencing token, and a superseded attempt changes
-nothing (Superseded). The update of the job's row comes first, so that its lock orders the events: `seq` has no gaps and never runs backwards.
+Each function works in the caller's write transaction. Whatever an attempt writes names its fencing token, and a superseded attempt
+changes nothing (Superseded). The update of the job's row comes first, so that its lock orders the events: `seq` has no gaps and never
+runs backwards.
 No torch and no web framework here: the worker uses this module.
 """
 

@@ -1,4 +1,7 @@
-"""`python -m service.serve`: the API under uvicorn, with an orderly end: at SIGTERM it says it is not ready, streams end, waiting questions are answered."""
+"""`python -m service.serve`: the API under uvicorn, with an orderly end.
+
+At SIGTERM it says that it is not ready, streams end, waiting questions are answered.
+"""
 
 from __future__ import annotations
 

@@ -118,10 +118,12 @@ def to_pixels(images: Tensor) -> Tensor:
     return scaled[:, None].expand(-1, 3, -1, -1)
 
 
-# Slices of the one output vector a patch gets from the head.
+# Slices of the one output vector a patch gets from the head. The attributes of lesion and marker have a last class
+# "nothing here", asked of every other patch: so they stand in the tokens that hold the thing and in no other. Without
+# it a token's own side is in every token, their mean says nothing, and the decoder never learned to tell left from right.
 _HEADS = {
-    "lesion": 1, "marker": 1, "parts": len(PARTS), "plane": 3, "side": 2,
-    "l_side": 2, "l_region": len(REGIONS), "l_size": 2, "l_look": 2, "m_side": 2, "m_part": len(PARTS),
+    "lesion": 1, "marker": 1, "parts": len(PARTS), "plane": 3,
+    "l_side": 3, "l_region": len(REGIONS) + 1, "l_size": 3, "l_look": 3, "m_side": 3, "m_part": len(PARTS) + 1,
 }  # fmt: skip
 
 
@@ -136,7 +138,6 @@ def dense_loss(outputs: Tensor, pool: Pool, rows: Tensor) -> tuple[Tensor, dict[
     loss = loss + 2 * F.binary_cross_entropy_with_logits(head["parts"], pool.parts[rows])
     plane = pool.plane[rows][:, None].expand(-1, patches)
     loss = loss + 0.5 * F.cross_entropy(head["plane"].flatten(0, 1), plane.flatten())
-    loss = loss + 0.5 * F.cross_entropy(head["side"].flatten(0, 1), pool.side[rows].flatten(), ignore_index=-1)
     metrics = {}
     for names, where, facts in (
         (("l_side", "l_region", "l_size", "l_look"), lesion > 0, pool.lesion_facts[rows]),
@@ -144,14 +145,18 @@ def dense_loss(outputs: Tensor, pool: Pool, rows: Tensor) -> tuple[Tensor, dict[
     ):
         image = where.nonzero()[:, 0]
         for column, name in enumerate(names):
-            target = facts[image, column]
-            logits = head[name][where][target >= 0]
-            target = target[target >= 0]
+            logits, target = head[name][where], facts[image, column]
+            logits, target = logits[target >= 0], target[target >= 0]
+            nothing = head[name][~where]
+            weight = 1.0 if name in ("l_region", "m_part") else 0.5
             if len(target):
-                weight = 1.0 if name in ("l_region", "m_part") else 0.5
                 loss = loss + weight * F.cross_entropy(logits, target)
                 metrics[name] = (logits.argmax(-1) == target).float().mean().item()
-    metrics["lesion"] = ((head["lesion"][..., 0] > 0) == (lesion > 0)).all(1).float().mean().item()
+            last = torch.full((len(nothing),), nothing.shape[-1] - 1)
+            loss = loss + weight * F.cross_entropy(nothing, last)
+    found = head["lesion"][..., 0] > 0
+    metrics["lesion"] = (found == (lesion > 0)).all(1).float().mean().item()
+    metrics["present"] = (found.any(1) == (lesion > 0).any(1)).float().mean().item()
     metrics["marker"] = (head["marker"][..., 0].argmax(1) == marker.argmax(1))[marker.any(1)].float().mean().item()
     metrics["parts"] = ((head["parts"] > 0) == (pool.parts[rows] > 0)).float().mean().item()
     return loss, metrics

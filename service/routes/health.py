@@ -23,7 +23,7 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", summary="Can it take requests?")
 def readyz(state: Service) -> JSONResponse:
-    """200 when the database answers with the current schema and the model (if this replica has one) is loaded; else 503 and what is missing."""
+    """200 when the database answers and the model (if this replica has one) is loaded; else 503 and what is missing."""
     checks: dict[str, Any] = {
         "database": _database(state),
         "engine": _engine(state),

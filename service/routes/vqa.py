@@ -1,6 +1,6 @@
 """POST /vqa: one question on one image, as JSON or multipart; the answer with how far the image carries it.
 
-The adapter is resolved to an immutable version first; from there on only its digest counts. The image is data in the request, never an address.
+The adapter is resolved to an immutable version first; from there on only its digest counts. The image is data, never an address.
 """
 
 from __future__ import annotations

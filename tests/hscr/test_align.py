@@ -265,6 +265,22 @@ def test_a_wish_to_stop_that_comes_between_two_looks_still_writes_a_checkpoint(
     assert [e.step for e in events if isinstance(e, Checkpoint)] == [5]
 
 
+def test_steps_after_the_last_checkpoint_are_taken_and_noted_once(finished: Finished, tmp_path: Path) -> None:
+    """Left after step 5 without a word, and with a torn line; the checkpoint is that of step 3, so steps 4 and 5 come again."""
+    out, vlm, data = tmp_path / "out", load_model(finished.model, device="cpu"), DataSet(finished.data)
+    events = align(vlm, data, out, CONFIG)
+    for event in events:
+        if isinstance(event, Metrics) and event.stage == "optimizing" and event.step == 5:
+            break
+    events.close()  # type: ignore[attr-defined]
+    with (out / "steps.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    resumed = run(vlm, finished.data, out)
+    assert next(e.step for e in resumed if isinstance(e, Metrics)) == 4
+    assert (out / "steps.jsonl").read_bytes() == (finished.out / "steps.jsonl").read_bytes()
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == finished.weights
+
+
 def test_a_torn_partial_file_is_cut_back_to_whole_batches(finished: Finished, tmp_path: Path) -> None:
     """Three whole lines and half a fourth; the stage was begun with the same inputs."""
     out = tmp_path / "out"

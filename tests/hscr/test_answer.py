@@ -162,6 +162,10 @@ def test_an_adapter_that_cannot_be_used_is_refused_and_leaves_the_model_as_it_wa
         with pytest.raises(ValueError, match="adapter"):
             answerer.load_adapter("two", folder)
         assert answerer.answer(requests()) == base
+        left = [n for n, _ in answerer.vlm.model.named_parameters() if "lora_A" in n]
+        assert len(left) == (
+            14 if others else 0
+        )  # 7 linear layers in 2 blocks of the good adapter, nothing of the bad one
     with pytest.raises(ValueError, match="no adapter of that name"):
         answerer.answer(requests("two"))
     answerer.load_adapter("two", adapters[1])

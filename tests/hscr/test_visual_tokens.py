@@ -151,7 +151,7 @@ def test_the_tower_runs_once_a_distinct_image(vlm: VLM, monkeypatch: pytest.Monk
     a, b = picture(0), picture(1)
     first, second, third = encode_prompts(vlm, [a, b, a.copy()], ["x", "y", "z"])
     encode_prompts(vlm, [b], ["again"])
-    assert sum(seen) == 2
+    assert seen == [1, 1]  # one at a time on a CPU: features depend on their batch mates in the last bits
     assert torch.equal(features(first), features(third))
     assert not torch.equal(features(first), features(second))
 

@@ -85,7 +85,7 @@ def test_no_usable_record_is_refused_with_reasons(client: TestClient, settings: 
 
 
 def bomb() -> bytes:
-    return zip_of({"records.jsonl": b"\0" * (8 * 2**20)})
+    return zip_of({"records.jsonl": b"\0" * (3 * 2**20)})
 
 
 def symlink() -> bytes:

@@ -1,4 +1,4 @@
-"""What surrounds every route: keys, Host and Origin, problem documents, request ids, limits, health, metrics, documentation without internet."""
+"""What surrounds every route: keys, Host and Origin, problem documents, request ids, limits, health, metrics, /docs offline."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def main() -> int:
         say("secret", question="What is left?")
         say("metrics", stage="optimizing", step=1, values={"loss": float("nan")})
     if told.get("child"):
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
+        )
         (out.parent / "grandchild.pid").write_text(str(child.pid))
     if "exit" in told:
         say("error", code="bad_records", message="the run refuses its input")

@@ -219,11 +219,12 @@ def test_resumed_run_gives_the_uninterrupted_runs_adapter(
     assert [e.data["stage"] for e in skipped] == ["generating"]
 
 
+@pytest.mark.parametrize("deaf", [True, False])
 def test_cancel_stops_the_run_and_leaves_no_child(
-    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
+    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell, deaf: bool
 ) -> None:
-    """The run ignores TERM and has a child of its own: after the grace the whole group is killed."""
-    stand_in(steps=10_000, ignore_term=True, child=True)
+    """The run has a child that ignores TERM, and may ignore it too: whichever way its leader ends, the whole group is gone."""
+    stand_in(steps=10_000, ignore_term=deaf, child=True)
     settings.stop_grace_s = 0.3
     job_id = new_job()
 
