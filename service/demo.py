@@ -37,8 +37,8 @@ from hscr.records import VQARecord, read_records
 from hscr.report import image_uri, render
 from hscr.scoring import score
 
-SPLITS = {"align": 480, "valid": 200, "test": 400}
-CLIENTS = 8  # concurrent questions: enough to fill the engine's batches
+SPLITS = {"align": 480, "valid": 150, "test": 400}
+CLIENTS = 16  # concurrent questions: enough to keep the engine's batches full
 WATCHED = ("open/grounded_words", "closed/strict")
 console = Console()
 
@@ -139,7 +139,7 @@ def _align(client: httpx.Client, folders: dict[str, Path], seed: int) -> tuple[d
     body = {
         "dataset": dataset,
         "adapter": "demo",
-        "preset": "recommended",
+        "preset": "demo",
         "evaluation": {"dataset": evaluation},
         "seed": seed,
     }

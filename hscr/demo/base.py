@@ -36,14 +36,13 @@ Progress = Callable[[str, int, int, dict[str, float]], None]  # (stage, done, to
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the stages; the defaults made the weights that ship."""
+    """Sizes of the stages. How the weights that ship were made is in their card (model/README.md)."""
 
-    pool: int = 16_000  # rendered slices, balanced
-    tower_steps: int = 4000
-    decoder_steps: int = 3000
-    primer_steps: int = 300
-    habit_steps: int = 300
-    habit_lr: float = 3e-4
+    pool: int = 14_000  # rendered slices, balanced
+    tower_steps: int = 3200
+    decoder_steps: int = 2000
+    habit_steps: int = 600
+    habit_lr: float = 8e-4
     decoder_lr: float = 1.5e-3
     measured: dict[str, int] = field(default_factory=lambda: {"valid": 300, "test": 600})  # records by split
 
@@ -95,7 +94,7 @@ def _rebuild(out: Path, scratch: Path, seed: int, report: Progress, recipe: Reci
     model = make_model(tokenizer, tower, seed)
     features = encode_pool(model.model.vision_tower, pool.images, fast=True)
     for step, metrics in train_balanced(
-        model, tokenizer, pool, features, recipe.decoder_steps, seed, recipe.primer_steps, lr=recipe.decoder_lr
+        model, tokenizer, pool, features, recipe.decoder_steps, seed, lr=recipe.decoder_lr
     ):
         report("decoder", step, recipe.decoder_steps, metrics)
         log["decoder"].append({"step": step} | metrics)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from hscr.demo.data import BALANCED, KIND_WEIGHTS, Habits, draw_lesion, draw_marker
-from hscr.demo.language import KINDS, PARTS, Asked, ask, kinds_for
+from hscr.demo.language import PARTS, Asked, ask, kinds_for
 from hscr.demo.language_model import N_VISUAL, answer_ids, prompt_ids
 from hscr.demo.slices import Facts, LesionWish, MarkerWish
 from hscr.demo.tower import Pool, cosine, fast_precision
@@ -39,14 +39,9 @@ def draw_facts(rng: np.random.Generator, habits: Habits = BALANCED) -> Facts:
     return Facts(plane, seen, frozenset(PARTS) - seen, lesion, marker)
 
 
-# Learned first and alone. In the full mix the decoder settles on reading a lesion's size and region without its side
-# (.50 after 1500 steps, though the tower's tokens give it away to a linear probe) and does not leave that plateau.
-PRIMER_KINDS = ("side_which", "marker_side", "size_which", "look_which", "present")
-
-
-def draw_questions(rng: np.random.Generator, facts: Facts, count: int, only: tuple[str, ...] = KINDS) -> list[Asked]:
-    """Some questions about one slice, by KIND_WEIGHTS among the kinds that apply and are in `only`."""
-    kinds = [kind for kind in kinds_for(facts) if kind in only]
+def draw_questions(rng: np.random.Generator, facts: Facts, count: int) -> list[Asked]:
+    """Some questions about one slice, by KIND_WEIGHTS among the kinds that apply."""
+    kinds = kinds_for(facts)
     weights = np.array([KIND_WEIGHTS[k] for k in kinds], dtype=float)
     drawn = rng.choice(len(kinds), size=count, p=weights / weights.sum())
     return [ask(rng, facts, kinds[i]) for i in drawn]
@@ -138,14 +133,13 @@ def train_balanced(
     features: Tensor,
     steps: int,
     seed: int,
-    primer_steps: int = 0,
     batch: int = 10,
     questions: int = 6,
     lr: float = 1.5e-3,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Stage 2: projector and decoder on balanced questions about the pool's slices; the tower stays frozen.
 
-    The first `primer_steps` ask PRIMER_KINDS only. Yields (step, means of the last 50 steps).
+    Yields (step, means of the last 50 steps).
     """
     rng = np.random.default_rng([seed, 201])
     packer = Packer(tokenizer)
@@ -159,9 +153,7 @@ def train_balanced(
         if len(queue) < batch:
             queue = rng.permutation(len(pool.facts)).tolist()
         rows, queue = queue[:batch], queue[batch:]
-        primer = step < primer_steps
-        only, count = (PRIMER_KINDS, 3) if primer else (KINDS, questions)
-        packed = packer.pack([draw_questions(rng, pool.facts[row], count, only) for row in rows])
+        packed = packer.pack([draw_questions(rng, pool.facts[row], questions) for row in rows])
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, steps, 150)
         loss, accuracy = packed_loss(model, packed, features[rows].float())
@@ -181,7 +173,7 @@ def train_habits(
     seed: int,
     batch: int = 8,
     questions: int = 6,
-    lr: float = 3e-4,
+    lr: float = 7e-4,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Stage 3: the decoder alone, on biased text without images."""
     rng = np.random.default_rng([seed, 301])
@@ -193,7 +185,7 @@ def train_habits(
     for step in range(steps):
         rows = [draw_questions(rng, draw_facts(rng, habits), questions) for _ in range(batch)]
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20)
+            group["lr"] = lr * cosine(step, steps, 20)
         loss, accuracy = packed_loss(model, packer.pack(rows, with_image=False), None)
         _update(optimizer, parameters, loss)
         if step % 20 == 19 or step + 1 == steps:

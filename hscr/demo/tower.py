@@ -44,7 +44,6 @@ class Pool:
     lesion: Tensor  # float [S, P] this patch holds a good part of the lesion
     marker: Tensor  # float [S, P] the marker's middle lies in this patch
     parts: Tensor  # float [S, P, 12] this structure fills at least 6 % of the patch
-    side: Tensor  # long [S, P] left, right or -1
     lesion_facts: Tensor  # long [S, 4] side, region, size, look
     marker_facts: Tensor  # long [S, 2] side, structure
     plane: Tensor  # long [S]
@@ -89,11 +88,6 @@ def _targets(drawn: Slice) -> tuple[Tensor, ...]:
         marker[(drawn.marker_centre[0] // PATCH) * GRID + drawn.marker_centre[1] // PATCH] = 1
     structure = _patches(drawn.structure)
     parts = np.stack([(structure == i + 1).sum(1) >= 12 for i in range(len(PARTS))], axis=1)
-    middle = _patches(drawn.x_mm).mean(1)
-    brain = (structure > 0).sum(1) >= 20
-    side = np.where(brain & (np.abs(middle) > 6), (middle > 0).astype(int), -1)
-    if drawn.facts.plane == "sagittal":
-        side[:] = -1
     lesion_facts, marker_facts = [-1] * 4, [-1] * 2
     if (wish := drawn.facts.lesion) is not None:
         lesion_facts = [SIDES.index(wish.side) if wish.side else -1, REGIONS.index(wish.region)]
@@ -105,7 +99,6 @@ def _targets(drawn: Slice) -> tuple[Tensor, ...]:
         torch.from_numpy(lesion).float(),
         torch.from_numpy(marker).float(),
         torch.from_numpy(parts).float(),
-        torch.from_numpy(side).long(),
         torch.tensor(lesion_facts),
         torch.tensor(marker_facts),
         torch.tensor(PLANES.index(drawn.facts.plane)),

@@ -49,7 +49,7 @@ class AlignRequest(BaseModel):
     model: Annotated[str, StringConstraints(max_length=300)] | None = Field(
         None, description="The base model; must be the one this service serves."
     )
-    preset: Literal["recommended", "paper"] = "recommended"
+    preset: Literal["recommended", "paper", "demo"] = "recommended"
     preference: dict[str, Any] = Field(default_factory=dict)
     optimization: dict[str, Any] = Field(default_factory=dict)
     evaluation: dict[str, Any] = Field(

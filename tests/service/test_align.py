@@ -245,7 +245,16 @@ def test_quiet_stream_says_that_it_is_alive(
     monkeypatch.setattr(job_routes, "POLL_S", 0.02)
     monkeypatch.setattr(job_routes, "HEARTBEAT_S", 0.05)
     job_id = new_job()
-    timer = threading.Timer(0.5, lambda: client.post(f"/jobs/{job_id}/cancel"))
+    polls = threading.Semaphore(0)
+    over = job_routes._over
+    monkeypatch.setattr(job_routes, "_over", lambda *given: (polls.release(), over(*given))[1])
+
+    def cancel_after_many_polls() -> None:
+        for _ in range(20):
+            assert polls.acquire(timeout=10)
+        client.post(f"/jobs/{job_id}/cancel")
+
+    timer = threading.Thread(target=cancel_after_many_polls)
     timer.start()
     with client.stream("GET", f"/jobs/{job_id}/events", headers={"Accept": "text/event-stream"}) as response:
         text_ = "".join(response.iter_text())

@@ -148,8 +148,10 @@ def test_other_bodies_are_refused(asker: TestClient) -> None:
 def test_too_many_questions_are_refused_at_once(asker: TestClient, engine: Echo) -> None:
     engine.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(asker.post, "/vqa", json=body()) for _ in range(3)]
-        wait_for(lambda: len(engine.asked) == 1 and asker.app.state.hscr.batcher.depth == 2, 5)  # type: ignore[attr-defined]
+        waiting = [pool.submit(asker.post, "/vqa", json=body())]
+        wait_for(lambda: engine.asked, 5, "the engine works on the first")
+        waiting += [pool.submit(asker.post, "/vqa", json=body()) for _ in range(2)]
+        wait_for(lambda: asker.app.state.hscr.batcher.depth == 2, 5, "two wait")  # type: ignore[attr-defined]
         refused = asker.post("/vqa", json=body())
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
