@@ -42,7 +42,7 @@ class DataSet:
         images = sorted({r.image for r in self.records})
         missing = [i for i in images if not (self.folder / i).is_file()]
         if missing:
-            raise ValueError(f"data set {path.name!r}: {len(missing)} images are missing, the first is {missing[0]!r}")
+            raise ValueError(f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing")
         self.digest = json_digest(
             [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
         )

@@ -142,15 +142,17 @@ def summarize(predictions: Sequence[Prediction], config: EvaluationConfig) -> di
 def verdict(summary: dict[str, Any]) -> dict[str, Any]:
     """The plain reading of an evaluation: did the adapter beat the base beyond the interval, and does blindness undo it?
 
-    Per metric: `better` (interval above 0), `worse` (below 0) or `tie`, and with blank images `gone` where the gain's interval there is
-    not above 0.
+    Per metric: `better` (interval above 0), `worse` (below 0) or `tie`; for blank and shuffled images the gain there, and `gone` where
+    its interval is not above 0. A blank image is one image: a model says nearly the same to all, so chance moves all items together and
+    the interval is too narrow there; the shuffled image is the steadier control.
     """
     out: dict[str, Any] = {}
     for metric, gain in summary["gain"].get("real", {}).items():
         word = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "tie"
-        blank = summary["gain"].get("blank", {}).get(metric)
         out[metric] = {"result": word, "gain": gain}
-        if blank is not None:
-            out[metric]["blank_gain"] = blank
-            out[metric]["gone_when_blank"] = not blank["low"] > 0
+        for condition in CONDITIONS[1:]:
+            without = summary["gain"].get(condition, {}).get(metric)
+            if without is not None:
+                out[metric][f"{condition}_gain"] = without
+                out[metric][f"gone_when_{condition}"] = not without["low"] > 0
     return out

@@ -90,13 +90,14 @@ def interval_text(value: dict[str, float]) -> str:
 
 
 def reading(verdict: dict[str, Any] | None) -> str:
-    """ "better +0.080 [+0.050, +0.110], gone without the image" for one metric's verdict."""
+    """ "better +0.080 [+0.050, +0.110], gone with blank images" for one metric's verdict."""
     if not verdict:
         return ""
     g = verdict["gain"]
     text = f"{verdict['result']} {g['mean']:+.3f} [{g['low']:+.3f}, {g['high']:+.3f}]"
-    if verdict["result"] == "better" and "gone_when_blank" in verdict:
-        text += ", gone without the image" if verdict["gone_when_blank"] else ", also without the image"
+    for condition in ("blank", "shuffled"):
+        if verdict["result"] == "better" and f"gone_when_{condition}" in verdict:
+            text += f", {'gone' if verdict[f'gone_when_{condition}'] else 'also'} with {condition} images"
     return text
 
 

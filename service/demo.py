@@ -1,7 +1,7 @@
 """`hscr demo`: the whole main job as a client of the service, on real MRI slices, and an honest reading of the outcome.
 
 Builds the demo data, starts `hscr up`, uploads over HTTP, aligns, follows the events, asks base and new version the same questions with
-real and blank images, prints a table and writes a page. Knows the HTTP contract only: nothing here reaches into the service.
+real, blank and shuffled images, prints a table and writes a page. Knows the HTTP contract only: nothing here reaches into the service.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from rich.table import Table
 
 from hscr.config import EvaluationConfig
 from hscr.demo.data import build
-from hscr.evaluate import Prediction, summarize, verdict
+from hscr.evaluate import CONDITIONS, Prediction, derangement, summarize, verdict
 from hscr.progress import bars, by_name, evaluation_table
 from hscr.records import VQARecord, read_records
 from hscr.report import image_uri, render
 from hscr.scoring import score
 
-SPLITS = {"align": 480, "valid": 150, "test": 400}
+SPLITS = {"align": 480, "valid": 150, "test": 320}
 CLIENTS = 16  # concurrent questions: enough to keep the engine's batches full
 WATCHED = ("open/grounded_words", "closed/strict")
 console = Console()
@@ -170,17 +170,19 @@ def _align(client: httpx.Client, folders: dict[str, Path], seed: int) -> tuple[d
 
 
 def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], version: dict[str, Any]) -> list[Prediction]:
-    """Every question to the base and to the version, with its image and with a blank one."""
+    """Every question to the base and to the version, with its image, a blank one and another slice's."""
     policies = {"base": None, "adapter": f"demo:{version['version']}"}
-    tasks = [(p, c, r) for c in ("real", "blank") for p in policies for r in records]
+    tasks = [(p, c, n) for c in CONDITIONS for p in policies for n in range(len(records))]
+    other = derangement(len(records), 0)
     blank = io.BytesIO()
     with Image.open(folder / records[0].image) as first:
         Image.new("RGB", first.size).save(blank, "PNG")
     out: dict[int, Prediction] = {}
 
     async def ask(http: httpx.AsyncClient, gate: asyncio.Semaphore, number: int) -> None:
-        policy, condition, record = tasks[number]
-        image = (folder / record.image).read_bytes() if condition == "real" else blank.getvalue()
+        policy, condition, row = tasks[number]
+        record, shown = records[row], records[other[row] if condition == "shuffled" else row]
+        image = blank.getvalue() if condition == "blank" else (folder / shown.image).read_bytes()
         body: dict[str, Any] = {
             "image": {"base64": base64.b64encode(image).decode()},
             "question": record.question,
@@ -198,9 +200,7 @@ def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], versi
         gate = asyncio.Semaphore(CLIENTS)
         async with httpx.AsyncClient(base_url=client.base_url, timeout=120) as http:
             with bars(console) as progress:
-                task = progress.add_task(
-                    "asking /vqa", total=len(tasks), note="base and adapter, real and blank images"
-                )
+                task = progress.add_task("asking /vqa", total=len(tasks), note="real, blank, shuffled")
                 for done in asyncio.as_completed([ask(http, gate, n) for n in range(len(tasks))]):
                     await done
                     progress.advance(task)
@@ -223,13 +223,17 @@ def conclusions(summary: dict[str, Any]) -> list[str]:
             "worse": f"On {names[metric]} the adapter is worse than the base: {size}.",
         }[v["result"]]
         if v["result"] == "better":
-            text += (
-                " With blank images the gain is gone, as it should be."
-                if v["gone_when_blank"]
-                else " The gain is there with blank images too, so it does not come from the image."
-            )
+            text += _without(v, "blank", "blank images") + _without(v, "shuffled", "another slice's image")
         lines.append(text)
     return lines
+
+
+def _without(v: dict[str, Any], condition: str, name: str) -> str:
+    gain = v[f"{condition}_gain"]
+    size = f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+    if v[f"gone_when_{condition}"]:
+        return f" With {name} the gain is gone, as it should be: {size}."
+    return f" With {name} a gain remains, which it should not: {size}."
 
 
 def _side_by_side(records: list[VQARecord], predictions: list[Prediction], n: int = 6) -> Table:

@@ -41,7 +41,8 @@ def draw_facts(rng: np.random.Generator, habits: Habits = BALANCED) -> Facts:
 
 def draw_questions(rng: np.random.Generator, facts: Facts, count: int) -> list[Asked]:
     """Some questions about one slice, by KIND_WEIGHTS among the kinds that apply."""
-    kinds = kinds_for(facts)
+    # A slice at the brain's edge may show no structure clearly; there is then nothing to ask "visible" about.
+    kinds = [kind for kind in kinds_for(facts) if kind != "visible" or facts.present]
     weights = np.array([KIND_WEIGHTS[k] for k in kinds], dtype=float)
     drawn = rng.choice(len(kinds), size=count, p=weights / weights.sum())
     return [ask(rng, facts, kinds[i]) for i in drawn]
@@ -53,7 +54,7 @@ class Packer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self._ids: dict[str, list[int]] = {}
-        self._words = {i: tokenizer.decode([i]).strip() for i in range(len(tokenizer))}
+        self._words = {i: str(tokenizer.decode([i])).strip() for i in range(len(tokenizer))}
 
     def _encoded(self, text: str, question: bool) -> list[int]:
         key = ("q" if question else "a") + text

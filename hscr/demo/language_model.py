@@ -116,7 +116,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, tower: CLIPVisionModel, seed:
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=int(tokenizer.convert_tokens_to_ids(IMAGE)),  # type: ignore[arg-type]
         image_seq_length=N_VISUAL,
         vision_feature_layer=-1,  # the layer that was trained densely
         vision_feature_select_strategy="default",

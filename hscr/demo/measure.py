@@ -125,7 +125,7 @@ def answers(
                 break
             logits = [branch.step(chosen) for branch in branches]
         rows = torch.stack(tokens, 1).tolist()
-        out += [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        out += [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
     return out
 
 

@@ -113,7 +113,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 # Slices of the one output vector a patch gets from the head. The attributes of lesion and marker have a last class
 # "nothing here", asked of every other patch: so they stand in the tokens that hold the thing and in no other. Without
-# it a token's own side is in every token, their mean says nothing, and the decoder never learned to tell left from right.
+# it a token's own side is in every token, their mean says nothing, and the decoder never learned left from right.
 _HEADS = {
     "lesion": 1, "marker": 1, "parts": len(PARTS), "plane": 3,
     "l_side": 3, "l_region": len(REGIONS) + 1, "l_size": 3, "l_look": 3, "m_side": 3, "m_part": len(PARTS) + 1,

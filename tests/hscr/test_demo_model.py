@@ -7,16 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hscr.demo.base import MODEL_FOLDER, Recipe, rebuild
 from hscr.demo.data import build
-from hscr.demo.decoder import Packer, packed_loss, tree_mask
-from hscr.demo.language import Asked
+from hscr.demo.decoder import Packer, draw_questions, packed_loss, tree_mask
+from hscr.demo.language import PARTS, Asked
 from hscr.demo.language_model import answer_ids, prompt_ids
 from hscr.demo.measure import answers, load_split, scores
+from hscr.demo.slices import Facts
 
 FRESH_PROCESS = """
 import json, sys
@@ -135,6 +137,12 @@ def _exact_loss(model, batch, features) -> torch.Tensor:
     from hscr.demo.decoder import _packed_loss
 
     return _packed_loss(model, batch, features)[0]
+
+
+def test_a_slice_that_shows_no_structure_can_still_be_asked_about() -> None:
+    facts = Facts("axial", frozenset(), frozenset(PARTS))
+    kinds = {one.kind for one in draw_questions(np.random.default_rng(0), facts, 50)}
+    assert kinds == {"plane", "plane_which", "plane_yesno", "present"}
 
 
 def test_tree_mask_by_hand() -> None:
