@@ -337,7 +337,7 @@ def _ask_open(rng: np.random.Generator, facts: Facts, kind: str) -> Asked:
         slots |= {"size": lesion.size, "look": lesion.look, "signal": signal, "side": lesion.side}
         slots |= {"region": lesion.region, "on": f"in the {side}{lesion.region} {noun}"}
         place = ([(lesion.side, SIDES)] if lesion.side else []) + [(lesion.region, REGIONS)]
-        grounded += {  # type: ignore[arg-type, unused-ignore]
+        grounded += {
             "describe": [(lesion.size, SIZES), (lesion.look, LOOKS), *place],
             "where": place,
             "region": [(lesion.region, REGIONS)],
