@@ -234,7 +234,7 @@ def test_configuration_lays_file_over_preset_and_fields_over_both(tmp_path: Path
     file = tmp_path / "c.json"
     file.write_text('{"optimization": {"lr": 0.5, "gamma": 0.25}, "seed": 4}')
     found = configuration("recommended", file, ["optimization.lr=0.25", "preference.similarity=token_f1"], None)
-    assert (found.optimization.lr, found.optimization.gamma, found.optimization.anchor) == (0.25, 0.25, 1.0)
+    assert (found.optimization.lr, found.optimization.gamma, found.optimization.anchor) == (0.25, 0.25, 2.0)
     assert (found.preference.similarity, found.seed) == ("token_f1", 4)
     assert configuration("paper", file, [], 9).seed == 9
     assert json_digest(configuration("paper", None, None).to_dict())
