@@ -36,6 +36,7 @@ from hscr.progress import bars, by_name, evaluation_table
 from hscr.records import VQARecord, read_records
 from hscr.report import image_uri, render
 from hscr.scoring import score
+from service.lifeline import die_with_parent
 
 SPLITS = {"align": 480, "valid": 150, "test": 320}
 CLIENTS = 16  # concurrent questions: enough to keep the engine's batches full
@@ -49,6 +50,11 @@ class DemoError(Exception):
 
 def run_demo(data: Path, seed: int) -> None:
     """Run the demonstration in `data` (data set, service state and report); raises DemoError with the log's tail where a part fails."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # also where a shell started this in the background with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
     with bars(console) as progress:
         folders = build(data / "dataset", seed, by_name(progress), SPLITS)
