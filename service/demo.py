@@ -36,7 +36,6 @@ from hscr.progress import bars, by_name, evaluation_table
 from hscr.records import VQARecord, read_records
 from hscr.report import image_uri, render
 from hscr.scoring import score
-from service.lifeline import die_with_parent
 
 SPLITS = {"align": 480, "valid": 150, "test": 320}
 CLIENTS = 16  # concurrent questions: enough to keep the engine's batches full
