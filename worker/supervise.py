@@ -78,7 +78,12 @@ class _Attempt:
                     return
                 work = folder.begin(self.mine.fence)
                 status = self._follow(
-                    Run(self._command(folder, work), folder.path / "run.log", **self._run_options(lock))
+                    Run(
+                        self._command(folder, work),
+                        folder.path / "run.log",
+                        threads=self.settings.run_threads,
+                        inherit=[lock],
+                    )
                 )
                 self._conclude(status, work)
         except jobs.Superseded:
@@ -87,9 +92,6 @@ class _Attempt:
             # Its type only: an exception's text may name a file.
             log.exception("job %s attempt %d: the supervisor failed", self.mine.job_id, self.mine.fence)
             self._crash("attempt_failed", f"the attempt failed with {type(error).__name__}")
-
-    def _run_options(self, lock: int) -> dict[str, Any]:
-        return {"threads": self.settings.run_threads, "inherit": [lock]}
 
     def _wait_for(self, lock: int) -> bool:
         """Take the job's lock; False where this attempt ended while an older run still held it."""

@@ -24,7 +24,6 @@ from hscr.demo.tower import encode_pool
 from hscr.records import VQARecord, read_records
 from hscr.scoring import grounded_words, strict_closed
 
-FIRST_VISUAL = 2  # <s> USER: <image>…
 MAX_TOKENS = 40
 
 
