@@ -27,6 +27,7 @@ from hscr.demo.volumes import PLANES, load_template
 
 GRID = SIZE // PATCH
 MEAN, STD = 0.3, 0.3
+NOTHING_FROM = 0.4  # share of the steps after which empty patches are asked for attributes too
 POOL_NUMBER = 100  # splits are numbered below; the pool's generators never meet theirs
 
 TOWER_CONFIG = CLIPVisionConfig(
@@ -120,8 +121,11 @@ _HEADS = {
 }  # fmt: skip
 
 
-def dense_loss(outputs: Tensor, pool: Pool, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """The sum of all patch losses and a few accuracies. outputs [B, P, sum of head sizes]."""
+def dense_loss(outputs: Tensor, pool: Pool, rows: Tensor, nothing: bool = True) -> tuple[Tensor, dict[str, float]]:
+    """The sum of all patch losses and a few accuracies. outputs [B, P, sum of head sizes].
+
+    nothing: whether patches without lesion or marker are asked for the class "nothing here" too.
+    """
     head = dict(zip(_HEADS, outputs.split(list(_HEADS.values()), dim=-1), strict=True))
     lesion, marker = pool.lesion[rows], pool.marker[rows]
     patches = lesion.shape[1]
@@ -140,13 +144,14 @@ def dense_loss(outputs: Tensor, pool: Pool, rows: Tensor) -> tuple[Tensor, dict[
         for column, name in enumerate(names):
             logits, target = head[name][where], facts[image, column]
             logits, target = logits[target >= 0], target[target >= 0]
-            nothing = head[name][~where]
             weight = 1.0 if name in ("l_region", "m_part") else 0.5
             if len(target):
                 loss = loss + weight * F.cross_entropy(logits, target)
                 metrics[name] = (logits.argmax(-1) == target).float().mean().item()
-            last = torch.full((len(nothing),), nothing.shape[-1] - 1)
-            loss = loss + weight * F.cross_entropy(nothing, last)
+            if nothing:
+                empty = head[name][~where]
+                last = torch.full((len(empty),), empty.shape[-1] - 1)
+                loss = loss + weight * F.cross_entropy(empty, last)
     found = head["lesion"][..., 0] > 0
     metrics["lesion"] = (found == (lesion > 0)).all(1).float().mean().item()
     metrics["present"] = (found.any(1) == (lesion > 0).any(1)).float().mean().item()
@@ -190,7 +195,8 @@ def train_tower(
         with fast_precision():
             hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
             outputs = head(hidden)
-        loss, metrics = dense_loss(outputs.float(), pool, rows)
+        # Asked from the start, "nothing here" keeps the attributes on their plateau for thousands of steps more.
+        loss, metrics = dense_loss(outputs.float(), pool, rows, nothing=step >= NOTHING_FROM * steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
