@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -16,8 +26,32 @@ if TYPE_CHECKING:
     from hscr.answer import Answer
 
 
+LINE_EVERY_S = 15.0
+
+
+class _Lines(Progress):
+    """For a pipe or a log file, where no bar can move: a line a task every LINE_EVERY_S seconds, and one at its end."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, disable=True)
+        self._due: dict[TaskID, float] = {}
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:  # type: ignore[override]
+        super().update(task_id, **fields)
+        task, now = next(t for t in self.tasks if t.id == task_id), time.monotonic()
+        due = self._due.setdefault(task_id, now + LINE_EVERY_S)
+        if task.total is None or due == math.inf or not (task.finished or now >= due):
+            return
+        self._due[task_id] = math.inf if task.finished else now + LINE_EVERY_S
+        left = "" if task.finished or task.time_remaining is None else f"  {task.time_remaining:.0f} s left"
+        line = f"{task.description}  {task.completed:.0f}/{task.total:.0f}  {task.elapsed or 0:.0f} s{left}"
+        self.console.print(f"{line}  {task.fields['note']}".rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
 def bars(console: Console) -> Progress:
-    """Progress bars with count, elapsed and remaining time and a free text at the end."""
+    """Progress bars with count, elapsed and remaining time and a free text at the end; lines where there is no terminal."""
+    if not console.is_terminal:
+        return _Lines(console)
     return Progress(
         TextColumn("{task.description:<12}"),
         BarColumn(),

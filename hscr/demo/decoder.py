@@ -23,6 +23,7 @@ from hscr.demo.language_model import N_VISUAL, answer_ids, prompt_ids
 from hscr.demo.slices import Facts, LesionWish, MarkerWish
 from hscr.demo.tower import Pool, cosine, fast_precision
 from hscr.demo.volumes import PLANES
+from hscr.packing import tree_mask
 
 GROUNDED_WEIGHT = 3.0
 
@@ -90,14 +91,6 @@ class Packer:
         return dict(zip(("ids", "positions", "segments", "targets", "weights"), columns, strict=True))
 
 
-def tree_mask(segments: Tensor) -> Tensor:
-    """Additive mask [B, 1, T, T]: causal, own segment or the shared prefix only; padding sees itself (else NaN)."""
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(segments.shape[1], segments.shape[1]).tril().bool()
-    allowed = causal & ((key == query) | (key == 0))
-    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
-
-
 def packed_loss(
     model: LlavaForConditionalGeneration, batch: dict[str, Tensor], features: Tensor | None
 ) -> tuple[Tensor, float]:
@@ -113,9 +106,10 @@ def _packed_loss(
     if features is not None:
         visual = model.model.multi_modal_projector(features)
         embeds = torch.cat([embeds[:, :2], visual.float(), embeds[:, 2 + N_VISUAL :]], dim=1)
+    seen = tree_mask(batch["segments"])
     hidden = model.model.language_model(
         inputs_embeds=embeds,
-        attention_mask=tree_mask(batch["segments"]),
+        attention_mask=torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
         position_ids=batch["positions"],
         use_cache=False,
     ).last_hidden_state

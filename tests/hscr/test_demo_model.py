@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hscr.demo.base import MODEL_FOLDER, Recipe, rebuild
 from hscr.demo.data import build
-from hscr.demo.decoder import Packer, draw_questions, packed_loss, tree_mask
+from hscr.demo.decoder import Packer, _packed_loss, draw_questions
 from hscr.demo.language import PARTS, Asked
 from hscr.demo.language_model import answer_ids, prompt_ids
 from hscr.demo.measure import answers, load_split, scores
@@ -134,8 +134,6 @@ def test_packed_questions_cost_the_same_as_separate_ones(base, processor) -> Non
 
 
 def _exact_loss(model, batch, features) -> torch.Tensor:
-    from hscr.demo.decoder import _packed_loss
-
     return _packed_loss(model, batch, features)[0]
 
 
@@ -143,12 +141,6 @@ def test_a_slice_that_shows_no_structure_can_still_be_asked_about() -> None:
     facts = Facts("axial", frozenset(), frozenset(PARTS))
     kinds = {one.kind for one in draw_questions(np.random.default_rng(0), facts, 50)}
     assert kinds == {"plane", "plane_which", "plane_yesno", "present"}
-
-
-def test_tree_mask_by_hand() -> None:
-    """Segments 0 0 1 2 -1: 1 and 2 see the prefix and themselves, not each other; padding sees the prefix and itself."""
-    seen = tree_mask(torch.tensor([[0, 0, 1, 2, -1]]))[0, 0] == 0
-    assert seen.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 0, 1]]
 
 
 def test_prompt_ids_are_what_the_processor_makes(processor) -> None:
@@ -173,6 +165,3 @@ def test_rebuild_makes_a_whole_folder_twice_alike(tmp_path: Path) -> None:
     assert first["weights"] in (tmp_path / "a/README.md").read_text()
     LlavaForConditionalGeneration.from_pretrained(tmp_path / "a")
     AutoProcessor.from_pretrained(tmp_path / "a")
-
-
-assert packed_loss  # the public form adds autocast to the exact one tested above
