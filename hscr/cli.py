@@ -319,7 +319,9 @@ def import_llava_med(
         f"{len(plan.moves)} tensors ({size:.1f} GB) moved, {len(plan.unused)} not needed, none missing, none unknown; "
         f"<image> is token {plan.config.image_token_id} of {plan.config.text_config.vocab_size}"
     )
-    console.print(f"model: [bold]{escape(str(out))}[/]   every tensor: [bold]{escape(str(out / REPORT))}[/]", soft_wrap=True)
+    console.print(
+        f"model: [bold]{escape(str(out))}[/]   every tensor: [bold]{escape(str(out / REPORT))}[/]", soft_wrap=True
+    )
 
 
 @app.command("demo-data")

@@ -117,7 +117,9 @@ def plan_import(source: Path, vision_tower: str | None = None) -> Plan:
     """
     settings = _settings(source)
     tower = vision_tower or str(settings.get("mm_vision_tower", ""))
-    if vision_tower is None and tower not in TOWERS and not Path(tower).is_dir():  # nothing is fetched that was not asked for
+    if (
+        vision_tower is None and tower not in TOWERS and not Path(tower).is_dir()
+    ):  # nothing is fetched that was not asked for
         raise ValueError(
             f"{source}: names the vision tower {tower!r}, whose shape is not known here (known: {', '.join(TOWERS)}); "
             "give the tower's folder as --vision-tower"
@@ -170,7 +172,9 @@ def report(plan: Plan, where: dict[str, str]) -> dict[str, Any]:
         "vision_tower": plan.tower if plan.tower in TOWERS else Path(plan.tower).name,
         "image_token_id": plan.config.image_token_id,
         "rows": {"target": rows, "new rows": "mean of the checkpoint's rows", "multiple of": ROWS_MULTIPLE},
-        "tensors": [_row(m.stored) | {"target": m.target, "target_shape": m.shape, "file": where[m.target]} for m in plan.moves],
+        "tensors": [
+            _row(m.stored) | {"target": m.target, "target_shape": m.shape, "file": where[m.target]} for m in plan.moves
+        ],
         "unused": [_row(stored) | {"reason": reason} for stored, reason in plan.unused],
         "config_left": plan.config_left,
     }
@@ -197,7 +201,9 @@ def _settings(source: Path) -> dict[str, Any]:
     if kind == "llava":
         raise ValueError(f"{source}: is a Hugging Face LLaVA already (model_type 'llava'); give it to --model as it is")
     if kind != "llava_mistral":
-        raise ValueError(f"{source}: config.json says model_type {kind!r}; only 'llava_mistral' (LLaVA-Med v1.5) is imported")
+        raise ValueError(
+            f"{source}: config.json says model_type {kind!r}; only 'llava_mistral' (LLaVA-Med v1.5) is imported"
+        )
     for name, known in COUNTERPARTS.items():
         value = settings.get(name, known[0])
         if value not in known or (name == "mm_projector_type" and value != "mlp2x_gelu"):
@@ -231,7 +237,11 @@ def _tower_config(tower: str) -> CLIPVisionConfig:
 
 def _config(settings: dict[str, Any], vision: CLIPVisionConfig, processor: Any) -> LlavaConfig:
     """The target's configuration; the embeddings have a row for every token of the processor, in multiples of 64."""
-    known = {*MistralConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "transformers_version"}
+    known = {*MistralConfig().to_dict(), "rope_theta", "rope_scaling"} - {
+        "model_type",
+        "architectures",
+        "transformers_version",
+    }
     text = MistralConfig(**{k: v for k, v in settings.items() if k in known})
     text.pad_token_id = processor.tokenizer.pad_token_id
     rows = max(int(settings.get("vocab_size", 32000)), len(processor.tokenizer))
@@ -285,7 +295,9 @@ def _checkpoint(source: Path) -> dict[str, Stored]:
     for name in shards:
         for key, tensor in _header(source / name).items():
             if index.get(key) != name:
-                raise ValueError(f"{source / name}: holds {key}, which {INDEX} does not place there; download both again")
+                raise ValueError(
+                    f"{source / name}: holds {key}, which {INDEX} does not place there; download both again"
+                )
             stored[key] = tensor
     _refuse(source, f"named by {INDEX} but not in its file", sorted(index.keys() - stored.keys()))
     return stored
@@ -295,8 +307,14 @@ def _tower_weights(tower: str | None, source: Path) -> dict[str, Stored]:
     """The tower's tensors under the fork's names; of a whole CLIP only the vision half."""
     weights = _tower_file(tower, "model.safetensors") if tower else None
     if weights is None:
-        where = f"vision tower {tower!r}: has no model.safetensors at hand" if tower else f"{source}: carries no vision tower"
-        raise ValueError(f"{where}; give a folder with config.json and model.safetensors of the CLIP tower as --vision-tower")
+        where = (
+            f"vision tower {tower!r}: has no model.safetensors at hand"
+            if tower
+            else f"{source}: carries no vision tower"
+        )
+        raise ValueError(
+            f"{where}; give a folder with config.json and model.safetensors of the CLIP tower as --vision-tower"
+        )
     found = {n: s for n, s in _header(weights).items() if n.startswith("vision_model.")}
     return {RENAMES[0][0] + name: tensor for name, tensor in found.items()}
 
@@ -389,7 +407,9 @@ def _appearing(out: Path, n_bytes: int) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         free = shutil.disk_usage(work.parent).free
         if free < n_bytes * 1.01:
-            raise ValueError(f"{out}: needs {n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or choose another --out")
+            raise ValueError(
+                f"{out}: needs {n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or choose another --out"
+            )
         work.mkdir()
         yield work
         for path in work.iterdir():

@@ -8,6 +8,7 @@ LlamaTokenizer (`legacy` is not stored): so the tokenizer is stored by its own f
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionConfig,
+    LlamaTokenizer,
     LlavaImageProcessorPil,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -68,13 +70,69 @@ def make_processor(
 
 
 def _tokenizer(source: Path) -> Any:
+    """The checkpoint's own tokenizer, from tokenizer.json or, as Microsoft's release has it, from tokenizer.model alone."""
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+        if (source / "tokenizer.json").is_file():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        vocabulary = _sentencepiece_vocabulary((source / "tokenizer.model").read_bytes())
+        settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        marks = {k: settings.get(k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        marks = {k: v["content"] if isinstance(v, dict) else v for k, v in marks.items()}
+        # A sentencepiece BPE joins the pair whose whole has the lowest id; a split of a piece into two pieces is a merge of that rank.
+        splits = [(p[:i], p[i:]) for p in vocabulary for i in range(1, len(p))]
+        merges = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
+        length = settings.get("model_max_length", 2048)
+        tokenizer = LlamaTokenizer(vocabulary, merges, legacy=True, model_max_length=length, **marks)
+        tokenizer.add_bos_token = True  # only from_pretrained takes it as an argument
+        return tokenizer
+    except Exception as error:  # the Rust half of tokenizers raises bare Exception
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"{source}: its tokenizer cannot be read ({str(error).strip().splitlines()[0]}); tokenizer.json and tokenizer_config.json must be "
-            "there, or tokenizer.model and the packages sentencepiece and protobuf"
+            f"{source}: its tokenizer cannot be read ({reason}); tokenizer_config.json and tokenizer.json or tokenizer.model of "
+            "microsoft/llava-med-v1.5-mistral-7b must be there, whole"
         ) from error
+
+
+def _sentencepiece_vocabulary(model: bytes) -> dict[str, int]:
+    """Piece -> id, in the order of a sentencepiece ModelProto (field 1, repeated: pieces; in each, field 1: its text).
+
+    Read here because the packages sentencepiece and protobuf would be needed for nothing else.
+    """
+    if model.startswith(b"version https://git-lfs"):
+        raise ValueError("tokenizer.model is a git-lfs pointer, run `git lfs pull`")
+    pieces = [piece for number, piece in _fields(model) if number == 1]
+    texts = [next(text for number, text in _fields(piece) if number == 1).decode() for piece in pieces]
+    if len(texts) < 3 or len(set(texts)) != len(texts):
+        raise ValueError("tokenizer.model is no sentencepiece model")
+    return {text: i for i, text in enumerate(texts)}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Field numbers and bytes of a protobuf message (numbers in varints come as empty bytes, nothing here asks for one)."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            varint()
+            size = 0
+        else:
+            size = {1: 8, 5: 4}[tag & 7] if tag & 7 != 2 else varint()
+        if at + size > len(message):
+            raise ValueError("tokenizer.model ends early")
+        yield tag >> 3, message[at : at + size]
+        at += size
 
 
 def _with_image_token(tokenizer: Any) -> PreTrainedTokenizerFast:
@@ -115,7 +173,7 @@ def check_prompt_ids(source: Path, saved: Path) -> None:
     prompt = processor.apply_chat_template(messages, tokenize=False)
     ours = processor.tokenizer(prompt)["input_ids"]
     theirs = fork_ids(_tokenizer(source), prompt, processor.tokenizer.convert_tokens_to_ids(IMAGE))
-    if ours != theirs:
+    if ours != theirs or ours[:1] != [processor.tokenizer.bos_token_id]:
         raise ValueError(
             f"{source}: its tokenizer reads a prompt as {theirs}, the converted one as {ours}; use the tokenizer files of "
             "microsoft/llava-med-v1.5-mistral-7b"

@@ -34,6 +34,34 @@ from tests.hscr.tiny import picture
 
 SIDE, PATCH, HIDDEN, VISION = 28, 7, 48, 32
 QUESTION = "Where is the lesion?"
+ORACLE = {
+    "[INST] ": [1, 276, 282, 366, 346],
+    "\nWhere is the lesion? [/INST]": [1, 346, 13, 375, 324, 281, 266, 270, 362, 318, 282, 366],
+    "Is there a 2 cm lesion?\nAnswer é ü 肺 no": [
+        1,
+        317,
+        345,
+        277,
+        301,
+        320,
+        270,
+        362,
+        13,
+        284,
+        327,
+        346,
+        198,
+        172,
+        346,
+        198,
+        191,
+        346,
+        235,
+        133,
+        189,
+        321,
+    ],
+}
 TOWER = "model.vision_tower.vision_tower.vision_model."
 VISION_CONFIG = CLIPVisionConfig(
     hidden_size=VISION, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=PATCH
@@ -138,7 +166,9 @@ def fork_logits(folder: Path, prompt: str, image: Image.Image) -> torch.Tensor:
     put in the place of id -200 (llava/model/llava_arch.py::prepare_inputs_labels_for_multimodal), then the Mistral decoder."""
     tensors, settings = weights(folder), json.loads((folder / "config.json").read_text())
     decoder = MistralForCausalLM(MistralConfig(**settings)).eval()
-    decoder.load_state_dict({k: v for k, v in tensors.items() if "vision" not in k and "mm_" not in k and "newline" not in k})
+    decoder.load_state_dict(
+        {k: v for k, v in tensors.items() if "vision" not in k and "mm_" not in k and "newline" not in k}
+    )
     tower = CLIPVisionModel(VISION_CONFIG).eval()
     nested = next(iter(tower.state_dict())).startswith("vision_model.")
     tower.load_state_dict(
@@ -240,7 +270,7 @@ def test_answers_are_written_as_the_fork_trained_them(converted: Path) -> None:
 def test_hscr_loads_the_folder(converted: Path) -> None:
     vlm = load_model(converted, device="cpu")
     prompt = encode_prompts(vlm, [picture(1)], [QUESTION])[0]
-    assert int((prompt.ids == vlm.image_token_id).sum()) == (SIDE // PATCH) ** 2
+    assert int((prompt.input_ids == vlm.image_token_id).sum()) == (SIDE // PATCH) ** 2
     assert vlm.base.config.text_config.rope_parameters["rope_theta"] == 1e6
     assert vlm.eos_ids == {2}
 
@@ -269,7 +299,10 @@ def test_new_rows_are_the_mean_and_rows_a_multiple_of_64(checkpoint: Path, conve
     before, after = weights(checkpoint), weights(converted)
     image = AutoProcessor.from_pretrained(converted).image_token_id
     assert image == n
-    for old, new in (("model.embed_tokens", "language_model.model.embed_tokens"), ("lm_head", "language_model.lm_head")):
+    for old, new in (
+        ("model.embed_tokens", "language_model.model.embed_tokens"),
+        ("lm_head", "language_model.lm_head"),
+    ):
         grown = after[new + ".weight"]
         assert len(grown) == -(-(n + 1) // 64) * 64
         assert torch.allclose(grown[image], before[old + ".weight"].mean(0), atol=1e-6)
@@ -287,6 +320,32 @@ def test_tokens_are_the_forks_whatever_the_tokenizer_says_of_legacy(copy: Path, 
     assert "▁" in source.convert_ids_to_tokens(after[1])
 
 
+def test_tokenizer_model_alone_is_read(copy: Path, tmp_path: Path) -> None:
+    """As in Microsoft's release. data/mistral_like_tokenizer.model was trained with sentencepiece 0.2.3 (BPE, byte fallback, 380 pieces), whose
+    own `encode` gave these ids, here with <s> before them."""
+    (copy / "tokenizer.json").unlink()
+    shutil.copy(Path(__file__).parent / "data" / "mistral_like_tokenizer.model", copy / "tokenizer.model")
+    config = json.loads((copy / "config.json").read_text())
+    change_config(copy, vocab_size=380)
+    change_weights(
+        copy, lambda t: t.update({k: torch.zeros(380, HIDDEN) for k in ("model.embed_tokens.weight", "lm_head.weight")})
+    )
+    assert config["vocab_size"] != 380
+    processor = AutoProcessor.from_pretrained(convert(copy, tmp_path / "out"))
+    image, tokenizer = processor.image_token_id, processor.tokenizer
+    assert image == 380
+    assert tokenizer(PROMPT)["input_ids"] == [*ORACLE["[INST] "], image, *ORACLE["\nWhere is the lesion? [/INST]"][1:]]
+    strange = "Is there a 2 cm lesion?\nAnswer é ü 肺 no"
+    assert tokenizer(strange)["input_ids"] == ORACLE[strange]
+    assert tokenizer.decode(ORACLE[strange], skip_special_tokens=True) == strange
+    (copy / "tokenizer.model").write_bytes((copy / "tokenizer.model").read_bytes()[:3000])
+    with pytest.raises(ValueError, match="tokenizer cannot be read"):
+        plan_import(copy)
+    (copy / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        plan_import(copy)
+
+
 def test_shards_and_half_precision(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "half", torch.bfloat16)
     plan = plan_import(source)
@@ -295,7 +354,9 @@ def test_shards_and_half_precision(tmp_path: Path) -> None:
     moved = list(write_import(plan, out, shard_bytes=40_000))
     shards = sorted(out.glob("model-*.safetensors"))
     assert len(shards) > 3
-    assert sorted(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == sorted(m.target for m in moved)
+    assert sorted(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == sorted(
+        m.target for m in moved
+    )
     assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
     model, info = LlavaForConditionalGeneration.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert model.dtype == torch.bfloat16
@@ -322,7 +383,9 @@ def test_tower_from_its_own_folder(copy: Path, checkpoint: Path, converted: Path
 def save_file_names(clip: Path, out: Path) -> Path:
     """The tower's folder as OpenAI's CLIP is published: under `vision_model.`, with a text half beside it."""
     shutil.copytree(clip, out)
-    tensors = {"vision_model." + k.removeprefix("vision_model."): v for k, v in load_file(clip / "model.safetensors").items()}
+    tensors = {
+        "vision_model." + k.removeprefix("vision_model."): v for k, v in load_file(clip / "model.safetensors").items()
+    }
     tensors["text_model.final_layer_norm.bias"] = torch.zeros(4)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
@@ -381,7 +444,7 @@ def test_broken_downloads_are_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a pickle, which is not opened"):
         plan_import(copy)
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer cannot be read .*tokenizer\.model and the packages"):
+    with pytest.raises(ValueError, match=r"tokenizer cannot be read .*must be there, whole"):
         plan_import(copy)
 
 
@@ -390,7 +453,9 @@ def test_index_and_files_must_agree(copy: Path) -> None:
     index = json.loads(path.read_text())
     name = index["weight_map"].pop("lm_head.weight")
     path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="holds lm_head.weight, which model.safetensors.index.json does not place there"):
+    with pytest.raises(
+        ValueError, match="holds lm_head.weight, which model.safetensors.index.json does not place there"
+    ):
         plan_import(copy)
     index["weight_map"] |= {"lm_head.weight": name, "model.ghost": name}
     path.write_text(json.dumps(index))
@@ -452,11 +517,13 @@ print(json.dumps({"peak": (kib("VmHWM") - start) * 1024, "largest": max(m.n_byte
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux's /proc tells the peak")
 def test_memory_is_one_shard_and_one_tensor(checkpoint: Path, tmp_path: Path) -> None:
     """190 MB of weights in two shards, written in shards of 40 MB: resident memory, mapped pages of the source included, grows by less than
-    one output shard, one (resized) tensor with its original, and 25 MB for what transformers and the processor bring."""
+    one output shard, one tensor, and 15 MB for what transformers and the processor bring."""
     big = shutil.copytree(checkpoint, tmp_path / "big")
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5, "vocab_size": 8000}
     change_config(big, **sizes)
-    config = MistralConfig(**{k: v for k, v in json.loads((big / "config.json").read_text()).items() if k != "model_type"})
+    config = MistralConfig(
+        **{k: v for k, v in json.loads((big / "config.json").read_text()).items() if k != "model_type"}
+    )
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in MistralForCausalLM(config).state_dict().items()}
     tensors = {k: v for k, v in weights(big).items() if k not in shapes}
@@ -466,10 +533,9 @@ def test_memory_is_one_shard_and_one_tensor(checkpoint: Path, tmp_path: Path) ->
     command = [sys.executable, "-c", MEASURE, str(big), str(tmp_path / "out"), "40000000"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    print(run.stdout, run.stderr)
     got = json.loads(run.stdout.splitlines()[-1])
     assert got["all"] > 190e6
-    assert got["peak"] < 40e6 + 2 * got["largest"] + 25e6, got
+    assert got["peak"] < 40e6 + got["largest"] + 15e6, got
 
 
 def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
