@@ -7,7 +7,6 @@ Safetensors only, as everywhere here: the released checkpoint has them, and a pi
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from transformers.utils import cached_file
 
 from hscr.artifacts import write_json
 from hscr.llava_med_text import check_prompt_ids, make_processor
+from hscr.run_dir import RunDir
 
 REPORT = "import-report.json"
 INDEX = "model.safetensors.index.json"
@@ -53,7 +53,7 @@ UNUSED = {
     "embeddings.position_ids": "computed, a plain 0, 1, 2, …",
     "model.image_newline": "read only by mm_patch_merge_type other than flat",
 }
-# Fields of the fork's config.json that change what the model computes: the values that have a counterpart in the target, the fork's default first.
+# Fields of the fork's config.json that change what the model computes: values with a counterpart in the target, the fork's default first.
 COUNTERPARTS: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("linear", "mlp2x_gelu"),
     "mm_vision_select_feature": ("patch", "cls_patch"),
@@ -63,6 +63,12 @@ COUNTERPARTS: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "quantization_config": (None,),
 }
+
+
+# The decoder's own fields; the other fields that are read; whatever else is in config.json concerns training and goes into the report.
+READ_FIELDS = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
+TEXT_FIELDS = {*MistralConfig().to_dict(), "rope_theta", "rope_scaling"} - READ_FIELDS
+READ_FIELDS |= {"mm_vision_tower", "mm_vision_select_layer", "mm_hidden_size"}  # the last one by the projector's shape
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,15 @@ def plan_import(source: Path, vision_tower: str | None = None) -> Plan:
         stored |= _tower_weights(vision_tower, source)
     moves, unused = _moves(stored, config, int(settings.get("vocab_size", 32000)), source)
     config.dtype = _TORCH_NAMES[Counter(m.stored.dtype for m in moves).most_common(1)[0][0]]
-    left = {k: v for k, v in settings.items() if not hasattr(config.text_config, k) and k not in COUNTERPARTS}
+    left = {k: v for k, v in settings.items() if k not in TEXT_FIELDS | READ_FIELDS | COUNTERPARTS.keys()}
     return Plan(source, config, processor, moves, unused, tower, left)
 
 
 def write_import(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[Move]:
-    """Write the planned folder, yielding each tensor once it is on its way; `out` appears when the iterator is exhausted, never before.
+    """Write the planned folder, yielding each tensor once it is read; `out` appears when the iterator is exhausted, never before.
 
-    Memory: at most `shard_bytes` of output, or one tensor where that is larger, and one tensor besides. Raises ValueError where `out` exists
-    or cannot be written.
+    Memory: at most `shard_bytes` of output, or one tensor where that is larger, and one tensor besides.
+    Raises ValueError where `out` exists or cannot be written.
     """
     size = sum(m.n_bytes for m in plan.moves)
     with _appearing(out, size) as folder:
@@ -165,13 +171,18 @@ def write_import(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> Itera
 
 
 def report(plan: Plan, where: dict[str, str]) -> dict[str, Any]:
-    """What was done with every tensor. No absolute paths and no time: the same import gives the same bytes, and a folder is known by them."""
+    """What was done with every tensor. No absolute paths, no time: the same import gives the same bytes, by which a folder is known."""
     rows = plan.config.text_config.vocab_size
     return {
         "source": plan.source.resolve().name,
         "vision_tower": plan.tower if plan.tower in TOWERS else Path(plan.tower).name,
         "image_token_id": plan.config.image_token_id,
-        "rows": {"target": rows, "new rows": "mean of the checkpoint's rows", "multiple of": ROWS_MULTIPLE},
+        "rows": {
+            "tokens": len(plan.processor.tokenizer),
+            "target": rows,
+            "new rows": "mean of the checkpoint's rows",
+            "multiple of": ROWS_MULTIPLE,
+        },
         "tensors": [
             _row(m.stored) | {"target": m.target, "target_shape": m.shape, "file": where[m.target]} for m in plan.moves
         ],
@@ -377,8 +388,13 @@ def _shards(moves: tuple[Move, ...], limit: int) -> list[list[Move]]:
 def _tensor(move: Move) -> torch.Tensor:
     """The tensor as the target holds it: bytes unchanged, and new rows (no text has them) the mean of the old ones, so that they stand out
     neither as input nor as output."""
-    with safe_open(move.stored.shard, "pt") as file:
-        tensor = file.get_tensor(move.stored.name)
+    try:
+        with safe_open(move.stored.shard, "pt") as file:
+            tensor = file.get_tensor(move.stored.name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{move.stored.shard}: cannot be read any more ({error}); leave the source as it is"
+        ) from error
     if tuple(tensor.shape) == move.shape:
         return tensor.contiguous()
     grown = torch.empty(move.shape, dtype=tensor.dtype)
@@ -396,29 +412,23 @@ def _appearing(out: Path, n_bytes: int) -> Iterator[Path]:
     if os.path.lexists(out):
         raise ValueError(f"{out}: exists already; name another folder with --out, or move it away")
     work = out.absolute().parent / f".{out.name}.importing"
-    lock: IO[str] | None = None
     try:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        lock = work.with_suffix(".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another import is writing it; wait for it to end") from None
-        shutil.rmtree(work, ignore_errors=True)
-        free = shutil.disk_usage(work.parent).free
-        if free < n_bytes * 1.01:
-            raise ValueError(
-                f"{out}: needs {n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or choose another --out"
-            )
-        work.mkdir()
-        yield work
-        for path in work.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        work.rename(out)
+        with RunDir(work).locked():
+            try:
+                for left in work.iterdir():
+                    if left.name != ".lock":
+                        left.unlink()
+                free = shutil.disk_usage(work).free
+                if free < n_bytes * 1.01:
+                    need = f"needs {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+                    raise ValueError(f"{out}: {need}; make room or choose another --out")
+                yield work
+                for path in work.iterdir():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                work.rename(out)
+                (out / ".lock").unlink()  # after the renaming: without its lock the folder would be anyone's to clear
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{out}: cannot be written ({error}); nothing is left there, choose another --out") from error
-    finally:
-        if lock is not None:
-            shutil.rmtree(work, ignore_errors=True)
-            lock.close()

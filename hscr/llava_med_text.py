@@ -24,7 +24,7 @@ from transformers import (
 )
 
 IMAGE = "<image>"
-# conv_templates["mistral_instruct"] of microsoft/LLaVA-Med (llava/conversation.py), with the image first as llava/eval/model_vqa.py puts it.
+# conv_templates["mistral_instruct"] of microsoft/LLaVA-Med (llava/conversation.py), the image first as in llava/eval/model_vqa.py.
 # No <s>: the tokenizer adds it.
 _PARTS = "{% for part in message['content'] if part['type'] == "
 CHAT_TEMPLATE = (
@@ -48,6 +48,11 @@ def make_processor(
 ) -> LlavaProcessor:
     """The processor for the checkpoint in `source`, whose config.json is `settings`. preprocessor: the tower's preprocessor_config.json;
     without one CLIP's own means are used. Raises ValueError where the tokenizer cannot be read."""
+    tokenizer, rows = _tokenizer(source), int(settings.get("vocab_size", 32000))
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{source}: its tokenizer has {len(tokenizer)} tokens, config.json {rows}; put the checkpoint's own tokenizer files there"
+        )
     side = vision.image_size
     means = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor is not None else {}
     images = LlavaImageProcessorPil(
@@ -58,7 +63,7 @@ def make_processor(
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=_with_image_token(_tokenizer(source)),
+        tokenizer=_with_image_token(tokenizer),
         patch_size=vision.patch_size,
         vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[
             settings.get("mm_vision_select_feature", "patch")

@@ -1,4 +1,4 @@
-"""The import of the LLaVA fork's checkpoints: same logits as the fork's own forward, same tokens, same pixels, nothing lost, clear refusals."""
+"""The import of the LLaVA fork's checkpoints: the fork's logits, tokens and pixels, nothing lost, clear refusals."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def fork_logits(folder: Path, prompt: str, image: Image.Image) -> torch.Tensor:
-    """The fork's forward, again from its description: pad to a square, CLIP's hidden_states[-2][:, 1:], two linear layers with GELU between,
+    """The fork's forward, again from its description: pad to a square, CLIP's hidden_states[-2][:, 1:], two linear layers and a GELU,
     put in the place of id -200 (llava/model/llava_arch.py::prepare_inputs_labels_for_multimodal), then the Mistral decoder."""
     tensors, settings = weights(folder), json.loads((folder / "config.json").read_text())
     decoder = MistralForCausalLM(MistralConfig(**settings)).eval()
@@ -172,8 +172,12 @@ def fork_logits(folder: Path, prompt: str, image: Image.Image) -> torch.Tensor:
     tower = CLIPVisionModel(VISION_CONFIG).eval()
     nested = next(iter(tower.state_dict())).startswith("vision_model.")
     tower.load_state_dict(
-        {("vision_model." if nested else "") + k.removeprefix(TOWER): v for k, v in tensors.items() if TOWER in k and "position_ids" not in k}
-    )  # fmt: skip
+        {
+            ("vision_model." if nested else "") + k.removeprefix(TOWER): v
+            for k, v in tensors.items()
+            if TOWER in k and "position_ids" not in k
+        }
+    )
     features = tower(fork_pixels(image), output_hidden_states=True).hidden_states[-2][:, 1:]
     mlp = torch.nn.Sequential(torch.nn.Linear(VISION, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN))
     mlp.load_state_dict({k.removeprefix("model.mm_projector."): v for k, v in tensors.items() if "mm_projector" in k})
@@ -291,7 +295,10 @@ def test_every_tensor_is_moved_bit_by_bit_and_reported(checkpoint: Path, convert
         with safe_open(checkpoint / row["shard"], "pt") as file:
             assert name in file.keys()  # noqa: SIM118
     assert rows["model.mm_projector.2.weight"]["target"] == "multi_modal_projector.linear_2.weight"
-    assert report["config_left"]["tokenizer_padding_side"] == "right"
+    # Whatever of config.json was neither carried over nor checked is listed: here nothing that a forward reads.
+    assert report["config_left"].keys() == {
+        "mm_use_im_patch_token", "tokenizer_padding_side", "tokenizer_model_max_length", "use_mm_proj"
+    }  # fmt: skip
 
 
 def test_new_rows_are_the_mean_and_rows_a_multiple_of_64(checkpoint: Path, converted: Path) -> None:
@@ -321,8 +328,8 @@ def test_tokens_are_the_forks_whatever_the_tokenizer_says_of_legacy(copy: Path, 
 
 
 def test_tokenizer_model_alone_is_read(copy: Path, tmp_path: Path) -> None:
-    """As in Microsoft's release. data/mistral_like_tokenizer.model was trained with sentencepiece 0.2.3 (BPE, byte fallback, 380 pieces), whose
-    own `encode` gave these ids, here with <s> before them."""
+    """As in Microsoft's release. data/mistral_like_tokenizer.model was trained with sentencepiece 0.2.3 (BPE, byte fallback, 380
+    pieces), whose own `encode` gave these ids, here with <s> before them."""
     (copy / "tokenizer.json").unlink()
     shutil.copy(Path(__file__).parent / "data" / "mistral_like_tokenizer.model", copy / "tokenizer.model")
     config = json.loads((copy / "config.json").read_text())
@@ -370,8 +377,8 @@ def test_the_same_import_gives_the_same_bytes(checkpoint: Path, converted: Path,
 
 
 def test_tower_from_its_own_folder(copy: Path, checkpoint: Path, converted: Path, tmp_path: Path) -> None:
-    change_weights(copy, lambda t: [t.pop(k) for k in list(t) if k.startswith("model.vision_tower")] and None)
-    with pytest.raises(ValueError, match="carries no vision tower.*--vision-tower"):
+    change_weights(copy, lambda t: [t.pop(k) for k in list(t) if "vision_tower" in k] and None)
+    with pytest.raises(ValueError, match=r"carries no vision tower.*--vision-tower"):
         plan_import(copy)
     clip = save_file_names(checkpoint.parent / "clip", tmp_path / "clip")
     out = convert(copy, tmp_path / "out", vision_tower=str(clip))
@@ -416,6 +423,7 @@ def test_tensors_that_do_not_fit_are_named(copy: Path, change: Any, message: str
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end = true"),
         ({"image_aspect_ratio": "anyres"}, 'image_aspect_ratio = "anyres"'),
         ({"mm_vision_tower": "/nowhere/clip"}, "'/nowhere/clip'.*--vision-tower"),
+        ({"vocab_size": 300}, "tokenizer has 335 tokens, config.json 300"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
     ],
 )
@@ -454,12 +462,12 @@ def test_index_and_files_must_agree(copy: Path) -> None:
     name = index["weight_map"].pop("lm_head.weight")
     path.write_text(json.dumps(index))
     with pytest.raises(
-        ValueError, match="holds lm_head.weight, which model.safetensors.index.json does not place there"
+        ValueError, match=r"holds lm_head.weight, which model.safetensors.index.json does not place there"
     ):
         plan_import(copy)
     index["weight_map"] |= {"lm_head.weight": name, "model.ghost": name}
     path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="but not in its file: model.ghost"):
+    with pytest.raises(ValueError, match=r"but not in its file: model.ghost"):
         plan_import(copy)
     index["weight_map"]["lm_head.weight"] = "../other.safetensors"
     path.write_text(json.dumps(index))
@@ -472,16 +480,17 @@ def test_output_appears_whole_or_not_at_all(checkpoint: Path, tmp_path: Path) ->
     stopped = write_import(plan, out, shard_bytes=20_000)
     for _ in range(20):
         next(stopped)
-    with pytest.raises(ValueError, match="another import is writing it"):
+    with pytest.raises(ValueError, match="another run is working in it"):
         next(write_import(plan, out))
     assert not out.exists()
     stopped.close()
-    assert [p.name for p in out.parent.iterdir()] == [".out.lock"] or not list(out.parent.iterdir())
+    assert not list(out.parent.iterdir())
     (out.parent / ".out.importing").mkdir()  # what a killed import leaves
     (out.parent / ".out.importing" / "junk").write_text("")
     convert(checkpoint, out)
     assert (out / REPORT).is_file()
-    assert not (out / "junk").exists()
+    assert {".lock", "junk"}.isdisjoint(os.listdir(out))
+    assert os.listdir(out.parent) == ["out"]
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     with pytest.raises(ValueError, match="out: exists already; name another folder"):
         convert(checkpoint, out)
@@ -490,11 +499,11 @@ def test_output_appears_whole_or_not_at_all(checkpoint: Path, tmp_path: Path) ->
 
 def test_no_room_and_no_right_are_said(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written.*choose another --out"):
+    with pytest.raises(ValueError, match=r"cannot be written.*choose another --out"):
         convert(checkpoint, tmp_path / "file" / "out")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ValueError, match=r"needs 0\.0 GB, 0\.0 GB are free; make room"):
+    with pytest.raises(ValueError, match=r"needs 0\.00 GB, 0\.00 GB are free; make room"):
         convert(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -510,7 +519,8 @@ open("/proc/self/clear_refs", "w").write("5")  # peak starts again from here
 start = kib("VmRSS")
 for _ in write_import(plan, Path(sys.argv[2]), shard_bytes=int(sys.argv[3])):
     pass
-print(json.dumps({"peak": (kib("VmHWM") - start) * 1024, "largest": max(m.n_bytes for m in plan.moves), "all": sum(m.n_bytes for m in plan.moves)}))
+sizes = [m.n_bytes for m in plan.moves]
+print(json.dumps({"peak": (kib("VmHWM") - start) * 1024, "largest": max(sizes), "all": sum(sizes)}))
 """
 
 
@@ -548,5 +558,9 @@ def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["import-llava-med", str(checkpoint), "--out", str(out)], env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.exception
     assert (out / REPORT).is_file()
-    code = "import sys; from hscr.cli import app\ntry: app(['import-llava-med', '--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from hscr.cli import app\n"
+        "try: app(['import-llava-med', '--help'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
