@@ -7,7 +7,6 @@ Safetensors only, as everywhere here: the released checkpoint has them, and a pi
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -20,28 +19,33 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
-from transformers.utils import cached_file
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from hscr.artifacts import write_json
+from hscr.llava_med_checkpoint import (
+    COUNTERPARTS,
+    INDEX,
+    TORCH_NAMES,
+    TOWER_PREFIX,
+    TOWERS,
+    Stored,
+    read_checkpoint,
+    read_settings,
+    refuse,
+    tower_config,
+    tower_file,
+    tower_weights,
+)
 from hscr.llava_med_text import check_prompt_ids, make_processor
 from hscr.run_dir import RunDir
 
 REPORT = "import-report.json"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1_000_000_000
 ROWS_MULTIPLE = 64  # as Hugging Face's own LLaVA conversions: matrix products like it
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-# Towers that fork checkpoints name without carrying their configuration (the published config.json of each).
-VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-VIT_L |= {"patch_size": 14, "projection_dim": 768}
-TOWERS = {
-    "openai/clip-vit-large-patch14-336": VIT_L | {"image_size": 336},
-    "openai/clip-vit-large-patch14": VIT_L | {"image_size": 224},
-}
 # Fork name -> name in published LLaVA folders, which transformers 4 and 5 and other engines read. First match wins.
 RENAMES = (
-    ("model.vision_tower.vision_tower.", "vision_tower."),
+    (TOWER_PREFIX, "vision_tower."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
     ("lm_head.", "language_model.lm_head."),
@@ -53,39 +57,10 @@ UNUSED = {
     "embeddings.position_ids": "computed, a plain 0, 1, 2, …",
     "model.image_newline": "read only by mm_patch_merge_type other than flat",
 }
-# Fields of the fork's config.json that change what the model computes: values with a counterpart in the target, the fork's default first.
-COUNTERPARTS: dict[str, tuple[Any, ...]] = {
-    "mm_projector_type": ("linear", "mlp2x_gelu"),
-    "mm_vision_select_feature": ("patch", "cls_patch"),
-    "mm_use_im_start_end": (False,),
-    "mm_patch_merge_type": ("flat",),
-    "image_aspect_ratio": ("square", None, "pad"),
-    "tie_word_embeddings": (False,),
-    "quantization_config": (None,),
-}
-
-
 # The decoder's own fields; the other fields that are read; whatever else is in config.json concerns training and goes into the report.
 READ_FIELDS = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
 TEXT_FIELDS = {*MistralConfig().to_dict(), "rope_theta", "rope_scaling"} - READ_FIELDS
 READ_FIELDS |= {"mm_vision_tower", "mm_vision_select_layer", "mm_hidden_size"}  # the last one by the projector's shape
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file, by its header."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' word: BF16, F16, F32
-    shard: Path
-
-    @property
-    def n_bytes(self) -> int:
-        n = {"F64": 8, "F32": 4}.get(self.dtype, 2)
-        for size in self.shape:
-            n *= size
-        return n
 
 
 @dataclass(frozen=True)
@@ -121,7 +96,7 @@ def plan_import(source: Path, vision_tower: str | None = None) -> Plan:
     vision_tower: folder or Hugging Face name of the CLIP tower: needed where the checkpoint does not carry the tower, or names one whose
     configuration is not known here. Raises ValueError that says what is wrong, where, and what to do.
     """
-    settings = _settings(source)
+    settings = read_settings(source)
     tower = vision_tower or str(settings.get("mm_vision_tower", ""))
     if (
         vision_tower is None and tower not in TOWERS and not Path(tower).is_dir()
@@ -130,15 +105,15 @@ def plan_import(source: Path, vision_tower: str | None = None) -> Plan:
             f"{source}: names the vision tower {tower!r}, whose shape is not known here (known: {', '.join(TOWERS)}); "
             "give the tower's folder as --vision-tower"
         )
-    vision = _tower_config(tower)
-    pixels = None if tower in TOWERS else _tower_file(tower, "preprocessor_config.json")
+    vision = tower_config(tower)
+    pixels = None if tower in TOWERS else tower_file(tower, "preprocessor_config.json")
     processor = make_processor(source, vision, settings, pixels)
     config = _config(settings, vision, processor)
-    stored = _checkpoint(source)
-    if not any(name.startswith(RENAMES[0][0]) for name in stored):
-        stored |= _tower_weights(vision_tower, source)
+    stored = read_checkpoint(source)
+    if not any(name.startswith(TOWER_PREFIX) for name in stored):
+        stored |= tower_weights(vision_tower, source)
     moves, unused = _moves(stored, config, int(settings.get("vocab_size", 32000)), source)
-    config.dtype = _TORCH_NAMES[Counter(m.stored.dtype for m in moves).most_common(1)[0][0]]
+    config.dtype = TORCH_NAMES[Counter(m.stored.dtype for m in moves).most_common(1)[0][0]]
     left = {k: v for k, v in settings.items() if k not in TEXT_FIELDS | READ_FIELDS | COUNTERPARTS.keys()}
     return Plan(source, config, processor, moves, unused, tower, left)
 
@@ -195,58 +170,7 @@ def _row(stored: Stored) -> dict[str, Any]:
     return {k: v.name if isinstance(v, Path) else v for k, v in asdict(stored).items()}
 
 
-_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
-def _settings(source: Path) -> dict[str, Any]:
-    """The fork's config.json, refused where a field says something that the target class does not compute."""
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such folder; give the folder that the checkpoint was downloaded to")
-    try:
-        settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no config.json there; give the folder that holds it and the weights") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source / 'config.json'}: cannot be read ({error}); download it again") from error
-    kind = settings.get("model_type") if isinstance(settings, dict) else None
-    if kind == "llava":
-        raise ValueError(f"{source}: is a Hugging Face LLaVA already (model_type 'llava'); give it to --model as it is")
-    if kind != "llava_mistral":
-        raise ValueError(
-            f"{source}: config.json says model_type {kind!r}; only 'llava_mistral' (LLaVA-Med v1.5) is imported"
-        )
-    for name, known in COUNTERPARTS.items():
-        value = settings.get(name, known[0])
-        if value not in known or (name == "mm_projector_type" and value != "mlp2x_gelu"):
-            raise ValueError(
-                f"{source}: config.json says {name} = {json.dumps(value)}, which LlavaForConditionalGeneration does not compute; "
-                "this command imports the layout of microsoft/llava-med-v1.5-mistral-7b"
-            )
-    return settings
-
-
-def _tower_file(tower: str, name: str) -> Path | None:
-    """A file of a tower that is a folder, or a Hugging Face name at hand; None where there is none."""
-    try:
-        path = cached_file(tower, name)
-    except OSError:
-        return None
-    return Path(str(path)) if path else None
-
-
-def _tower_config(tower: str) -> CLIPVisionConfig:
-    if tower in TOWERS:
-        return CLIPVisionConfig(**TOWERS[tower])
-    path = _tower_file(tower, "config.json")
-    if path is None:
-        raise ValueError(f"vision tower {tower!r}: no config.json at hand; give the folder of a CLIP as --vision-tower")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("model_type") not in ("clip", "clip_vision_model"):
-        raise ValueError(f"vision tower {tower!r}: is a {settings.get('model_type')!r}; give a CLIP as --vision-tower")
-    return CLIPVisionConfig(**settings.get("vision_config", settings))
-
-
-def _config(settings: dict[str, Any], vision: CLIPVisionConfig, processor: Any) -> LlavaConfig:
+def _config(settings: dict[str, Any], vision: Any, processor: Any) -> LlavaConfig:
     """The target's configuration; the embeddings have a row for every token of the processor, in multiples of 64."""
     known = {*MistralConfig().to_dict(), "rope_theta", "rope_scaling"} - {
         "model_type",
@@ -271,65 +195,6 @@ def _config(settings: dict[str, Any], vision: CLIPVisionConfig, processor: Any) 
     return config
 
 
-def _header(shard: Path) -> dict[str, Stored]:
-    try:
-        with safe_open(shard, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return {n: Stored(n, tuple(s.get_shape()), s.get_dtype(), shard) for n, s in parts.items()}
-    except FileNotFoundError:
-        raise ValueError(f"{shard}: not there, but the index names it; download the missing file") from None
-    except (SafetensorError, OSError) as error:
-        size = shard.stat().st_size
-        raise ValueError(
-            f"{shard}: not a whole safetensors file ({size} bytes: {error}); download it again (`git lfs pull` where it is a pointer)"
-        ) from error
-
-
-def _checkpoint(source: Path) -> dict[str, Stored]:
-    """All tensors of the source by name, from the files' own headers; the index must agree with them."""
-    if not (source / INDEX).is_file():
-        if (source / "model.safetensors").is_file():
-            return _header(source / "model.safetensors")
-        pickles = [p.name for p in sorted(source.glob("pytorch_model*.bin"))]
-        raise ValueError(
-            f"{source}: no {INDEX} and no model.safetensors there"
-            + (f"; {pickles[0]} is a pickle, which is not opened: save it as safetensors first" if pickles else "")
-        )
-    try:
-        index = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({str(name) for name in index.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source / INDEX}: is no index of weights ({error}); download it again") from error
-    if any(Path(name).name != name for name in shards):
-        raise ValueError(f"{source / INDEX}: names files outside its folder; download the checkpoint again")
-    stored: dict[str, Stored] = {}
-    for name in shards:
-        for key, tensor in _header(source / name).items():
-            if index.get(key) != name:
-                raise ValueError(
-                    f"{source / name}: holds {key}, which {INDEX} does not place there; download both again"
-                )
-            stored[key] = tensor
-    _refuse(source, f"named by {INDEX} but not in its file", sorted(index.keys() - stored.keys()))
-    return stored
-
-
-def _tower_weights(tower: str | None, source: Path) -> dict[str, Stored]:
-    """The tower's tensors under the fork's names; of a whole CLIP only the vision half."""
-    weights = _tower_file(tower, "model.safetensors") if tower else None
-    if weights is None:
-        where = (
-            f"vision tower {tower!r}: has no model.safetensors at hand"
-            if tower
-            else f"{source}: carries no vision tower"
-        )
-        raise ValueError(
-            f"{where}; give a folder with config.json and model.safetensors of the CLIP tower as --vision-tower"
-        )
-    found = {n: s for n, s in _header(weights).items() if n.startswith("vision_model.")}
-    return {RENAMES[0][0] + name: tensor for name, tensor in found.items()}
-
-
 def _published(state: str) -> str:
     """A name of the model's state dict as published LLaVA folders spell it."""
     if state.startswith("model.vision_tower."):
@@ -352,7 +217,7 @@ def _moves(
         target = next((new + name.removeprefix(old) for old, new in RENAMES if name.startswith(old)), name)
         if reason is not None:
             unused.append((tensor, reason))
-        elif target not in expected or tensor.dtype not in _TORCH_NAMES:
+        elif target not in expected or tensor.dtype not in TORCH_NAMES:
             unknown.append(name if target not in expected else f"{name} (dtype {tensor.dtype})")
         else:
             shape = expected[target]
@@ -360,19 +225,10 @@ def _moves(
             if tensor.shape != wanted:
                 wrong.append(f"{name} is {list(tensor.shape)}, config.json asks for {list(wanted)}")
             moves.append(Move(tensor, target, shape))
-    _refuse(source, "without a place in the target model", unknown)
-    _refuse(source, "of another shape", wrong)
-    _refuse(source, "missing", sorted(expected.keys() - {m.target for m in moves}))
+    refuse(source, "without a place in the target model", unknown)
+    refuse(source, "of another shape", wrong)
+    refuse(source, "missing", sorted(expected.keys() - {m.target for m in moves}))
     return tuple(moves), tuple(unused)
-
-
-def _refuse(source: Path, what: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise ValueError(
-            f"{source}: {len(names)} tensor(s) {what}: {'; '.join(names[:5])}{more}; compare with "
-            "microsoft/llava-med-v1.5-mistral-7b, download again or name the right --vision-tower"
-        )
 
 
 def _shards(moves: tuple[Move, ...], limit: int) -> list[list[Move]]:

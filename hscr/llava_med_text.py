@@ -16,7 +16,6 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
-    CLIPVisionConfig,
     LlamaTokenizer,
     LlavaImageProcessorPil,
     LlavaProcessor,
@@ -43,11 +42,10 @@ CHAT_TEMPLATE = (
 )  # fmt: skip
 
 
-def make_processor(
-    source: Path, vision: CLIPVisionConfig, settings: dict[str, Any], preprocessor: Path | None
-) -> LlavaProcessor:
-    """The processor for the checkpoint in `source`, whose config.json is `settings`. preprocessor: the tower's preprocessor_config.json;
-    without one CLIP's own means are used. Raises ValueError where the tokenizer cannot be read."""
+def make_processor(source: Path, vision: Any, settings: dict[str, Any], preprocessor: Path | None) -> LlavaProcessor:
+    """The processor for the checkpoint in `source`, whose config.json is `settings`.
+
+    vision: the tower's configuration. preprocessor: its preprocessor_config.json; without one CLIP's own means are used. Raises ValueError where the tokenizer cannot be read."""
     tokenizer, rows = _tokenizer(source), int(settings.get("vocab_size", 32000))
     if len(tokenizer) > rows:
         raise ValueError(
@@ -88,7 +86,7 @@ def _tokenizer(source: Path) -> Any:
         merges = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
         length = settings.get("model_max_length", 2048)
         tokenizer = LlamaTokenizer(vocabulary, merges, legacy=True, model_max_length=length, **marks)
-        tokenizer.add_bos_token = True  # only from_pretrained takes it as an argument
+        tokenizer.add_bos_token = True  # type: ignore[misc]  # only from_pretrained takes it as an argument
         return tokenizer
     except Exception as error:  # the Rust half of tokenizers raises bare Exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

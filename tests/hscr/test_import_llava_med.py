@@ -380,6 +380,12 @@ def test_tower_from_its_own_folder(copy: Path, checkpoint: Path, converted: Path
     change_weights(copy, lambda t: [t.pop(k) for k in list(t) if "vision_tower" in k] and None)
     with pytest.raises(ValueError, match=r"carries no vision tower.*--vision-tower"):
         plan_import(copy)
+    with pytest.raises(ValueError, match=r"vision tower '/nowhere/clip': no config.json at hand"):
+        plan_import(copy, "/nowhere/clip")
+    (tmp_path / "shell").mkdir()
+    shutil.copy(checkpoint.parent / "clip" / "config.json", tmp_path / "shell")
+    with pytest.raises(ValueError, match=r"has no model.safetensors at hand"):
+        plan_import(copy, str(tmp_path / "shell"))
     clip = save_file_names(checkpoint.parent / "clip", tmp_path / "clip")
     out = convert(copy, tmp_path / "out", vision_tower=str(clip))
     before, after = weights(converted), weights(out)
