@@ -43,9 +43,11 @@ CHAT_TEMPLATE = (
 
 
 def make_processor(source: Path, vision: Any, settings: dict[str, Any], preprocessor: Path | None) -> LlavaProcessor:
-    """The processor for the checkpoint in `source`, whose config.json is `settings`.
+    """The processor for the checkpoint in `source`, whose config.json is `settings`; vision: the tower's configuration.
 
-    vision: the tower's configuration. preprocessor: its preprocessor_config.json; without one CLIP's own means are used. Raises ValueError where the tokenizer cannot be read."""
+    preprocessor: the tower's preprocessor_config.json; without one CLIP's own means are used. Raises ValueError where the tokenizer
+    cannot be read or has more tokens than the checkpoint has rows.
+    """
     tokenizer, rows = _tokenizer(source), int(settings.get("vocab_size", 32000))
     if len(tokenizer) > rows:
         raise ValueError(
