@@ -1,4 +1,5 @@
-"""The command line of the method: align, generate, evaluate, ask, export, demo-data, demo-model. It needs no service.
+"""The command line of the method: align, generate, evaluate, ask, export, import-llava-med,
+demo-data, demo-model. It needs no service.
 
 Heavy imports stand inside the commands, so that `hscr --help` answers at once. `align` is also what the service's worker runs.
 """
@@ -293,6 +294,34 @@ def export(
         raise ValueError(f"{run.name}: no preferences.jsonl there; run `hscr align` or `hscr generate` first")
     out.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{write_export(read_preferences(path), form, out)} rows: [bold]{out}[/]")
+
+
+@app.command("import-llava-med")
+def import_llava_med(
+    source: Annotated[Path, typer.Argument(help="Folder of the original checkpoint (model_type llava_mistral).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist yet.")],
+    vision_tower: Annotated[
+        str | None, typer.Option(help="CLIP folder or name, where the checkpoint carries no vision tower.")
+    ] = None,
+) -> None:
+    """Convert the original LLaVA-Med v1.5 checkpoint to a Hugging Face folder that --model takes; every tensor is accounted for."""
+    from rich.progress import track
+    from transformers.utils import logging
+
+    from hscr.import_llava_med import REPORT, plan_import, write_import
+
+    logging.set_verbosity_error()
+    plan = plan_import(source, vision_tower)
+    for _ in track(write_import(plan, out), "importing", total=len(plan.moves), console=console):
+        pass
+    size = sum(m.n_bytes for m in plan.moves) / 1e9
+    console.print(
+        f"{len(plan.moves)} tensors ({size:.1f} GB) moved, {len(plan.unused)} not needed, none missing, none unknown; "
+        f"<image> is token {plan.config.image_token_id} of {plan.config.text_config.vocab_size}"
+    )
+    console.print(
+        f"model: [bold]{escape(str(out))}[/]   every tensor: [bold]{escape(str(out / REPORT))}[/]", soft_wrap=True
+    )
 
 
 @app.command("demo-data")
