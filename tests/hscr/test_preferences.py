@@ -16,11 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 import hscr.preferences
+import hscr.replacement
 from hscr.config import PreferenceConfig
 from hscr.images import decode_image
 from hscr.model import VLM, encode_answer, encode_prompts
-from hscr.preferences import generate, hallucinated_token, same_word
+from hscr.preferences import generate
 from hscr.records import PreferenceRecord, VQARecord, read_records
+from hscr.replacement import hallucinated_token, same_word
 from hscr.reward import Branches, words_of
 from hscr.similarity import normalized, rerank, token_f1
 
@@ -110,7 +112,7 @@ def test_positions_without_a_plausible_replacement_are_skipped_and_counted(
 ) -> None:
     """Both branches are sure of the right answer: of its 10 or 11 words 5 are coupled, none can be replaced, and no level is made up."""
 
-    def sure(vlm: VLM, prompts: Any, answers: Sequence[list[int]], seeds: Any, **kw: Any) -> list[Branches]:
+    def sure(vlm: VLM, prompts: Any, cuts: Any, answers: Sequence[list[int]]) -> list[Branches]:
         out = []
         for ids in answers:
             peaked = torch.full((len(ids), len(vlm.tokenizer)), -20.0)
@@ -118,7 +120,7 @@ def test_positions_without_a_plausible_replacement_are_skipped_and_counted(
             out.append(Branches(peaked, peaked))
         return out
 
-    monkeypatch.setattr(hscr.preferences, "branches", sure)
+    monkeypatch.setattr(hscr.preferences, "contrast", sure)
     (result,) = made(vlm, records[:1], open_image, OPEN)
     assert result.levels == ()
     assert result.dropped == {"no_plausible_replacement": len(result.words) // 2, "no_level": 1}
@@ -182,7 +184,7 @@ def test_a_word_that_is_still_growing_when_decoding_stops_is_dropped(
     def endless(vlm: VLM, prompts: Any, prefixes: Any = None, *, max_tokens: int, **kw: Any) -> list[list[int]]:
         return [[piece] * max_tokens for _ in prompts]
 
-    monkeypatch.setattr(hscr.preferences, "decode", endless)
+    monkeypatch.setattr(hscr.replacement, "decode", endless)
     for result in made(vlm, [r for r in records if r.answer_type == "open"], open_image, OPEN):
         assert result.levels == ()
         assert result.dropped["replacement_is_no_word"] > 0
@@ -192,13 +194,13 @@ def test_redecode_goes_on_from_the_very_tokens_of_the_right_answer(
     vlm: VLM, records: list[VQARecord], open_image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prefix is y_w's own tokens up to the first replaced word: no second space from the chat template."""
-    stock, seen = hscr.preferences.decode, []
+    stock, seen = hscr.replacement.decode, []
 
     def spy(vlm: VLM, prompts: Any, prefixes: Any = None, **kw: Any) -> list[list[int]]:
         seen.append([list(p) for p in prefixes])
         return stock(vlm, prompts, prefixes, **kw)
 
-    monkeypatch.setattr(hscr.preferences, "decode", spy)
+    monkeypatch.setattr(hscr.replacement, "decode", spy)
     config = dataclasses.replace(OPEN, continuation="redecode", max_new_tokens=8)
     results = made(vlm, records[:1], open_image, config)
     ids = encode_answer(vlm, records[0].question, records[0].answer)
