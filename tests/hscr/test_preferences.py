@@ -17,7 +17,7 @@ from torch import Tensor
 
 import hscr.preferences
 import hscr.replacement
-from hscr.config import PreferenceConfig
+from hscr.config import PERTURBATIONS, REWARDS, PreferenceConfig
 from hscr.images import decode_image
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.preferences import generate
@@ -88,6 +88,30 @@ def test_beta_weighs_the_branch_without_the_image(vlm: VLM, left: Any) -> None:
     ids, word = left
     assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig(beta=0.0)) == token(vlm, "temporal")
     assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig()) == token(vlm, "right")
+
+
+def test_the_most_plausible_word_is_what_the_model_says_without_the_image(vlm: VLM, left: Any) -> None:
+    """p(·|i') = left .6, right .2, temporal .1, both plausible; P_diff is lowest for temporal (see above), p(·|i') highest for right."""
+    full = log_probs(vlm, {"left": 0.6, "right": 0.3, "temporal": 0.05})
+    cut = log_probs(vlm, {"left": 0.6, "right": 0.2, "temporal": 0.1})
+    ids, word = left
+    config = PreferenceConfig(replacement_choice="most_plausible")
+    assert hallucinated_token(vlm, Branches(full, cut), ids, word, config) == token(vlm, "right")
+    assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig()) == token(vlm, "temporal")
+
+
+def test_top_candidates_stand_in_the_place_of_alpha(vlm: VLM, left: Any) -> None:
+    """p(·|i') = left .9, right .05, temporal .02, frontal .01: α = .1 leaves left alone. The K most plausible others: right; right and
+    temporal; … of which the lowest P_diff (p(·|i): right .05, temporal .01, frontal .001) is the last."""
+    full = log_probs(vlm, {"left": 0.9, "right": 0.05, "temporal": 0.01, "frontal": 0.001})
+    cut = log_probs(vlm, {"left": 0.9, "right": 0.05, "temporal": 0.02, "frontal": 0.01})
+    for piece in ("</s>", ".", "here"):  # none of them starts a word: they take no place
+        cut[0, vlm.tokenizer.convert_tokens_to_ids(piece)] = -1.0
+    ids, word = left
+    assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig()) is None
+    for k, expected in ((1, "right"), (2, "temporal"), (3, "frontal")):
+        config = PreferenceConfig(top_candidates=k)
+        assert hallucinated_token(vlm, Branches(full, cut), ids, word, config) == token(vlm, expected)
 
 
 def test_where_only_the_word_itself_is_plausible_there_is_no_replacement(vlm: VLM, left: Any) -> None:
@@ -296,6 +320,42 @@ def test_generation_is_deterministic_and_a_resumed_one_gives_the_same_records(
     whole = made(vlm, records[:4] + repeated, open_image, config)
     assert made(vlm, records[:4] + repeated, open_image, config) == whole
     assert made(load_model(tiny_folder, device="cpu"), repeated, open_image, config) == whole[4:]
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("reward", REWARDS)
+def test_every_perturbation_with_every_reward_gives_levels(
+    vlm: VLM, records: list[VQARecord], open_image: Any, perturbation: str, reward: str
+) -> None:
+    config = dataclasses.replace(OPEN, perturbation=perturbation, reward=reward, n_masks=2)
+    results = made(vlm, records[:3], open_image, config)
+    assert any(r.levels for r in results)
+    rewards = [w.reward for r in results for w in r.words]
+    assert any(rewards)
+    assert reward == "signed" or min(rewards) >= 0
+    assert results != made(vlm, records[:3], open_image, dataclasses.replace(config, n_masks=1))
+    zero = made(vlm, records[:3], open_image, dataclasses.replace(config, dropout_ratio=0.0))
+    assert {w.reward for r in zero for w in r.words} == {0.0}
+
+
+def test_the_perturbations_and_the_rewards_differ(vlm: VLM, records: list[VQARecord], open_image: Any) -> None:
+    seen = [
+        [w.reward for r in made(vlm, records[:2], open_image, dataclasses.replace(OPEN, **change)) for w in r.words]
+        for change in [*({"perturbation": p} for p in PERTURBATIONS), {"reward": "abs"}, {"reward": "js"}]
+    ]
+    assert len({tuple(s) for s in seen}) == 6
+
+
+def test_random_coupling_replaces_as_many_words_and_others(vlm: VLM, records: list[VQARecord], open_image: Any) -> None:
+    """The reward of a word doesn't matter to it; the seed and the record's id do."""
+    config = dataclasses.replace(OPEN, coupling="random", top_candidates=3)
+    by_reward = made(vlm, records[:3], open_image, dataclasses.replace(config, coupling="reward"))
+    by_chance = made(vlm, records[:3], open_image, config)
+    assert [[w.reward for w in r.words] for r in by_chance] == [[w.reward for w in r.words] for r in by_reward]
+    assert [[w.coupled for w in r.words] for r in by_chance] != [[w.coupled for w in r.words] for r in by_reward]
+    assert by_chance == made(vlm, records[:3], open_image, config)
+    other = list(generate(vlm, records[:3], open_image, config, token_f1, seed=2))
+    assert [[w.coupled for w in r.words] for r in by_chance] != [[w.coupled for w in r.words] for r in other]
 
 
 def test_masks_depend_on_record_and_seed(vlm: VLM, records: list[VQARecord], open_image: Any) -> None:
