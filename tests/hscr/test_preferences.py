@@ -90,14 +90,22 @@ def test_beta_weighs_the_branch_without_the_image(vlm: VLM, left: Any) -> None:
     assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig()) == token(vlm, "right")
 
 
-def test_the_most_plausible_word_is_what_the_model_says_without_the_image(vlm: VLM, left: Any) -> None:
-    """p(·|i') = left .6, right .2, temporal .1, both plausible; P_diff is lowest for temporal (see above), p(·|i') highest for right."""
-    full = log_probs(vlm, {"left": 0.6, "right": 0.3, "temporal": 0.05})
-    cut = log_probs(vlm, {"left": 0.6, "right": 0.2, "temporal": 0.1})
+@pytest.mark.parametrize(("likely", "other"), [("right", "temporal"), ("temporal", "right")])
+def test_the_most_plausible_word_is_what_the_model_says_without_the_image(
+    vlm: VLM, left: Any, likely: str, other: str
+) -> None:
+    """p(·|i') = left .6, likely .2, other .1; p(·|i): likely .05, other .3. log P_diff ∝ 1.9·ln p − .9·ln p': likely −5.692 + 1.448 =
+    −4.24, other −2.288 + 2.072 = −.22: here both rules take the likely one. With p(·|i) the other way round P_diff takes the other
+    (−.84 against −3.62)."""
     ids, word = left
+    cut = log_probs(vlm, {"left": 0.6, likely: 0.2, other: 0.1})
     config = PreferenceConfig(replacement_choice="most_plausible")
-    assert hallucinated_token(vlm, Branches(full, cut), ids, word, config) == token(vlm, "right")
-    assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig()) == token(vlm, "temporal")
+    against = Branches(log_probs(vlm, {"left": 0.6, likely: 0.05, other: 0.3}), cut)
+    spoken_for = Branches(log_probs(vlm, {"left": 0.6, likely: 0.3, other: 0.05}), cut)
+    assert hallucinated_token(vlm, against, ids, word, config) == token(vlm, likely)
+    assert hallucinated_token(vlm, spoken_for, ids, word, config) == token(vlm, likely)
+    assert hallucinated_token(vlm, against, ids, word, PreferenceConfig()) == token(vlm, likely)
+    assert hallucinated_token(vlm, spoken_for, ids, word, PreferenceConfig()) == token(vlm, other)
 
 
 def test_top_candidates_stand_in_the_place_of_alpha(vlm: VLM, left: Any) -> None:
