@@ -92,7 +92,7 @@ def _generating(
     rate = Rate(stage, n, min(done, n))
     yield rate.at(min(done, n))
     similarity = load_similarity(config.preference.similarity)
-    made = generate(vlm, data.records[done:], data.open_image, config.preference, similarity, config.seed)
+    made = generate(vlm, data.records, data.open_image, config.preference, similarity, config.seed, start=done)
     for number, record in enumerate(made, done + 1):
         partial.append([record])
         if number % size == 0 or number == n:
@@ -193,7 +193,7 @@ tags: [hscr, lora]
 LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
 (arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`:
 objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
-visual token dropout ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
+visual {p.perturbation.replace("_", " ")} ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
 
 Weights are float32: serve unmerged, or merge in float32 (merging into bfloat16 loses about half of the update).
 Not a medical device; not for diagnosis.

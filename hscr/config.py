@@ -22,12 +22,32 @@ def _choice(default: str, choices: tuple[str, ...], doc: str) -> Any:
     return field(default=default, metadata={"choices": choices, "doc": doc})
 
 
+PERTURBATIONS = ("token_dropout", "latent_mask", "patch_mask", "pixel_mask")
+REWARDS = ("signed", "abs", "js")
+OBJECTIVES = ("hscr", "explicit", "implicit", "dpo", "listwise", "lipo", "sft")
+
+
 @dataclass(frozen=True)
 class PreferenceConfig:
     """Preference generation: paper §3.1 (reward, replacement) and §3.2 (re-ranking). D marks a choice the paper leaves open."""
 
-    dropout_ratio: float = _number(0.7, 0.0, 0.99, "ρ, share of visual tokens removed (paper 0.7)")
-    n_masks: int = _number(1, 1, 16, "D: dropout masks averaged in log-probability")
+    dropout_ratio: float = _number(
+        0.7, 0.0, 0.99, "ρ, share of visual tokens removed, or of what `perturbation` hides (paper 0.7)"
+    )
+    perturbation: str = _choice(
+        "token_dropout",
+        PERTURBATIONS,
+        "what makes i' of i: visual tokens removed, their features zeroed, or patches or pixels of the image blanked (paper's ablation)",
+    )
+    n_masks: int = _number(1, 1, 16, "D: masks averaged in log-probability")
+    reward: str = _choice(
+        "signed",
+        REWARDS,
+        "D: a token's reward: log-probability difference, its absolute value, or the Jensen–Shannon divergence of both distributions",
+    )
+    coupling: str = _choice(
+        "reward", ("reward", "random"), "which words are replaced: those of largest reward (paper), or any (a control)"
+    )
     beta: float = _number(0.9, 0.0, 100.0, "β of P_diff (paper 0.9)")
     n_coupled: int = _number(
         10, 1, 1000, "n, modality-coupled positions (paper 10; D: at most half of the eligible words)"
@@ -35,6 +55,22 @@ class PreferenceConfig:
     alpha: float = _number(0.1, 0.0, 1.0, "D: α, plausibility constraint p(v) ≥ α·max p", open_low=True)
     candidates_from: str = _choice(
         "dropped", ("dropped", "full"), "D: the distribution that the plausibility constraint reads"
+    )
+    top_candidates: int = _number(
+        0, 0, 1000, "D: the K most plausible tokens are candidates in place of α's (0 = α decides)"
+    )
+    replacement_choice: str = _choice(
+        "lowest_p_diff",
+        ("lowest_p_diff", "most_plausible"),
+        "which candidate: least tied to the image (paper), or D: what the model would say without the image",
+    )
+    candidates: str = _choice(
+        "replacement",
+        ("replacement", "sampled", "both", "random"),
+        "source of wrong answers: token replacement (paper), D: the model's own samples, both in one pool, or random words (a control)",
+    )
+    sample_temperature: float = _number(
+        1.0, 0.0, 100.0, "temperature of `sampled` answers, n_candidates a record", open_low=True
     )
     continuation: str = _choice("splice", ("splice", "redecode"), "D: what follows the last replaced word")
     n_candidates: int = _number(5, 1, 100, "k, candidates of rising error (paper 5)")
@@ -52,7 +88,7 @@ class PreferenceConfig:
         ("opposite", "replace", "skip"),
         "D: levels of a closed question: the other options, token replacement as for open ones, or no levels",
     )
-    max_new_tokens: int = _number(64, 1, 4096, "longest continuation under `redecode`")
+    max_new_tokens: int = _number(64, 1, 4096, "longest continuation under `redecode`, longest `sampled` answer")
     batch_size: int = _number(32, 1, 4096, "records scored together")
 
 
@@ -62,11 +98,14 @@ class OptimizationConfig:
 
     objective: str = _choice(
         "hscr",
-        ("hscr", "explicit", "implicit", "dpo", "listwise", "sft"),
+        OBJECTIVES,
         "L_E + L_I, one of its parts, or a baseline",
     )
     gamma: float = _number(0.1, 0.0, 100.0, "γ, reward scale (paper 0.1)", open_low=True)
     anchor: float = _number(0.0, 0.0, 100.0, "D: weight of the supervised term on y_w (RPO; 0 in the paper)")
+    guard: float = _number(
+        0.0, 0.0, 1000.0, "D: λ of DPOP's penalty where log π(y_w) falls below the reference's (0 in the paper)"
+    )
     length_normalized: bool = field(
         default=False, metadata={"doc": "D: h(y) from mean instead of summed log-probabilities (SimPO's normalisation)"}
     )

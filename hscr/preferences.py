@@ -1,61 +1,26 @@
-"""Preference generation: VQA records in, graded wrong answers out. Paper §3.1 (replacement, graded answers) and §3.2 (re-ranking).
+"""Preference generation: VQA records in, graded wrong answers out. Paper §3.1 (reward, graded answers) and §3.2 (re-ranking).
 
-Departures from the paper:
-1. Candidates for a hallucinated word must stay plausible without the image, p(v|i') ≥ α·max p(·|i') (VCD's constraint; `candidates_from`
-   chooses the branch): the lowest P_diff of a whole vocabulary is junk. Where the set is empty the position is skipped and counted.
-2. The replacement grows to a whole word by decoding the dropped branch, so no half words appear.
-3. A closed question's level is the other option that the dropped branch finds most likely (`closed`): a one-word answer has no words
-   left to grade.
+Scores y_w with and without the image, lets hscr/replacement.py and hscr/candidates.py make wrong answers, and keeps the levels that the
+similarity-aware re-ranking accepts. Candidates of all sources are ranked in one pool. Departures from the paper stand in those files.
 """
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
-import torch
 from PIL import Image
-from torch import Tensor
 
+from hscr.candidates import Contexts, corrupt_randomly, other_option, sampled_answers, word_contexts
 from hscr.config import PreferenceConfig
-from hscr.decode import decode
-from hscr.model import VLM, decode_text, encode_answer, encode_prompts
-from hscr.packing import packed_logits, token_logprobs
+from hscr.model import VLM, encode_answer, encode_prompts
+from hscr.perturb import perturbed
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward
-from hscr.reward import (
-    Branches,
-    Word,
-    alignment_reward,
-    branches,
-    contrastive_logprobs,
-    coupled_words,
-    word_rewards,
-    words_of,
-)
+from hscr.replacement import Candidate, Draft, graded_answers, hallucinated_token, replace_words
+from hscr.reward import contrast, coupled_words, random_words, token_rewards, word_rewards, words_of
 from hscr.similarity import Similarity, normalized, rerank
-from hscr.visual_tokens import Prompt, dropped
-
-WORD_TOKENS = 8  # tokens decoded to complete a replacement word; one that is still growing then is dropped
-_REPLACEMENT = re.compile(r"\w+(?:[-']\w+)*")
-
-
-@dataclass
-class _Draft:
-    """One record on its way: its prompts, answer tokens, words, and what replaces which word."""
-
-    record: VQARecord
-    prompt: Prompt
-    cut: Prompt
-    ids: list[int]
-    text: str
-    words: list[Word]
-    rewards: list[float]
-    coupled: list[int]  # indices of words, most coupled first
-    first_token: dict[int, int]  # word index -> the hallucinated token
-    replacement: dict[int, str]  # word index -> the whole word it grew to
-    dropped: Counter[str]
+from hscr.visual_tokens import Prompt, derived_seed
 
 
 def generate(
@@ -65,31 +30,51 @@ def generate(
     config: PreferenceConfig,
     similarity: Similarity,
     seed: int = 0,
+    *,
+    start: int = 0,
 ) -> Iterator[PreferenceRecord]:
-    """Yield one preference record a VQA record, in order. A record without a usable level comes out with `levels` empty and reasons."""
-    for start in range(0, len(records), config.batch_size):
-        batch = records[start : start + config.batch_size]
-        prompts = encode_prompts(vlm, [open_image(r) for r in batch], [r.question for r in batch])
-        drafts = _drafts(vlm, batch, prompts, config, seed)
-        _replace_words(vlm, drafts, config)
-        for draft, texts in zip(drafts, _graded_answers(vlm, drafts, config), strict=True):
-            yield _rank(draft, texts, config, similarity)
+    """Yield one preference record a VQA record, in order. A record without a usable level comes out with `levels` empty and reasons.
+
+    A resumed run gives all records again and `start`, the number already made: random words come from the whole data set's answers.
+    """
+    contexts = word_contexts(r.answer for r in records) if config.candidates == "random" else {}
+    for at in range(start, len(records), config.batch_size):
+        batch = records[at : at + config.batch_size]
+        drafts = _drafts(vlm, batch, [open_image(r) for r in batch], config, seed)
+        replace_words(vlm, drafts, config)
+        for draft, candidates in zip(drafts, _candidates(vlm, drafts, config, contexts), strict=True):
+            yield _rank(draft, candidates, config, similarity)
 
 
 def _drafts(
-    vlm: VLM, batch: Sequence[VQARecord], prompts: Sequence[Prompt], config: PreferenceConfig, seed: int
-) -> list[_Draft]:
+    vlm: VLM, batch: Sequence[VQARecord], images: Sequence[Image.Image], config: PreferenceConfig, seed: int
+) -> list[Draft]:
     """Score y_w in both branches and choose the coupled words with what replaces their first token."""
+    questions = [r.question for r in batch]
+    prompts = encode_prompts(vlm, images, questions)
     answers = [encode_answer(vlm, r.question, r.answer) for r in batch]
     names = [f"{seed}/{r.id}" for r in batch]
-    scored = branches(vlm, prompts, answers, names, dropout_ratio=config.dropout_ratio, n_masks=config.n_masks)
+
+    def hide(mask: int) -> list[Prompt]:
+        return perturbed(
+            vlm,
+            prompts,
+            images,
+            questions,
+            names,
+            kind=config.perturbation,
+            ratio=config.dropout_ratio,
+            mask=mask,
+        )
+
+    cuts = hide(0)
+    scored = contrast(vlm, prompts, itertools.chain([cuts], map(hide, range(1, config.n_masks))), answers)
     drafts = []
-    for record, prompt, ids, name, branch in zip(batch, prompts, answers, names, scored, strict=True):
+    for record, name, prompt, cut, ids, branch in zip(batch, names, prompts, cuts, answers, scored, strict=True):
         text, words = words_of(vlm, ids)
-        rewards = word_rewards(alignment_reward(branch.full, branch.dropped, ids), words)
-        cut = dropped(prompt, config.dropout_ratio, name, 0)
-        draft = _Draft(record, prompt, cut, ids, text, words, rewards, [], {}, {}, Counter())
-        for index in coupled_words(rewards, config.n_coupled):
+        rewards = word_rewards(token_rewards(branch, ids, config.reward), words)
+        draft = Draft(record, name, prompt, cut, ids, text, words, rewards, [], {}, {}, Counter())
+        for index in [] if config.candidates == "sampled" else _chosen_words(rewards, config, name):
             token = hallucinated_token(vlm, branch, ids, words[index], config)
             if token is None:
                 draft.dropped["no_plausible_replacement"] += 1
@@ -100,154 +85,66 @@ def _drafts(
     return drafts
 
 
-def hallucinated_token(
-    vlm: VLM, branch: Branches, ids: Sequence[int], word: Word, config: PreferenceConfig
-) -> int | None:
-    """The plausible token with the lowest P_diff at the word's first position, or None where only the word itself is plausible."""
-    at = word.tokens[0]
-    plausible = branch.dropped[at] if config.candidates_from == "dropped" else branch.full[at]
-    allowed = plausible >= plausible.max() + torch.log(torch.tensor(config.alpha))
-    diff = contrastive_logprobs(branch.full[at], branch.dropped[at], config.beta)
-    for token in _ascending(diff, allowed):
-        if token not in vlm.eos_ids and _starts_another_word(vlm, token, ids[at], word.text):
-            return token
-    return None
+def _chosen_words(rewards: Sequence[float], config: PreferenceConfig, name: str) -> list[int]:
+    """Which words to replace, first to last."""
+    if config.coupling == "random":
+        return random_words(len(rewards), config.n_coupled, derived_seed("coupling", name))
+    return coupled_words(rewards, config.n_coupled)
 
 
-def _ascending(values: Tensor, allowed: Tensor) -> list[int]:
-    index = allowed.nonzero().squeeze(-1)
-    return [int(i) for i in index[values[index].argsort()]]
-
-
-def _starts_another_word(vlm: VLM, token: int, original: int, word: str) -> bool:
-    """A token that begins a word like the original's does (with its space) and is no variant of it in case, space or stem."""
-    piece, old = vlm.tokenizer.convert_ids_to_tokens([token, original])
-    if (piece[:1] in "Ġ▁") != (old[:1] in "Ġ▁"):
-        return False
-    text = vlm.tokenizer.decode([token]).strip()
-    return bool(re.fullmatch(r"\w+", text)) and not same_word(text, word)
-
-
-def same_word(a: str, b: str) -> bool:
-    """Equal up to case and a plain English ending, or one the beginning of the other: "left"/"Left", "lobe"/"lobes", "tempo"/"temporal"."""
-    # Three letters stay: "red" is no "r…" and no variant of "right".
-    a, b = (re.sub(r"(?<=\w{3})(ies|es|s|ed|ing|ly)$", "", w.lower()) for w in (a, b))
-    return a == b or a.startswith(b) or b.startswith(a)
-
-
-def _replace_words(vlm: VLM, drafts: Sequence[_Draft], config: PreferenceConfig) -> None:
-    """Complete every chosen token to a whole word by greedy decoding in the dropped branch; drop what turns into the word itself."""
-    rows = [(d, w) for d in drafts for w in d.coupled]
-    prefixes = [[*d.ids[: d.words[w].tokens[0]], d.first_token[w]] for d, w in rows]
-    for start in range(0, len(rows), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        tails = decode(vlm, [d.cut for d, _ in rows[part]], prefixes[part], max_tokens=WORD_TOKENS)
-        for (draft, w), prefix, tail in zip(rows[part], prefixes[part], tails, strict=True):
-            text = vlm.tokenizer.decode([*prefix, *tail], skip_special_tokens=True)
-            match = _REPLACEMENT.match(text, draft.words[w].start)
-            whole = match and (match.end() < len(text) or tail[-1] in vlm.eos_ids)
-            if match and whole and not same_word(match.group(), draft.words[w].text):
-                draft.replacement[w] = match.group()
-            else:
-                draft.coupled.remove(w)
-                draft.dropped["replacement_is_the_word" if whole else "replacement_is_no_word"] += 1
-
-
-def _splice(draft: _Draft, chosen: Sequence[int]) -> tuple[str, int]:
-    """The answer with the chosen words replaced, and where the last replacement ends."""
-    text, at, last = "", 0, 0
-    for w in sorted(chosen):
-        word = draft.words[w]
-        text += draft.text[at : word.start] + draft.replacement[w]
-        at, last = word.end, len(text)
-    return text + draft.text[at:], last
-
-
-def _graded_answers(
-    vlm: VLM, drafts: Sequence[_Draft], config: PreferenceConfig
-) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """k candidates of rising error a record: nested sets of replaced words, most coupled first, sizes spread over 1…n_eff."""
-    rows: list[tuple[int, str, tuple[int, ...]]] = []
+def _candidates(
+    vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig, contexts: Contexts
+) -> list[list[Candidate]]:
+    """The wrong answers of each draft, from the sources that `candidates` and `closed` name."""
+    out: list[list[Candidate]] = [[] for _ in drafts]
+    open_: list[int] = []
     for number, draft in enumerate(drafts):
-        if draft.record.answer_type == "closed" and config.closed != "replace":
-            continue
-        n = len(draft.coupled)
-        k = min(config.n_candidates, n)
-        for size in dict.fromkeys(round(1 + i * (n - 1) / max(k - 1, 1)) for i in range(k)):
-            chosen = tuple(draft.coupled[:size])
-            text, last = _splice(draft, chosen)
-            rows.append((number, text if config.continuation == "splice" else text[:last], chosen))
-    if config.continuation == "redecode" and rows:
-        rows = _redecode(vlm, drafts, rows, config)
-    out: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in drafts]
-    for number, text, chosen in rows:
-        out[number].append((text.strip(), chosen))
-    for number, draft in enumerate(drafts):
-        if draft.record.answer_type == "closed" and config.closed == "opposite":
-            other = _other_option(vlm, draft)
-            out[number] = [(other, ())] if other else []
+        if draft.record.answer_type != "closed" or config.closed == "replace":
+            open_.append(number)
+        elif config.closed == "opposite" and (other := other_option(vlm, draft)):
+            out[number] = [Candidate(other)]
+    asked = [drafts[n] for n in open_]
+    sources = []
+    if config.candidates == "random":
+        for draft in asked:
+            corrupt_randomly(draft, contexts)
+        sources.append(graded_answers(vlm, asked, config, "random"))
+    if config.candidates in ("replacement", "both"):
+        sources.append(graded_answers(vlm, asked, config))
+    if config.candidates in ("sampled", "both"):
+        sources.append(sampled_answers(vlm, asked, config))
+    for made in sources:
+        for number, candidates in zip(open_, made, strict=True):
+            out[number] += candidates
     return out
 
 
-def _redecode(
-    vlm: VLM, drafts: Sequence[_Draft], rows: list[tuple[int, str, tuple[int, ...]]], config: PreferenceConfig
-) -> list[tuple[int, str, tuple[int, ...]]]:
-    """Continue each text after its last replacement by greedy decoding with the full image."""
-    done = []
-    for start in range(0, len(rows), config.batch_size):
-        part = rows[start : start + config.batch_size]
-        # Stripped: the template puts its own space before an answer, and a second one would be another token.
-        prefixes = [encode_answer(vlm, drafts[n].record.question, text.strip())[:-1] for n, text, _ in part]
-        tails = decode(vlm, [drafts[n].prompt for n, _, _ in part], prefixes, max_tokens=config.max_new_tokens)
-        for (n, _, chosen), prefix, tail in zip(part, prefixes, tails, strict=True):
-            done.append((n, decode_text(vlm, [*prefix, *tail]), chosen))
-    return done
-
-
-@torch.no_grad()
-def _other_option(vlm: VLM, draft: _Draft) -> str | None:
-    """The wrong option that the model finds most likely without the image: what it would say from habit."""
-    right = normalized(draft.record.answer)
-    options = list(draft.record.options) or (["yes", "no"] if right in ("yes", "no") else [])
-    others = [o for o in options if normalized(o) != right]
-    if len(others) < 2:
-        return others[0] if others else None
-    ids = [encode_answer(vlm, draft.record.question, o) for o in others]
-    logits = packed_logits(vlm, [draft.cut], [ids])[0]
-    scores = [float(token_logprobs(row, i).sum()) for row, i in zip(logits, ids, strict=True)]
-    return others[max(range(len(others)), key=scores.__getitem__)]
-
-
 def _rank(
-    draft: _Draft, candidates: Sequence[tuple[str, tuple[int, ...]]], config: PreferenceConfig, similarity: Similarity
+    draft: Draft, candidates: Sequence[Candidate], config: PreferenceConfig, similarity: Similarity
 ) -> PreferenceRecord:
     """Drop duplicates and right answers, measure similarity, keep the levels."""
     record, reasons = draft.record, draft.dropped
     if record.answer_type == "closed" and config.closed == "skip":
         reasons["closed_question"] += 1
     seen = {normalized(record.answer)}
-    unique: list[tuple[str, tuple[int, ...]]] = []
-    for text, chosen in candidates:
-        if normalized(text) in seen:
+    unique: list[Candidate] = []
+    for candidate in candidates:
+        text = normalized(candidate.text)
+        if not text:
+            reasons["empty_answer"] += 1
+        elif text in seen:
             reasons["duplicate_or_right"] += 1
         else:
-            seen.add(normalized(text))
-            unique.append((text, chosen))
-    scores = similarity(record.answer, [text for text, _ in unique])
+            seen.add(text)
+            unique.append(candidate)
+    scores = similarity(record.answer, [c.text for c in unique])
     opposite = record.answer_type == "closed" and config.closed == "opposite"
     # The opposite option is wrong by construction however similar its wording: no similarity limit for it.
     kept, dropped_ = rerank(scores, config.n_levels, config.similarity_gap, 1.0 if opposite else config.max_similarity)
     reasons.update(dropped_)
     if not kept:
         reasons["no_level"] += 1
-    levels = tuple(
-        Level(
-            unique[i][0],
-            round(scores[i], 6),
-            tuple((draft.words[w].text, draft.replacement[w]) for w in sorted(unique[i][1])),
-        )
-        for i in kept
-    )
+    levels = tuple(Level(unique[i].text, round(scores[i], 6), unique[i].replaced, unique[i].source) for i in kept)
     coupled = set(draft.coupled)
     words = tuple(
         WordReward(w.text, round(r, 6), n in coupled)

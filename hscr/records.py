@@ -50,11 +50,15 @@ class RejectedRow:
 
 @dataclass(frozen=True)
 class Level:
-    """One dispreferred answer: its text, similarity to y_w, and which words were replaced by what."""
+    """One dispreferred answer: its text, similarity to y_w, which words were replaced by what, and where it came from.
+
+    `source`: replacement (also of a closed question's other option), sampled from the model, or random.
+    """
 
     text: str
     similarity: float
     replaced: tuple[tuple[str, str], ...] = ()
+    source: str = "replacement"
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ class PreferenceRecord:
 
 
 def to_json(value: Any) -> dict[str, Any]:
-    """The JSON object of a record, without fields at their defaults' emptiness."""
-    return {k: v for k, v in dataclasses.asdict(value).items() if v not in (None, (), {}, [])}
+    """The JSON object of a record, without fields at their defaults' emptiness and without the usual source of a level."""
+    row = dataclasses.asdict(value, dict_factory=lambda f: {k: v for k, v in f if (k, v) != ("source", "replacement")})
+    return {k: v for k, v in row.items() if v not in (None, (), {}, [])}
 
 
 def vqa_record(row: Any) -> VQARecord:
@@ -183,7 +188,12 @@ def preference_record(row: dict[str, Any]) -> PreferenceRecord:
     return PreferenceRecord(
         record=vqa_record(row["record"]),
         levels=tuple(
-            Level(r["text"], r["similarity"], tuple((a, b) for a, b in r.get("replaced", ())))
+            Level(
+                r["text"],
+                r["similarity"],
+                tuple((a, b) for a, b in r.get("replaced", ())),
+                r.get("source", "replacement"),
+            )
             for r in row.get("levels", ())
         ),
         words=tuple(WordReward(**w) for w in row.get("words", ())),

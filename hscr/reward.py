@@ -1,28 +1,32 @@
 """The token-level self-contrastive reward: what of an answer rests on the image. Paper §3.1.
 
-Preference generation, evaluation and the online grounding score all call this. The pure functions take log-probabilities; `branches`
-runs the two teacher-forced forwards a record needs.
+Preference generation, evaluation and the online grounding score all call this. The pure functions take log-probabilities; `contrast`
+runs the two teacher-forced forwards a record needs, `branches` is the same with visual token dropout.
 
 Departures from the paper:
 1. Positions are grouped by word and a word's reward is the sum over its tokens: log π(word|i) − log π(word|i'). No half words.
 2. Only words are eligible: no special token, end of sequence or bare punctuation.
 3. n_eff = min(n, half of the eligible words, at least 1).
+4. Besides the signed log-probability difference (`signed`) a token's reward may be its absolute value (`abs`), or what the image changes
+   of the whole distribution (`js`); online grounding is always signed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hscr.config import REWARDS
 from hscr.model import VLM
 from hscr.packing import packed_logits
 from hscr.visual_tokens import Prompt, dropped
 
-_WORD = re.compile(r"\w+(?:[-'./]\w+)*")
+WORD = re.compile(r"\w+(?:[-'./]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Branches:
-    """Log-softmax [A, V] of an answer's positions with the image (full) and with visual tokens dropped (averaged over masks)."""
+    """Log-softmax [A, V] of an answer's positions with the image (full) and with a part of it hidden (dropped, averaged over masks)."""
 
     full: Tensor
     dropped: Tensor
@@ -47,6 +51,27 @@ def alignment_reward(full: Tensor, dropped: Tensor, ids: Sequence[int]) -> Tenso
     """r_t = log π(y_t | i, x, y_<t) − log π(y_t | i', x, y_<t), [A], from log-softmax [A, V] of both branches."""
     index = torch.tensor(ids, dtype=torch.long, device=full.device)[:, None]
     return (full.gather(-1, index) - dropped.gather(-1, index)).squeeze(-1)
+
+
+def jensen_shannon(full: Tensor, dropped: Tensor) -> Tensor:
+    """Jensen–Shannon divergence [...] in nats, 0 to ln 2, of two distributions given as log-softmax [..., V]. Lin 1991, §4.
+
+    ½·Σ p·ln(p/m) + ½·Σ q·ln(q/m) with m = ½(p + q); ln(p/m) = ln 2 − ln(1 + q/p), so that equal inputs give exactly 0.
+    """
+    d = dropped - full
+    ln2 = F.softplus(torch.zeros_like(d))
+    terms = full.exp() * (ln2 - F.softplus(d)) + dropped.exp() * (ln2 - F.softplus(-d))
+    return (terms.sum(-1) / 2).clamp(min=0)  # rounding may go below
+
+
+def token_rewards(branch: Branches, ids: Sequence[int], kind: str = "signed") -> Tensor:
+    """The reward [A] (nats) of each answer token under `PreferenceConfig.reward`: signed | abs | js. ValueError for another kind."""
+    if kind not in REWARDS:
+        raise ValueError(f"reward: must be one of {', '.join(REWARDS)}")
+    if kind == "js":
+        return jensen_shannon(branch.full, branch.dropped)
+    signed = alignment_reward(branch.full, branch.dropped, ids)
+    return signed.abs() if kind == "abs" else signed
 
 
 def contrastive_logprobs(full: Tensor, dropped: Tensor, beta: float) -> Tensor:
@@ -67,7 +92,7 @@ def words_of(vlm: VLM, ids: Sequence[int]) -> tuple[str, list[Word]]:
         text = vlm.tokenizer.decode(list(ids[:n]), skip_special_tokens=True)
         ends.append(len(text))
     words = []
-    for match in _WORD.finditer(text):
+    for match in WORD.finditer(text):
         tokens = tuple(t for t in range(len(ids)) if starts[t] < match.end() and ends[t] > match.start())
         if tokens:
             words.append(Word(match.group(), match.start(), match.end(), tokens))
@@ -85,7 +110,27 @@ def coupled_words(rewards: Sequence[float], n: int) -> list[int]:
     return sorted(range(len(rewards)), key=lambda w: (-rewards[w], w))[:n_eff]
 
 
+def random_words(n_words: int, n: int, seed: int) -> list[int]:
+    """As many words as `coupled_words` takes, in an order drawn by chance: the control that the reward has to beat."""
+    return coupled_words(torch.rand(n_words, generator=torch.Generator().manual_seed(seed)).tolist(), n)
+
+
 @torch.no_grad()
+def contrast(
+    vlm: VLM, prompts: Sequence[Prompt], cuts: Iterable[Sequence[Prompt]], answers: Sequence[Sequence[int]]
+) -> list[Branches]:
+    """Score one answer a prompt with the image and under each mask of `cuts` (a list of i' a mask): 1 + n_masks batched forwards."""
+    grouped = [[list(a)] for a in answers]
+    full = [g[0].float().log_softmax(-1) for g in packed_logits(vlm, prompts, grouped)]
+    total: list[Tensor] = []
+    n_masks = 0
+    for cut in cuts:
+        part = [g[0].float().log_softmax(-1) for g in packed_logits(vlm, cut, grouped)]
+        total = part if not total else [t + p for t, p in zip(total, part, strict=True)]
+        n_masks += 1
+    return [Branches(f, d / n_masks) for f, d in zip(full, total, strict=True)]
+
+
 def branches(
     vlm: VLM,
     prompts: Sequence[Prompt],
@@ -95,15 +140,11 @@ def branches(
     dropout_ratio: float,
     n_masks: int = 1,
 ) -> list[Branches]:
-    """Score one answer a prompt with and without its visual tokens: 1 + n_masks batched forwards. `seeds` name the masks."""
-    grouped = [[list(a)] for a in answers]
-    full = [g[0].float().log_softmax(-1) for g in packed_logits(vlm, prompts, grouped)]
-    total: list[Tensor] = []
-    for mask in range(n_masks):
-        cut = [dropped(p, dropout_ratio, s, mask) for p, s in zip(prompts, seeds, strict=True)]
-        part = [g[0].float().log_softmax(-1) for g in packed_logits(vlm, cut, grouped)]
-        total = part if not total else [t + p for t, p in zip(total, part, strict=True)]
-    return [Branches(f, d / n_masks) for f, d in zip(full, total, strict=True)]
+    """`contrast` under visual token dropout. `seeds` name the masks."""
+    cuts = (
+        [dropped(p, dropout_ratio, s, mask) for p, s in zip(prompts, seeds, strict=True)] for mask in range(n_masks)
+    )
+    return contrast(vlm, prompts, cuts, answers)
 
 
 def grounding_score(rewards: Tensor, words: Sequence[Word]) -> float:

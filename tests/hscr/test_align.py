@@ -249,6 +249,23 @@ def test_stopping_at_every_look_ends_with_the_same_bytes(finished: Finished, tmp
     ]
 
 
+def test_a_stopped_generation_goes_on_with_the_whole_data_set_in_sight(finished: Finished, tmp_path: Path) -> None:
+    """Random words come from all answers, those of records made before the stop among them. One record is worded like no other."""
+    data = save_records(tmp_path / "data")
+    lines = (data / "records.jsonl").read_text().splitlines()
+    first = json.loads(lines[0]) | {"answer": "There was one small dark lesion near the right parietal lobe."}
+    (data / "records.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    changes = {"candidates": "random", "top_candidates": 3, "n_levels": 10}
+    config = AlignConfig.from_dict({"preference": changes, "optimization": {"epochs": 1}}, CONFIG)
+    run(finished.model, data, tmp_path / "whole", config, evaluate=False)
+    with pytest.raises(Stopped):
+        run(finished.model, data, tmp_path / "cut", config, evaluate=False, should_stop=lambda: True)
+    run(finished.model, data, tmp_path / "cut", config, evaluate=False)
+    whole = (tmp_path / "whole" / "preferences.jsonl").read_bytes()
+    assert b'"source": "random"' in whole
+    assert (tmp_path / "cut" / "preferences.jsonl").read_bytes() == whole
+
+
 def test_a_wish_to_stop_that_comes_between_two_looks_still_writes_a_checkpoint(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -46,6 +46,21 @@ def test_a_configuration_survives_json() -> None:
         assert AlignConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_configuration_stored_before_a_field_existed_still_loads() -> None:
+    """What an older run left: no perturbation, reward, candidates or guard. They get the values that run had: the defaults."""
+    stored = AlignConfig().to_dict()
+    for name in ("perturbation", "reward", "coupling", "candidates", "sample_temperature", "replacement_choice"):
+        del stored["preference"][name]
+    del stored["preference"]["top_candidates"], stored["optimization"]["guard"]
+    assert AlignConfig.from_dict(stored) == AlignConfig()
+
+
+def test_every_new_choice_is_off_by_default() -> None:
+    p = AlignConfig().preference
+    assert (p.perturbation, p.reward, p.coupling, p.candidates) == ("token_dropout", "signed", "reward", "replacement")
+    assert (p.top_candidates, p.replacement_choice, AlignConfig().optimization.guard) == (0, "lowest_p_diff", 0.0)
+
+
 def test_overlay_changes_only_what_it_names() -> None:
     base = AlignConfig.from_dict({"optimization": {"lr": 0.01}})
     both = AlignConfig.from_dict({"optimization": {"gamma": 1}, "seed": 3}, base)
@@ -70,6 +85,17 @@ def test_overlay_changes_only_what_it_names() -> None:
         ({"preference": {"dropout_ratio": 1.0}}, r"preference\.dropout_ratio: must be in \[0, 0\.99\]"),
         ({"preference": {"rho": 0.7}}, r"preference\.rho: unknown field; known here: dropout_ratio"),
         ({"preference": {"similarity": "x" * 1001}}, r"preference\.similarity: longer than 1000"),
+        (
+            {"preference": {"perturbation": "blur"}},
+            r"preference\.perturbation: must be one of token_dropout, latent_mask",
+        ),
+        ({"preference": {"reward": "kl"}}, r"preference\.reward: must be one of signed, abs, js"),
+        ({"preference": {"candidates": "gpt"}}, r"preference\.candidates: must be one of replacement, sampled, both"),
+        ({"preference": {"sample_temperature": 0}}, r"preference\.sample_temperature: must be in \(0, 100\], got 0"),
+        ({"preference": {"replacement_choice": 1}}, r"preference\.replacement_choice: must be str, got int"),
+        ({"preference": {"top_candidates": -1}}, r"preference\.top_candidates: must be in \[0, 1000\], got -1"),
+        ({"preference": {"coupling": "all"}}, r"preference\.coupling: must be one of reward, random"),
+        ({"optimization": {"guard": -1}}, r"optimization\.guard: must be in \[0, 1000\], got -1"),
         ({"preference": 3}, r"preference: must be an object, got int"),
         ({"sneed": 1}, r"sneed: unknown field"),
         ({"seed": -1}, r"seed: must be in \[0, "),

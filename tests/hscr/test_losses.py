@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from hscr.config import OptimizationConfig
+from hscr.config import OBJECTIVES, OptimizationConfig
 from hscr.losses import (
-    OBJECTIVES,
     RecordLogProbs,
     explicit_loss,
+    guarded,
     implicit_loss,
+    lipo_loss,
     listwise_loss,
     preference_terms,
     record_loss,
@@ -85,6 +86,74 @@ def test_listwise_loss_of_equal_scores_counts_all_orders_as_equally_likely() -> 
     assert float(listwise_loss(torch.zeros(4))) == pytest.approx(math.log(24), rel=1e-6)
 
 
+def test_lipo_of_one_level_is_dpo_with_a_constant_weight() -> None:
+    """K = 2: ψ = (1/2, 0), G = √2 − 1 = .414214 and 0; ranks 1 and 2: 1/ln 2 − 1/ln 3 = 1.442695 − .910239 = .532456; weight .220551.
+    h = (1, 0): .220551 · .313262 = .069090; h = (0, 1), ranks the other way round, the same weight: .220551 · 1.313262 = .289641."""
+    assert lipo_loss(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([0.069090], abs=1e-6)
+    assert lipo_loss(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.289641], abs=1e-6)
+
+
+def test_lipo_weighs_each_pair_by_gain_and_by_the_policys_own_ranks() -> None:
+    """K = 3: ψ = (2/3, 1/3, 0), G = .587401, .259921, 0. h = (1, 3, 0): ranks 2, 1, 3; 1/ln(1 + τ) = .910239, 1.442695, .721348.
+    (w, l1): .327480 · .532456 = .174369, times log(1 + e²) = 2.126928: .370870. (w, l2): .587401 · .188892 = .110955, times .313262:
+    .034758. (l1, l2): .259921 · .721348 = .187493, times .048587: .009110."""
+    terms = lipo_loss(torch.tensor([1.0, 3.0, 0.0]))
+    assert terms.tolist() == pytest.approx([0.370870, 0.034758, 0.009110], abs=2e-6)
+
+
+def test_lipo_of_equal_scores_ranks_in_the_answers_order_and_costs_ln_2_times_each_weight() -> None:
+    """K = 3, ranks 1, 2, 3: (w, l1): .327480 · .532456 = .174369; (w, l2): .587401 · .721348 = .423721; (l1, l2): .259921 · .188892 =
+    .049097; each times ln 2."""
+    weights = (lipo_loss(torch.zeros(3)) / LN2).tolist()
+    assert weights == pytest.approx([0.174369, 0.423721, 0.049097], abs=2e-6)
+
+
+def test_the_guard_lowers_the_right_answers_reward_where_it_fell_below_the_reference() -> None:
+    """λ = 5: h(y_w) = −.2 → −.2 − 5 · .2 = −1.2; h(y_w) = .2 stays, and so does every level."""
+    assert guarded(torch.tensor([-0.2, -0.5, 0.3]), 5.0).tolist() == pytest.approx([-1.2, -0.5, 0.3])
+    assert guarded(torch.tensor([0.2, -0.5, 0.3]), 5.0).tolist() == pytest.approx([0.2, -0.5, 0.3])
+
+
+def test_dpo_with_the_guard_is_dpop() -> None:
+    """γ = .1, λ = 5; policy (−7, −9), reference (−5, −5): inside the sigmoid γ·[(−2 + 4) − 5 · max(0, 2)] = .1 · −8 = −.8:
+    log(1 + e^.8) = 1.171101. Without guard log(1 + e^−.2) = .598139; outside the sigmoid it would be .598139 + .1 · 10 = 1.598139."""
+    record = log_probs([-7.0, -9.0], [-5.0, -5.0])
+    loss, metrics = record_loss(record, OptimizationConfig(objective="dpo", guard=5.0))
+    assert float(loss) == pytest.approx(1.171101, abs=1e-6)
+    assert float(record_loss(record, OptimizationConfig(objective="dpo"))[0]) == pytest.approx(0.598139, abs=1e-6)
+    assert metrics["rewards/chosen"] == pytest.approx(-0.2)  # what is reported has no penalty in it
+
+
+def test_the_guard_pulls_the_right_answer_up_one_plus_lambda_times_as_hard() -> None:
+    """d/dh(y_w) of h(y_w) − λ·max(0, −h(y_w)) is 1 + λ = 6 below the reference and 1 above it; a level's is 1 in both."""
+    for below, ratio in ((-7.0, 6.0), (-4.0, 1.0)):
+        record = log_probs([below, -9.0], [-5.0, -5.0], grad=True)
+        record_loss(record, OptimizationConfig(objective="dpo", guard=5.0))[0].backward()
+        gradient = record.policy.grad
+        assert gradient is not None
+        assert float(-gradient[0] / gradient[1]) == pytest.approx(ratio, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_guard_acts_wherever_the_right_answer_is_compared_and_nowhere_else(objective: str) -> None:
+    record = log_probs([-7.0, -9.0, -8.0], [-5.0, -5.0, -5.0])
+    plain, with_guard = (
+        float(record_loss(record, OptimizationConfig(objective=objective, guard=g))[0]) for g in (0.0, 5.0)
+    )
+    assert (with_guard > plain) is (objective not in ("implicit", "sft"))
+    if objective in ("implicit", "sft"):
+        assert with_guard == plain
+
+
+def test_policy_equal_to_reference_feels_no_guard() -> None:
+    for objective in OBJECTIVES:
+        record = log_probs([-5.0, -6.0, -7.0], [-5.0, -6.0, -7.0])
+        plain, with_guard = (
+            float(record_loss(record, OptimizationConfig(objective=objective, guard=g))[0]) for g in (0.0, 9.0)
+        )
+        assert plain == with_guard
+
+
 def test_sft_is_the_mean_token_loss_of_the_right_answer_alone() -> None:
     """log π(y_w) = −6 over 3 tokens: 2 nats a token, whatever the levels are."""
     loss, _ = record_loss(
@@ -133,7 +202,7 @@ def test_metrics_carry_the_names_that_other_trainers_use() -> None:
     assert {"loss", "nll"} < metrics.keys()
 
 
-@pytest.mark.parametrize("objective", ["hscr", "explicit", "dpo", "listwise"])
+@pytest.mark.parametrize("objective", ["hscr", "explicit", "dpo", "listwise", "lipo"])
 def test_descent_raises_the_right_answer_and_lowers_the_wrong_one(objective: str) -> None:
     record = log_probs([-5.0, -5.0, -5.0], [-5.0, -5.0, -5.0], grad=True)
     record_loss(record, OptimizationConfig(objective=objective))[0].backward()

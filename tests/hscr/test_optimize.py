@@ -230,9 +230,9 @@ def test_implicit_with_one_level_a_record_is_a_clear_error(trainer: Trainer, tmp
         trainer.run(tmp_path / "out", replace(CONFIG, anchor=0.0, objective="implicit"))
 
 
-@pytest.mark.parametrize("objective", ["explicit", "implicit", "dpo", "listwise"])
+@pytest.mark.parametrize("objective", ["explicit", "implicit", "dpo", "listwise", "lipo"])
 def test_every_objective_trains_on_records_of_mixed_levels(trainer: Trainer, tmp_path: Path, objective: str) -> None:
-    config = replace(CONFIG, objective=objective, anchor=0.0, epochs=1, batch_size=1, micro_batch_size=1)
+    config = replace(CONFIG, objective=objective, anchor=0.0, guard=5.0, epochs=1, batch_size=1, micro_batch_size=1)
     steps = trainer.run(tmp_path / "out", config)
     assert len(steps) == 6  # the record without levels is left out
     assert all(math.isfinite(s.metrics["loss"]) for s in steps)

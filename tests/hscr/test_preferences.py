@@ -16,11 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 import hscr.preferences
-from hscr.config import PreferenceConfig
+import hscr.replacement
+from hscr.config import PERTURBATIONS, REWARDS, PreferenceConfig
 from hscr.images import decode_image
 from hscr.model import VLM, encode_answer, encode_prompts
-from hscr.preferences import generate, hallucinated_token, same_word
+from hscr.preferences import generate
 from hscr.records import PreferenceRecord, VQARecord, read_records
+from hscr.replacement import hallucinated_token, same_word
 from hscr.reward import Branches, words_of
 from hscr.similarity import normalized, rerank, token_f1
 
@@ -88,6 +90,38 @@ def test_beta_weighs_the_branch_without_the_image(vlm: VLM, left: Any) -> None:
     assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig()) == token(vlm, "right")
 
 
+@pytest.mark.parametrize(("likely", "other"), [("right", "temporal"), ("temporal", "right")])
+def test_the_most_plausible_word_is_what_the_model_says_without_the_image(
+    vlm: VLM, left: Any, likely: str, other: str
+) -> None:
+    """p(·|i') = left .6, likely .2, other .1; p(·|i): likely .05, other .3. log P_diff ∝ 1.9·ln p − .9·ln p': likely −5.692 + 1.448 =
+    −4.24, other −2.288 + 2.072 = −.22: here both rules take the likely one. With p(·|i) the other way round P_diff takes the other
+    (−.84 against −3.62)."""
+    ids, word = left
+    cut = log_probs(vlm, {"left": 0.6, likely: 0.2, other: 0.1})
+    config = PreferenceConfig(replacement_choice="most_plausible")
+    against = Branches(log_probs(vlm, {"left": 0.6, likely: 0.05, other: 0.3}), cut)
+    spoken_for = Branches(log_probs(vlm, {"left": 0.6, likely: 0.3, other: 0.05}), cut)
+    assert hallucinated_token(vlm, against, ids, word, config) == token(vlm, likely)
+    assert hallucinated_token(vlm, spoken_for, ids, word, config) == token(vlm, likely)
+    assert hallucinated_token(vlm, against, ids, word, PreferenceConfig()) == token(vlm, likely)
+    assert hallucinated_token(vlm, spoken_for, ids, word, PreferenceConfig()) == token(vlm, other)
+
+
+def test_top_candidates_stand_in_the_place_of_alpha(vlm: VLM, left: Any) -> None:
+    """p(·|i') = left .9, right .05, temporal .02, frontal .01: α = .1 leaves left alone. The K most plausible others: right; right and
+    temporal; … of which the lowest P_diff (p(·|i): right .05, temporal .01, frontal .001) is the last."""
+    full = log_probs(vlm, {"left": 0.9, "right": 0.05, "temporal": 0.01, "frontal": 0.001})
+    cut = log_probs(vlm, {"left": 0.9, "right": 0.05, "temporal": 0.02, "frontal": 0.01})
+    for piece in ("</s>", ".", "here"):  # none of them starts a word: they take no place
+        cut[0, vlm.tokenizer.convert_tokens_to_ids(piece)] = -1.0
+    ids, word = left
+    assert hallucinated_token(vlm, Branches(full, cut), ids, word, PreferenceConfig()) is None
+    for k, expected in ((1, "right"), (2, "temporal"), (3, "frontal")):
+        config = PreferenceConfig(top_candidates=k)
+        assert hallucinated_token(vlm, Branches(full, cut), ids, word, config) == token(vlm, expected)
+
+
 def test_where_only_the_word_itself_is_plausible_there_is_no_replacement(vlm: VLM, left: Any) -> None:
     peaked = log_probs(vlm, {"left": 0.95, "right": 0.04})
     ids, word = left
@@ -110,7 +144,7 @@ def test_positions_without_a_plausible_replacement_are_skipped_and_counted(
 ) -> None:
     """Both branches are sure of the right answer: of its 10 or 11 words 5 are coupled, none can be replaced, and no level is made up."""
 
-    def sure(vlm: VLM, prompts: Any, answers: Sequence[list[int]], seeds: Any, **kw: Any) -> list[Branches]:
+    def sure(vlm: VLM, prompts: Any, cuts: Any, answers: Sequence[list[int]]) -> list[Branches]:
         out = []
         for ids in answers:
             peaked = torch.full((len(ids), len(vlm.tokenizer)), -20.0)
@@ -118,7 +152,7 @@ def test_positions_without_a_plausible_replacement_are_skipped_and_counted(
             out.append(Branches(peaked, peaked))
         return out
 
-    monkeypatch.setattr(hscr.preferences, "branches", sure)
+    monkeypatch.setattr(hscr.preferences, "contrast", sure)
     (result,) = made(vlm, records[:1], open_image, OPEN)
     assert result.levels == ()
     assert result.dropped == {"no_plausible_replacement": len(result.words) // 2, "no_level": 1}
@@ -182,7 +216,7 @@ def test_a_word_that_is_still_growing_when_decoding_stops_is_dropped(
     def endless(vlm: VLM, prompts: Any, prefixes: Any = None, *, max_tokens: int, **kw: Any) -> list[list[int]]:
         return [[piece] * max_tokens for _ in prompts]
 
-    monkeypatch.setattr(hscr.preferences, "decode", endless)
+    monkeypatch.setattr(hscr.replacement, "decode", endless)
     for result in made(vlm, [r for r in records if r.answer_type == "open"], open_image, OPEN):
         assert result.levels == ()
         assert result.dropped["replacement_is_no_word"] > 0
@@ -192,13 +226,13 @@ def test_redecode_goes_on_from_the_very_tokens_of_the_right_answer(
     vlm: VLM, records: list[VQARecord], open_image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prefix is y_w's own tokens up to the first replaced word: no second space from the chat template."""
-    stock, seen = hscr.preferences.decode, []
+    stock, seen = hscr.replacement.decode, []
 
     def spy(vlm: VLM, prompts: Any, prefixes: Any = None, **kw: Any) -> list[list[int]]:
         seen.append([list(p) for p in prefixes])
         return stock(vlm, prompts, prefixes, **kw)
 
-    monkeypatch.setattr(hscr.preferences, "decode", spy)
+    monkeypatch.setattr(hscr.replacement, "decode", spy)
     config = dataclasses.replace(OPEN, continuation="redecode", max_new_tokens=8)
     results = made(vlm, records[:1], open_image, config)
     ids = encode_answer(vlm, records[0].question, records[0].answer)
@@ -294,6 +328,42 @@ def test_generation_is_deterministic_and_a_resumed_one_gives_the_same_records(
     whole = made(vlm, records[:4] + repeated, open_image, config)
     assert made(vlm, records[:4] + repeated, open_image, config) == whole
     assert made(load_model(tiny_folder, device="cpu"), repeated, open_image, config) == whole[4:]
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("reward", REWARDS)
+def test_every_perturbation_with_every_reward_gives_levels(
+    vlm: VLM, records: list[VQARecord], open_image: Any, perturbation: str, reward: str
+) -> None:
+    config = dataclasses.replace(OPEN, perturbation=perturbation, reward=reward, n_masks=2)
+    results = made(vlm, records[:3], open_image, config)
+    assert any(r.levels for r in results)
+    rewards = [w.reward for r in results for w in r.words]
+    assert any(rewards)
+    assert reward == "signed" or min(rewards) >= 0
+    assert results != made(vlm, records[:3], open_image, dataclasses.replace(config, n_masks=1))
+    zero = made(vlm, records[:3], open_image, dataclasses.replace(config, dropout_ratio=0.0))
+    assert {w.reward for r in zero for w in r.words} == {0.0}
+
+
+def test_the_perturbations_and_the_rewards_differ(vlm: VLM, records: list[VQARecord], open_image: Any) -> None:
+    seen = [
+        [w.reward for r in made(vlm, records[:2], open_image, dataclasses.replace(OPEN, **change)) for w in r.words]
+        for change in [*({"perturbation": p} for p in PERTURBATIONS), {"reward": "abs"}, {"reward": "js"}]
+    ]
+    assert len({tuple(s) for s in seen}) == 6
+
+
+def test_random_coupling_replaces_as_many_words_and_others(vlm: VLM, records: list[VQARecord], open_image: Any) -> None:
+    """The reward of a word doesn't matter to it; the seed and the record's id do."""
+    config = dataclasses.replace(OPEN, coupling="random", top_candidates=3)
+    by_reward = made(vlm, records[:3], open_image, dataclasses.replace(config, coupling="reward"))
+    by_chance = made(vlm, records[:3], open_image, config)
+    assert [[w.reward for w in r.words] for r in by_chance] == [[w.reward for w in r.words] for r in by_reward]
+    assert [[w.coupled for w in r.words] for r in by_chance] != [[w.coupled for w in r.words] for r in by_reward]
+    assert by_chance == made(vlm, records[:3], open_image, config)
+    other = list(generate(vlm, records[:3], open_image, config, token_f1, seed=2))
+    assert [[w.coupled for w in r.words] for r in by_chance] != [[w.coupled for w in r.words] for r in other]
 
 
 def test_masks_depend_on_record_and_seed(vlm: VLM, records: list[VQARecord], open_image: Any) -> None:

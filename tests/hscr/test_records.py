@@ -122,7 +122,7 @@ def test_preference_records_survive_jsonl_and_a_torn_last_line_ends_the_reading(
     records = [
         PreferenceRecord(
             vqa_record({**GOOD, "id": str(i)}),
-            (Level("right", 0.5, (("left", "right"),)), Level("no", 0.1)),
+            (Level("right", 0.5, (("left", "right"),)), Level("none", 0.3, source="sampled"), Level("no", 0.1)),
             (WordReward("left", 1.5, True), WordReward("é", 0.0, False)),
             {"gap_too_small": 2},
         )
@@ -134,3 +134,11 @@ def test_preference_records_survive_jsonl_and_a_torn_last_line_ends_the_reading(
     assert list(read_preferences(path)) == [*records, empty]
     path.write_bytes(path.read_bytes()[:-5])
     assert list(read_preferences(path)) == records
+
+
+def test_only_an_unusual_source_of_a_level_is_written() -> None:
+    """Files made before there were several sources stay byte for byte what they were."""
+    levels = (Level("right", 0.5), Level("none", 0.1, source="random"))
+    row = to_json(PreferenceRecord(vqa_record(GOOD), levels, (), {}))
+    assert row["levels"][0] == {"text": "right", "similarity": 0.5, "replaced": ()}
+    assert row["levels"][1]["source"] == "random"

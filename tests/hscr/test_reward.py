@@ -7,12 +7,16 @@ import torch
 
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.reward import (
+    Branches,
     Word,
     alignment_reward,
     branches,
     contrastive_logprobs,
     coupled_words,
     grounding_score,
+    jensen_shannon,
+    random_words,
+    token_rewards,
     word_rewards,
     words_of,
 )
@@ -26,6 +30,49 @@ def test_alignment_reward_by_hand() -> None:
     """A vocabulary of three: y = 0: ln(.5/.2) = .916291; y = 1: ln(.3/.5) = −.510826; y = 2: ln(.2/.3) = −.405465."""
     rewards = [float(alignment_reward(FULL, DROPPED, [y])) for y in range(3)]
     assert rewards == pytest.approx([0.916291, -0.510826, -0.405465], abs=1e-6)
+
+
+def test_absolute_reward_forgets_the_sign() -> None:
+    """The rewards above without their sign: .916291, .510826, .405465."""
+    both = Branches(FULL.expand(3, 3), DROPPED.expand(3, 3))
+    assert token_rewards(both, [0, 1, 2], "abs").tolist() == pytest.approx([0.916291, 0.510826, 0.405465], abs=1e-6)
+    assert token_rewards(both, [0, 1, 2]).tolist() == pytest.approx([0.916291, -0.510826, -0.405465], abs=1e-6)
+
+
+def test_jensen_shannon_by_hand() -> None:
+    """m = (.35, .4, .25). KL(p|m) = .5 ln(.5/.35) + .3 ln(.3/.4) + .2 ln(.2/.25) = .178337 − .086305 − .044629 = .047404;
+    KL(q|m) = .2 ln(.2/.35) + .5 ln(.5/.4) + .3 ln(.3/.25) = −.111923 + .111572 + .054696 = .054345; half the sum: .050875."""
+    assert jensen_shannon(FULL, DROPPED).tolist() == pytest.approx([0.050875], abs=1e-6)
+    assert jensen_shannon(DROPPED, FULL).tolist() == pytest.approx([0.050875], abs=1e-6)
+
+
+def test_jensen_shannon_lies_between_0_for_equal_and_ln_2_for_disjoint_distributions() -> None:
+    """p = (1, 0), q = (0, 1): m = (½, ½), both divergences ln 2."""
+    one, other = torch.tensor([0.0, -80.0]), torch.tensor([-80.0, 0.0])
+    assert float(jensen_shannon(one, other)) == pytest.approx(math.log(2), abs=1e-6)
+    torch.manual_seed(0)
+    p, q = torch.randn(50, 300).mul(4).log_softmax(-1), torch.randn(50, 300).mul(4).log_softmax(-1)
+    assert (jensen_shannon(p, p) == 0).all()
+    assert (jensen_shannon(p, q) > 0).all()
+    assert (jensen_shannon(p, q) < math.log(2)).all()
+
+
+def test_js_reward_reads_the_whole_distribution_and_not_the_answers_token() -> None:
+    branch = Branches(FULL, DROPPED)
+    assert [float(token_rewards(branch, [y], "js")) for y in range(3)] == pytest.approx([0.050875] * 3, abs=1e-6)
+
+
+def test_an_unknown_reward_is_refused() -> None:
+    with pytest.raises(ValueError, match="reward: must be one of signed, abs, js"):
+        token_rewards(Branches(FULL, DROPPED), [0], "kl")
+
+
+def test_random_words_are_as_many_as_coupled_ones_and_drawn_from_their_seed() -> None:
+    drawn = {tuple(random_words(8, 10, seed)) for seed in range(40)}
+    assert all(len(words) == 4 and set(words) <= set(range(8)) for words in drawn)
+    assert len(drawn) > 30
+    assert {w for words in drawn for w in words} == set(range(8))
+    assert random_words(8, 10, 5) == random_words(8, 10, 5)
 
 
 def test_contrastive_distribution_by_hand() -> None:

@@ -62,6 +62,8 @@ def test_preset_is_the_ground_and_given_values_lie_on_it(client: TestClient, dat
         ({"optimization": {"lr": 1e308}}, 422, "invalid_config"),
         ({"optimization": {"epochs": 10**9}}, 422, "invalid_config"),
         ({"preference": {"unknown": 1}}, 422, "invalid_config"),
+        ({"preference": {"perturbation": "blur"}}, 422, "invalid_config"),
+        ({"optimization": {"guard": -1}}, 422, "invalid_config"),
         ({"seed": -1}, 422, "invalid_config"),
         ({"model": "other/model"}, 422, "model_not_served"),
         ({"unknown": 1}, 422, "invalid_request"),
