@@ -134,7 +134,7 @@ def summarize(predictions: Sequence[Prediction], config: EvaluationConfig) -> di
     real − shuffled, paired; `sensitivity[policy]` = share of answers that another image changes; `image_invariant[policy]` = share of open
     answers, visual claims, that stay word for word the same under another image; `grounding[policy]` = the mean score;
     `separation[policy][open | closed | all]` and `flag[policy]` = what the score says about wrong answers (hscr/selective.py);
-    `verdict[metric]` = the plain reading of the gains.
+    `verdict[metric]` = the plain reading of the gains; `settings` = the configuration's fields that the tables depend on.
     """
     table: dict[tuple[str, str], dict[str, Prediction]] = {}
     for p in predictions:
@@ -177,7 +177,8 @@ def summarize(predictions: Sequence[Prediction], config: EvaluationConfig) -> di
             claims = [float(v) for i, v in same.items() if kind(rows[i]) == "open"]
             if claims:
                 out["image_invariant"][policy] = interval(claims, n_bootstrap)
-    return {**out, "verdict": verdict(out)}
+    settings = {"n_bootstrap": config.n_bootstrap, "calibration_share": config.calibration_share}
+    return {**out, "verdict": verdict(out), "settings": settings}
 
 
 def kind(prediction: Prediction) -> str:
