@@ -121,6 +121,8 @@ def _batches(n: int, size: int) -> list[int]:
 def _optimizing(
     vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, lineage: dict[str, str], should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
+    from hscr.report import displaced
+
     stage, preferences = "optimizing", run.path / "preferences.jsonl"
     inputs = json_digest([file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed])
     if run.is_done(stage, inputs):
@@ -159,7 +161,7 @@ def _optimizing(
             # Only where optimize() saw the wish too and wrote a checkpoint: the signal may have come between the two looks.
             if step.step < step.total and step.checkpoint and should_stop():
                 raise Stopped(stage)
-        if len(chosen) >= 4 and sum(chosen[-4:]) / 4 < -0.05:
+        if displaced(chosen):
             yield Warning_(
                 "likelihood_displacement",
                 "rewards/chosen fell below zero: the right answers became less likely; raise optimization.anchor or lower lr",
