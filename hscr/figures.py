@@ -17,7 +17,7 @@ _INK = "#010203"  # a colour that nothing else has: becomes currentColor
 _POINTS = 400  # of a line: a long run's curve is averaged to so many
 
 
-def _style() -> dict[str, Any]:
+def _style() -> Any:  # matplotlib types every key by name
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     return ink | {
         "svg.fonttype": "none",

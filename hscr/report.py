@@ -129,7 +129,7 @@ def write_report(
 def _figures(summary: dict[str, Any], steps: Sequence[dict[str, float]]) -> dict[str, list[str]]:
     names = {
         "similarity": ("Similarity of the levels to the right answer", "similarity"),
-        "reward": ("Alignment reward of the right answers' words", "nats"),
+        "reward": ("Alignment reward of the answers' words", "nats"),
     }
     evaluation = summary["evaluation"] or {}
     return {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hscr.visual_tokens import derived_seed
 
 COVERAGES = tuple(round(0.05 * i, 2) for i in range(1, 21))
-MIN_OF_EACH = 10  # wrong and right answers that a threshold needs in the calibration part
+MIN_OF_EACH = 20  # wrong and right answers that a threshold needs in the calibration part
 RULE = "maximal Youden J (share of wrong answers flagged − share of right answers flagged) on the calibration part"
 _CELLS = 1_000_000  # of a bootstrap's matrices at a time: all at once would be gigabytes for a large data set
 

@@ -140,7 +140,7 @@ def test_the_stored_evaluation_is_what_its_predictions_say(finished: Finished) -
     assert summarize(read_predictions(finished.out / "predictions.jsonl"), CONFIG.evaluation) == stored
     assert set(stored["separation"]["adapter"]) == {"open", "closed", "all"}
     assert stored["flag"]["adapter"]["threshold"] is None  # eight records carry none
-    assert "10 of each are needed" in stored["flag"]["adapter"]["reason"]
+    assert "20 of each are needed" in stored["flag"]["adapter"]["reason"]
 
 
 def test_a_threshold_and_the_auroc_are_headline_metrics(finished: Finished, tmp_path: Path) -> None:

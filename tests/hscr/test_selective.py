@@ -118,10 +118,10 @@ def test_no_threshold_where_the_score_says_nothing() -> None:
 
 
 def test_no_threshold_from_a_handful_of_answers() -> None:
-    found = flagging(judged([1.0] * 9, [2.0] * 50), [], 200)
+    found = flagging(judged([1.0] * 19, [2.0] * 50), [], 200)
     assert found["threshold"] is None
-    assert "9 wrong and 50 right answers; 10 of each are needed" in found["reason"]
-    assert flagging(judged([1.0] * 10, [2.0] * 50), [], 200)["threshold"] == 1.5
+    assert "19 wrong and 50 right answers; 20 of each are needed" in found["reason"]
+    assert flagging(judged([1.0] * 20, [2.0] * 50), [], 200)["threshold"] == 1.5
     assert flagging([], [], 200)["threshold"] is None
 
 
