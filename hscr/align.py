@@ -19,7 +19,7 @@ from hscr import __version__
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json, write_manifest
 from hscr.config import AlignConfig
-from hscr.evaluate import Prediction, evaluate, plan, summarize, verdict
+from hscr.evaluate import evaluate, plan, read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
 from hscr.model import VLM, add_lora
@@ -27,6 +27,7 @@ from hscr.optimize import optimize
 from hscr.preferences import generate
 from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
 from hscr.run_dir import PartialFile, RunDir
+from hscr.scoring import check_scorable
 from hscr.similarity import load_similarity
 
 
@@ -65,6 +66,7 @@ def align(
     Afterwards `out` holds config.json, preferences.jsonl, adapter/ (a PEFT folder), predictions.jsonl, evaluation.json, report.html and
     report.json, and manifest.json with the digests of every stage's inputs and outputs.
     """
+    check_scorable(evaluation_data.records if evaluation_data else ())
     run = RunDir(out)
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
@@ -119,6 +121,8 @@ def _batches(n: int, size: int) -> list[int]:
 def _optimizing(
     vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, lineage: dict[str, str], should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
+    from hscr.report import displaced
+
     stage, preferences = "optimizing", run.path / "preferences.jsonl"
     inputs = json_digest([file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed])
     if run.is_done(stage, inputs):
@@ -157,7 +161,7 @@ def _optimizing(
             # Only where optimize() saw the wish too and wrote a checkpoint: the signal may have come between the two looks.
             if step.step < step.total and step.checkpoint and should_stop():
                 raise Stopped(stage)
-        if len(chosen) >= 4 and sum(chosen[-4:]) / 4 < -0.05:
+        if displaced(chosen):
             yield Warning_(
                 "likelihood_displacement",
                 "rewards/chosen fell below zero: the right answers became less likely; raise optimization.anchor or lower lr",
@@ -258,20 +262,16 @@ def evaluation_run(
         if should_stop():
             raise Stopped(stage)
     partial.rename(run.path / "predictions.jsonl")
-    summary = summarize(read_predictions(run.path / "predictions.jsonl"), config.evaluation)
-    write_json(run.path / "evaluation.json", {**summary, "verdict": verdict(summary)})
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    with path.open(encoding="utf-8") as lines:
-        return [Prediction(**json.loads(line)) for line in lines]
+    predictions = read_predictions(run.path / "predictions.jsonl")
+    write_json(run.path / "evaluation.json", summarize(predictions, config.evaluation))
 
 
 def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> Iterator[Event]:
     from hscr.report import write_report
 
     stage = "reporting"
-    made_from = [run.path / n for n in ("config.json", "preferences.jsonl", "evaluation.json")]
+    names = ("config.json", "preferences.jsonl", "steps.jsonl", "predictions.jsonl", "evaluation.json")
+    made_from = [run.path / n for n in names]
     inputs = json_digest([file_digest(p) if p.is_file() else None for p in made_from])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
@@ -287,7 +287,7 @@ def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> I
 
 
 def _result(out: Path) -> Result:
-    """Headline metrics: per policy the real image's scores, flat, as numbers."""
+    """Headline metrics: per policy the real image's scores and what the grounding score is worth, flat, as numbers."""
     metrics: dict[str, float] = {}
     path = out / "evaluation.json"
     if path.is_file():
@@ -297,4 +297,10 @@ def _result(out: Path) -> Result:
                 metrics[f"{policy}/{metric}"] = value["mean"]
         for policy, value in evaluation["grounding"].items():
             metrics[f"{policy}/grounding"] = value["mean"]
+        for policy, flag in evaluation["flag"].items():
+            area = evaluation["separation"][policy].get("all", {}).get("auroc")
+            if area is not None:
+                metrics[f"{policy}/grounding_auroc"] = area["mean"]
+            if flag["threshold"] is not None:
+                metrics[f"{policy}/grounding_threshold"] = flag["threshold"]
     return Result("adapter", verify_manifest(out / "adapter"), metrics)

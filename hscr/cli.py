@@ -246,6 +246,31 @@ def evaluate(
 
 
 @app.command()
+def tables(
+    run: Annotated[Path, typer.Argument(help="Run directory of align or evaluate, or a predictions.jsonl.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write all tables to.")] = None,
+    set_: Set = None,
+) -> None:
+    """Compute every table of an evaluation again from its stored predictions, under its own settings: no model, no images."""
+    from hscr.artifacts import write_json
+    from hscr.evaluate import read_predictions, summarize
+    from hscr.progress import evaluation_table
+
+    path = run / "predictions.jsonl" if run.is_dir() else run
+    if not path.is_file():
+        raise ValueError(f"{run.name}: no predictions.jsonl there; run `hscr align --eval` or `hscr evaluate` first")
+    evaluation = path.with_name("evaluation.json")
+    stored = json.loads(evaluation.read_text(encoding="utf-8")).get("settings", {}) if evaluation.is_file() else {}
+    sets = [*(f"evaluation.{name}={json.dumps(value)}" for name, value in stored.items()), *(set_ or ())]
+    settings = configuration("paper", None, sets)
+    summary = summarize(read_predictions(path), settings.evaluation)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, summary)
+    Console().print(evaluation_table(summary))
+
+
+@app.command()
 def ask(
     image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP file.")],
     question: Annotated[str, typer.Argument(help="The question.")],

@@ -139,6 +139,12 @@ class EvaluationConfig:
     max_records: int = _number(1000, 0, 1_000_000, "evaluate at most this many records (0 = none: skip the stage)")
     n_bootstrap: int = _number(2000, 100, 100_000, "resamples of the paired bootstrap")
     counterfactual: bool = field(default=True, metadata={"doc": "also ask with a blank and with a shuffled image"})
+    calibration_share: float = _number(
+        0.3,
+        0.0,
+        0.9,
+        "share of the records (by hash of group or id) that the grounding score's flag threshold comes from",
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ANSWER_TYPES = ("open", "closed")
+ANSWER_TYPES = ("open", "closed", "caption")
 MAX_TEXT_CHARS = 20_000
 
 
@@ -111,7 +111,7 @@ def vqa_record(row: Any) -> VQARecord:
         raise ValueError("image: the path is longer than a file system allows")
     kind = row.get("answer_type") or "open"
     if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
-        raise ValueError("answer_type: must be open or closed")
+        raise ValueError(f"answer_type: must be {', '.join(ANSWER_TYPES[:-1])} or {ANSWER_TYPES[-1]}")
     options = row.get("options") or []
     if not (isinstance(options, list) and all(isinstance(o, str) and o for o in options)):
         raise ValueError("options: must be a list of texts")

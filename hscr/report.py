@@ -1,6 +1,7 @@
 """report.html and report.json of a run: configuration, what was generated, how training went, and whether it helped.
 
-Self-contained: pictures are embedded, nothing is fetched, so it opens offline. All numbers come from the run directory's files.
+Self-contained: pictures are embedded, nothing is fetched, so it opens offline. All numbers come from the run directory's files. Its size is
+bounded whatever the run's: so many examples, words and characters, and curves of at most 400 points.
 """
 
 from __future__ import annotations
@@ -13,15 +14,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from hscr.artifacts import atomic_write, write_json
-from hscr.evaluate import Prediction
+from hscr import figures
+from hscr.artifacts import atomic_write, verify_manifest, write_json
+from hscr.evaluate import Prediction, read_predictions
 from hscr.records import PreferenceRecord, VQARecord, read_preferences
 
 OpenImage = Callable[[VQARecord], Image.Image]
+EXAMPLES = 8
+WORDS = 120  # of an example's answer
+CHARACTERS = 500  # of a question or answer
 _templates = Environment(loader=PackageLoader("hscr", "templates"), autoescape=select_autoescape())
+
+
+def shortened(text: str, n: int = CHARACTERS) -> str:
+    """The text, or its beginning with an ellipsis."""
+    return text if len(text) <= n else text[: n - 1] + "…"
+
+
+_templates.filters["shortened"] = shortened
 
 
 def image_uri(image: Image.Image, side: int = 160) -> str:
@@ -33,28 +47,9 @@ def image_uri(image: Image.Image, side: int = 160) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def curves(steps: Sequence[dict[str, float]], panels: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Line plots of metrics over steps, one panel a title, as an SVG text."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(panels), 2.8), layout="constrained")
-    for at, (title, names) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), at)
-        for name in names:
-            points = [(s["step"], s[name]) for s in steps if name in s]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name.split("/")[-1], linewidth=1.4)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        if len(names) > 1:
-            axes.legend(fontsize=8, frameon=False)
-    out = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(out)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+def displaced(chosen: Sequence[float]) -> bool:
+    """Whether the right answers became less likely (likelihood displacement): the last four rewards/chosen are below −0.05 in the mean."""
+    return len(chosen) >= 4 and sum(chosen[-4:]) / 4 < -0.05
 
 
 def reward_colors(preference: PreferenceRecord) -> list[dict[str, Any]]:
@@ -62,13 +57,38 @@ def reward_colors(preference: PreferenceRecord) -> list[dict[str, Any]]:
     top = max([abs(w.reward) for w in preference.words] or [1.0]) or 1.0
     return [
         {
-            "text": w.text,
+            "text": shortened(w.text, 60),
             "reward": w.reward,
             "coupled": w.coupled,
             "color": f"rgba({'34,139,84' if w.reward >= 0 else '190,60,60'},{0.75 * abs(w.reward) / top:.2f})",
         }
-        for w in preference.words
+        for w in preference.words[:WORDS]
     ]
+
+
+def distributions(preferences: Sequence[PreferenceRecord]) -> dict[str, dict[str, Any]]:
+    """Histograms of the levels' similarity and the words' reward (nats): `edges` and `counts` by group.
+
+    The outermost half per cent of the rewards counts in the first and last bin, or one outlier would leave everything in a single bin.
+    """
+    by_level: dict[str, list[float]] = {}
+    words: dict[str, list[float]] = {"replaced words": [], "other words": []}
+    for p in preferences:
+        for number, level in enumerate(p.levels, 1):
+            by_level.setdefault(f"level {number}" if number < 4 else "later levels", []).append(level.similarity)
+        for word in p.words:
+            words["replaced words" if word.coupled else "other words"].append(word.reward)
+    out = {}
+    for name, groups, share in (("similarity", by_level, 0.0), ("reward", words, 0.5)):
+        groups = {k: [x for x in v if np.isfinite(x)] for k, v in groups.items()}
+        pooled = [x for v in groups.values() for x in v]
+        if not pooled:
+            continue
+        low, high = np.percentile(pooled, [share, 100 - share])
+        edges = np.linspace(low, high, 25) if high > low else np.linspace(low - 0.5, low + 0.5, 25)
+        counts = {k: np.histogram(np.clip(v, edges[0], edges[-1]), edges)[0].tolist() for k, v in groups.items() if v}
+        out[name] = {"edges": edges.tolist(), "counts": counts}
+    return out
 
 
 def write_report(
@@ -83,59 +103,110 @@ def write_report(
     preferences = list(read_preferences(run / "preferences.jsonl"))
     steps = _jsonl(run / "steps.jsonl")
     evaluation = json.loads((run / "evaluation.json").read_text()) if (run / "evaluation.json").is_file() else None
-    reasons: Counter[str] = Counter()
-    for p in preferences:
-        reasons.update(p.dropped)
+    lineage = config.pop("lineage")
+    if (run / "adapter").is_dir():
+        lineage["adapter"] = verify_manifest(run / "adapter")
+    examples = _examples(preferences, {r.id: r for r in records})
+    answers = _answers(run, evaluation_records) if open_evaluation_image else []
     summary = {
-        "lineage": config.pop("lineage"),
+        "lineage": lineage,
         "config": config,
-        "preferences": {
-            "records": len(preferences),
-            "with_levels": sum(bool(p.levels) for p in preferences),
-            "levels": dict(sorted(Counter(len(p.levels) for p in preferences).items())),
-            "dropped": dict(reasons.most_common()),
-        },
-        "training": {"steps": len(steps), "first": steps[0] if steps else None, "last": steps[-1] if steps else None},
+        "preferences": _preferences(preferences),
+        "distributions": distributions(preferences),
+        "training": _training(steps),
         "evaluation": evaluation,
+        "examples": [{k: v for k, v in e.items() if k != "record"} for e in examples],
+        "answers": [{k: v for k, v in a.items() if k != "record"} for a in answers],
     }
     write_json(run / "report.json", summary)
-    known = {r.id: r for r in records}
-    examples = [
-        {"preference": p, "image": image_uri(open_image(known[p.record.id])), "words": reward_colors(p)}
-        for p in [p for p in preferences if len(p.levels) > 1][:8]
-        if p.record.id in known
-    ]
-    html = _templates.get_template("report.html").render(
-        **summary,
-        curves=curves(
-            steps,
-            [
-                ("loss", ["loss"]),
-                ("rewards", ["rewards/chosen", "rewards/rejected"]),
-                ("log π(chosen)", ["logps/chosen"]),
-                ("reward accuracy", ["rewards/accuracies"]),
-            ],
-        )
-        if len(steps) > 1
-        else "",
-        examples=examples,
-        answers=_answers(run, evaluation_records, open_evaluation_image) if open_evaluation_image else [],
-    )
+    summary["examples"] = [{**e, "image": image_uri(open_image(e["record"]))} for e in examples]
+    if open_evaluation_image:
+        summary["answers"] = [{**a, "image": image_uri(open_evaluation_image(a["record"]))} for a in answers]
+    html = render("report.html", **summary, figures=_figures(summary, steps))
     atomic_write(run / "report.html", html.encode())
 
 
-def _answers(run: Path, records: Sequence[VQARecord], open_image: OpenImage, n: int = 8) -> list[dict[str, Any]]:
+def _figures(summary: dict[str, Any], steps: Sequence[dict[str, float]]) -> dict[str, list[str]]:
+    names = {
+        "similarity": ("Similarity of the levels to the right answer", "similarity"),
+        "reward": ("Alignment reward of the answers' words", "nats"),
+    }
+    evaluation = summary["evaluation"] or {}
+    return {
+        "distributions": [
+            figures.histogram(*names[k], d["edges"], d["counts"]) for k, d in summary["distributions"].items()
+        ],
+        "training": figures.training_curves(steps) if len(steps) > 1 else [],
+        "scores": figures.score_panels(evaluation["scores"]) if evaluation.get("scores") else [],
+        "coverage": figures.coverage_curves(evaluation.get("separation", {})),
+    }
+
+
+def _preferences(preferences: Sequence[PreferenceRecord]) -> dict[str, Any]:
+    reasons: Counter[str] = Counter()
+    for p in preferences:
+        reasons.update(p.dropped)
+    return {
+        "records": len(preferences),
+        "with_levels": sum(bool(p.levels) for p in preferences),
+        "levels": dict(sorted(Counter(len(p.levels) for p in preferences).items())),
+        "dropped": dict(reasons.most_common()),
+    }
+
+
+def _training(steps: Sequence[dict[str, float]]) -> dict[str, Any]:
+    chosen = [s["rewards/chosen"] for s in steps if "rewards/chosen" in s]
+    margins = [s["rewards/margins"] for s in steps if "rewards/margins" in s]
+    return {
+        "steps": len(steps),
+        "first": steps[0] if steps else None,
+        "last": steps[-1] if steps else None,
+        "displaced": displaced(chosen),
+        "last_four": {"rewards/chosen": _mean(chosen[-4:]), "rewards/margins": _mean(margins[-4:])},
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _examples(preferences: Sequence[PreferenceRecord], known: dict[str, VQARecord]) -> list[dict[str, Any]]:
+    """The first records with several levels, then those with one: in file order, not picked by how well they look."""
+    usable = [p for p in preferences if p.levels and p.record.id in known]
+    several, one = [p for p in usable if len(p.levels) > 1], [p for p in usable if len(p.levels) == 1]
+    return [
+        {
+            "id": p.record.id,
+            "record": known[p.record.id],
+            "question": shortened(p.record.question),
+            "words": reward_colors(p),
+            "levels": [{"text": shortened(level.text), "similarity": level.similarity} for level in p.levels],
+        }
+        for p in (*several, *one)[:EXAMPLES]
+    ]
+
+
+def _answers(run: Path, records: Sequence[VQARecord]) -> list[dict[str, Any]]:
     """Questions where base and adapter differ, side by side: in file order, not picked by who is right."""
     if not (run / "predictions.jsonl").is_file():
         return []
     said: dict[str, dict[str, Prediction]] = {}
-    for row in _jsonl(run / "predictions.jsonl"):
-        if row["condition"] == "real":
-            said.setdefault(row["id"], {})[row["policy"]] = Prediction(**row)
+    for p in read_predictions(run / "predictions.jsonl"):
+        if p.condition == "real":
+            said.setdefault(p.id, {})[p.policy] = p
     differ = [r for r in records if len(s := said.get(r.id, {})) == 2 and s["base"].text != s["adapter"].text]
     return [
-        {"record": r, "image": image_uri(open_image(r)), "base": said[r.id]["base"], "adapter": said[r.id]["adapter"]}
-        for r in differ[:n]
+        {
+            "id": r.id,
+            "record": r,
+            "question": shortened(r.question),
+            "reference": shortened(r.answer),
+            **{
+                policy: {"text": shortened(p.text), "grounding": p.grounding, "scores": p.scores}
+                for policy, p in said[r.id].items()
+            },
+        }
+        for r in differ[:EXAMPLES]
     ]
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import verify_manifest
+from hscr.config import PreferenceConfig
 from service import jobs
 from service.db import now
 from service.errors import Problem
@@ -37,6 +38,7 @@ class Resolved:
     version: int
     digest: str
     model: str
+    threshold: float | None  # below it an answer is flagged
 
 
 def folder(data_dir: Path, digest: str) -> Path:
@@ -150,7 +152,20 @@ def resolve(session: Session, reference: str) -> Resolved:
             raise Problem("alias_not_found", "The adapter has no such alias; GET /adapters/{name} lists them.")
         number = row.version if row else adapter.last_version
     version = get_version(session, name, int(number))
-    return Resolved(name, version.version, version.digest, version.model)
+    return Resolved(name, version.version, version.digest, version.model, flag(version)["threshold"])
+
+
+def flag(version: AdapterVersion) -> dict[str, float | None]:
+    """What the version's evaluation says about its grounding score: `auroc` against wrong answers and the `threshold` of the flag (nats).
+
+    No threshold where the evaluation scored with another dropout ratio than the engine does: the two scores are not one.
+    """
+    ratio = version.config.get("preference", {}).get("dropout_ratio", PreferenceConfig.dropout_ratio)
+    threshold = version.metrics.get("adapter/grounding_threshold")
+    return {
+        "auroc": version.metrics.get("adapter/grounding_auroc"),
+        "threshold": threshold if ratio == PreferenceConfig.dropout_ratio else None,
+    }
 
 
 def set_alias(session: Session, name: str, alias: str, number: int, reason: str | None) -> Alias:

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from hscr.config import EvaluationConfig
 from hscr.demo.data import build
-from hscr.evaluate import CONDITIONS, Prediction, derangement, summarize, verdict
+from hscr.evaluate import CONDITIONS, Prediction, derangement, summarize
 from hscr.progress import bars, by_name, evaluation_table
 from hscr.records import VQARecord, read_records
 from hscr.report import image_uri, render
@@ -62,7 +62,6 @@ def run_demo(data: Path, seed: int) -> None:
         records, _ = read_records(folders["test"])
         predictions = _ask_all(client, folders["test"], records, version)
     summary = summarize(predictions, EvaluationConfig())
-    summary["verdict"] = verdict(summary)
     console.print(evaluation_table(summary))
     console.print(_side_by_side(records, predictions))
     lines = conclusions(summary)
@@ -199,7 +198,10 @@ def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], versi
             answer = _checked(await http.post("/vqa", json=body))
         text = answer["answer"]
         grounding = answer["grounding"]["score"] if condition == "real" else None
-        out[number] = Prediction(policy, condition, record.id, text, score(record, text), grounding)
+        scores = score(record, text)
+        out[number] = Prediction(
+            policy, condition, record.id, text, scores, grounding, question=record.question, group=record.group
+        )
 
     async def ask_every() -> None:
         gate = asyncio.Semaphore(CLIENTS)

@@ -45,6 +45,15 @@ class AdapterDetail(AdapterView):
     versions: list[int] = Field(description="The newest hundred, newest first.")
 
 
+class FlagView(BaseModel):
+    auroc: float | None = Field(
+        description="Probability that a wrong answer's grounding score is below a right one's, on the job's evaluation data."
+    )
+    threshold: float | None = Field(
+        description="In nats; answers that score lower are flagged. Null where the evaluation could not carry one; the report says why."
+    )
+
+
 class VersionView(BaseModel):
     name: str
     version: int
@@ -55,6 +64,7 @@ class VersionView(BaseModel):
     dataset_digest: str
     config: dict[str, Any]
     metrics: dict[str, Any]
+    grounding: FlagView
     download_url: str
     created_at: datetime
 
@@ -156,6 +166,7 @@ def _version(row: AdapterVersion) -> VersionView:
         dataset_digest=row.dataset_digest,
         config=row.config,
         metrics=row.metrics,
+        grounding=FlagView(**adapters.flag(row)),
         download_url=f"/adapters/{row.adapter_name}/versions/{row.version}/download",
         created_at=row.created_at,
     )

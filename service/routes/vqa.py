@@ -79,8 +79,10 @@ class Grounding(BaseModel):
     score: float | None = Field(
         description="Mean reward of the answer's words in nats: how much the image adds to them."
     )
-    flagged: bool | None = Field(description="Below the version's threshold; null while it has none.")
-    threshold: float | None
+    flagged: bool | None = Field(description="The score is below the version's threshold; null where it has none.")
+    threshold: float | None = Field(
+        description="In nats, from the version's evaluation; null for the base and where that carried none."
+    )
     tokens: list[Token] | None
 
 
@@ -155,7 +157,7 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
             id=settings.model_id, revision=settings.model_revision, digest=engine.model_digest if engine else None
         ),
         adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
-        grounding=_grounding(parameters, answer),
+        grounding=_grounding(parameters, answer, resolved.threshold if resolved else None),
         usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
         timing_ms={"model": round((end - asked) * 1000, 1), "total": round((end - begin) * 1000, 1)},
         request_id=request.state.request_id,
@@ -242,10 +244,11 @@ async def _ask(state: State, batcher: Batcher, question: Question, request: Requ
         waiting.cancel()
 
 
-def _grounding(parameters: Parameters, answer: Any) -> Grounding | None:
+def _grounding(parameters: Parameters, answer: Any, threshold: float | None) -> Grounding | None:
     if parameters.grounding == "none":
         return None
     tokens = None
     if parameters.grounding == "tokens" and answer.tokens is not None:
         tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
-    return Grounding(score=answer.score, flagged=None, threshold=None, tokens=tokens)
+    flagged = answer.score < threshold if threshold is not None and answer.score is not None else None
+    return Grounding(score=answer.score, flagged=flagged, threshold=threshold, tokens=tokens)

@@ -20,13 +20,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from hscr.align import DataSet, align
+from hscr.align import DataSet, _result, align
 from hscr.answer import Answerer, AnswerRequest
 from hscr.artifacts import verify_manifest
 from hscr.config import AlignConfig
+from hscr.evaluate import read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Progress, Result, Stage, Stopped, to_line
 from hscr.model import VLM, load_model
 from hscr.run_dir import RunDir
+from hscr.scoring import _caption_libraries
 from tests.hscr.tiny import picture, save_records
 
 CONFIG = AlignConfig.from_dict(
@@ -131,6 +133,45 @@ def test_the_report_shows_questions_escaped_and_pictures_embedded(finished: Fini
     report = json.loads((finished.out / "report.json").read_text())
     assert report["preferences"]["records"] == 8
     assert report["training"]["steps"] == 24
+
+
+def test_the_stored_evaluation_is_what_its_predictions_say(finished: Finished) -> None:
+    stored = json.loads((finished.out / "evaluation.json").read_text())
+    assert summarize(read_predictions(finished.out / "predictions.jsonl"), CONFIG.evaluation) == stored
+    assert set(stored["separation"]["adapter"]) == {"open", "closed", "all"}
+    assert stored["flag"]["adapter"]["threshold"] is None  # eight records carry none
+    assert "20 of each are needed" in stored["flag"]["adapter"]["reason"]
+
+
+def test_a_threshold_and_the_auroc_are_headline_metrics(finished: Finished, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "out")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    evaluation["flag"]["adapter"]["threshold"] = 0.25
+    evaluation["separation"]["adapter"]["all"]["auroc"] = {"mean": 0.75, "low": 0.6, "high": 0.9, "n": 8}
+    (out / "evaluation.json").write_text(json.dumps(evaluation))
+    metrics = _result(out).metrics
+    assert (metrics["adapter/grounding_threshold"], metrics["adapter/grounding_auroc"]) == (0.25, 0.75)
+    assert "base/grounding_threshold" not in metrics
+
+
+def test_captions_need_their_scorers_before_the_first_stage(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)  # as if it were not installed
+    _caption_libraries.cache_clear()
+    data = save_records(tmp_path / "data", 2)
+    rows = [json.loads(line) | {"answer_type": "caption"} for line in (data / "records.jsonl").read_text().splitlines()]
+    (data / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    events = align(
+        load_model(finished.model, device="cpu"),
+        DataSet(finished.data),
+        tmp_path / "out",
+        CONFIG,
+        evaluation_data=DataSet(data),
+    )
+    with pytest.raises(ValueError, match=r"pip install 'hscr\[caption\]'"):
+        next(events)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_call_skips_everything_and_gives_the_same_result(finished: Finished, tmp_path: Path) -> None:

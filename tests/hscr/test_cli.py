@@ -105,6 +105,25 @@ def test_evaluate_compares_base_and_adapter_and_does_not_repeat_itself(
     assert "nothing to evaluate" in err
 
 
+def test_tables_again_from_the_predictions_equal_the_stored_evaluation(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run, again = tmp_path / "run", tmp_path / "again" / "tables.json"
+    settings = [*FAST, "-s", "evaluation.n_bootstrap=123", "-s", "evaluation.calibration_share=0.6"]
+    assert hscr("evaluate", data_folder, "-m", tiny_folder, "-o", run, *settings)[0] == 0
+    stored = (run / "evaluation.json").read_bytes()
+    assert hscr("tables", run, "-o", again)[0] == 0
+    assert again.read_bytes() == stored
+    code, out, _ = hscr("tables", run / "predictions.jsonl", "-o", again, "-s", "evaluation.n_bootstrap=100")
+    assert code == 0
+    assert "open/strict" in out
+    assert again.read_bytes() != stored
+    assert (run / "evaluation.json").read_bytes() == stored
+    code, _, err = hscr("tables", data_folder)
+    assert code == 2
+    assert "no predictions.jsonl there; run `hscr align --eval` or `hscr evaluate` first" in err
+
+
 def test_generate_and_export_write_rows(hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     made = tmp_path / "new" / "p.jsonl"
     code, _, err = hscr("generate", data_folder, "-m", tiny_folder, "-o", made, *FAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from PIL import Image
 
 from hscr.answer import Answer, Answerer, AnswerRequest
 from hscr.config import EvaluationConfig
-from hscr.evaluate import Prediction, derangement, evaluate, interval, plan, summarize, verdict
+from hscr.evaluate import Prediction, derangement, evaluate, plan, read_predictions, summarize, verdict
 from hscr.images import decode_image
 from hscr.model import VLM
 from hscr.records import VQARecord, read_records, to_json
+from hscr.selective import in_calibration_part, interval
 
 CONFIG = EvaluationConfig(max_new_tokens=4, batch_size=3, n_bootstrap=200)
 
@@ -141,6 +143,86 @@ def test_sensitivity_is_the_share_of_answers_that_another_image_changes() -> Non
     summary = summarize(predictions({("base", "real"): [0.0] * 4, ("base", "shuffled"): [0.0] * 4}, texts), CONFIG)
     assert summary["sensitivity"]["base"]["mean"] == 0.25
     assert summary["grounding"]["base"]["mean"] == 0.5
+
+
+def test_image_invariance_counts_open_answers_only() -> None:
+    """Open: one of two answers stays word for word the same under another image. The closed one, unchanged, is no visual claim: 1/2."""
+    rows = [
+        Prediction("base", condition, f"r{i}", text, {f"{kind}/strict": 1.0})
+        for condition, texts in (("real", ("a left one", "b", "yes")), ("shuffled", ("A left one.", "c", "yes")))
+        for i, (kind, text) in enumerate(zip(("open", "open", "closed"), texts, strict=True))
+    ]
+    found = summarize(rows, CONFIG)["image_invariant"]["base"]
+    assert (found["mean"], found["n"]) == (0.5, 2)
+
+
+def test_the_blank_images_interval_resamples_questions() -> None:
+    """Forty records of two questions; one blank image, so all answers to a question are right together. Over records the mean .5 would
+    have an interval of ±.15; over two questions it is [0, 1]. The real image keeps the interval over records."""
+    rows = [
+        Prediction("base", condition, f"r{i}", "x", {"m": float(i % 2)}, question=f"q{i % 2}")
+        for condition in ("real", "blank")
+        for i in range(40)
+    ]
+    summary = summarize(rows, CONFIG)
+    blank, real = (summary["scores"]["base"][c]["m"] for c in ("blank", "real"))
+    assert (blank["mean"], blank["low"], blank["high"]) == (0.5, 0.0, 1.0)
+    assert real["high"] - real["low"] < 0.4
+    assert "resample distinct questions" in summary["note"]
+
+
+def graded(n: int, seed: int = 0) -> list[Prediction]:
+    """Open answers whose score is 2 lower where they are wrong, closed ones whose score says nothing; groups of two records."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        kind, right = ("open", "closed")[i % 4 == 0], bool(random.integers(0, 2))
+        score = float(random.normal(2.0 if right and kind == "open" else 0.0, 0.5))
+        rows.append(
+            Prediction("base", "real", f"r{i}", "x", {f"{kind}/strict": float(right)}, score, group=f"g{i // 2}")
+        )
+    return rows
+
+
+def test_separation_is_told_by_kind_and_the_flag_comes_from_the_calibration_part_alone() -> None:
+    rows = graded(400)
+    summary = summarize(rows, CONFIG)
+    areas = {k: v["auroc"]["mean"] for k, v in summary["separation"]["base"].items()}
+    assert areas["open"] > 0.99
+    assert 0.35 < areas["closed"] < 0.65
+    assert areas["closed"] < areas["all"] < areas["open"]
+    flag = summary["flag"]["base"]
+    assert flag["threshold"] is not None
+    measured = flag["measured"]
+    assert flag["calibration"]["n"] + measured["flagged"]["n"] == 400
+    assert 60 < flag["calibration"]["n"] < 180
+    assert measured["accuracy_kept"]["mean"] > measured["accuracy"]["mean"] > measured["accuracy_flagged"]["mean"]
+    # Wrong scores in the other part move what is measured, never the threshold; and a group is never on both sides.
+    kept = [p for p in rows if in_calibration_part(p.group or p.id, CONFIG.calibration_share)]
+    assert len(kept) == flag["calibration"]["n"]
+    assert {p.group for p in kept}.isdisjoint({p.group for p in rows if p not in kept})
+    turned = [p if p in kept else dataclasses.replace(p, grounding=-(p.grounding or 0.0)) for p in rows]
+    assert summarize(turned, CONFIG)["flag"]["base"]["threshold"] == flag["threshold"]
+    assert summarize(kept, CONFIG)["flag"]["base"]["measured"] is None
+
+
+def test_captions_and_answers_without_a_score_are_not_judged() -> None:
+    rows = [
+        Prediction("base", "real", "a", "x", {"caption/bleu": 0.5, "caption/rouge_l": 0.5}, 1.0),
+        Prediction("base", "real", "b", "", {"open/strict": 0.0}, None),
+        Prediction("base", "real", "c", "", {"open/strict": 0.0}, float("nan")),
+    ]
+    summary = summarize(rows, CONFIG)
+    assert summary["separation"]["base"] == {}
+    assert summary["flag"]["base"]["threshold"] is None
+    assert summary["scores"]["base"]["real"]["caption/bleu"]["n"] == 1
+
+
+def test_a_line_that_is_no_prediction_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(to_json(Prediction("base", "real", "a", "x", {"m": 1.0}))) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"predictions.jsonl: line 2 is no prediction"):
+        read_predictions(path)
 
 
 def span(low: float, high: float) -> dict[str, float]:

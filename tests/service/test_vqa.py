@@ -111,6 +111,44 @@ def test_adapter_is_resolved_to_its_digest_before_it_is_asked(
 
 
 @pytest.mark.parametrize(
+    ("threshold", "flagged"),
+    [(2.5, True), (2.0, False), (1.5, False), (None, None)],
+)
+def test_an_answer_below_its_versions_threshold_is_flagged(
+    asker: TestClient,
+    database: Any,
+    settings: Settings,
+    new_job: Callable[..., str],
+    stand_in: Callable[..., None],
+    threshold: float | None,
+    flagged: bool | None,
+) -> None:
+    """The engine's score is 2.0 nats; at the threshold itself an answer is not below it."""
+    metrics = {"adapter/grounding_auroc": 0.75, "base/grounding_threshold": 9.0}
+    if threshold is not None:
+        metrics["adapter/grounding_threshold"] = threshold
+    stand_in(metrics=metrics)
+    run_job(database, settings, new_job(), lambda: False)
+    grounding = asker.post("/vqa", json=body(adapter="brain", grounding="summary")).json()["grounding"]
+    assert (grounding["score"], grounding["threshold"], grounding["flagged"]) == (2.0, threshold, flagged)
+    assert asker.get("/adapters/brain/versions/1").json()["grounding"] == {"auroc": 0.75, "threshold": threshold}
+    assert (
+        asker.post("/vqa", json=body(grounding="summary")).json()["grounding"]["flagged"] is None
+    )  # the base has none
+    assert asker.post("/vqa", json=body(adapter="brain")).json()["grounding"] is None
+
+
+def test_a_threshold_of_another_dropout_ratio_flags_nothing(
+    asker: TestClient, database: Any, settings: Settings, new_job: Callable[..., str], stand_in: Callable[..., None]
+) -> None:
+    stand_in(metrics={"adapter/grounding_threshold": 9.0})
+    for ratio, threshold in ((0.5, None), (0.7, 9.0)):
+        run_job(database, settings, new_job(config={"preference": {"dropout_ratio": ratio}}), lambda: False)
+        grounding = asker.post("/vqa", json=body(adapter="brain", grounding="summary")).json()["grounding"]
+        assert grounding["threshold"] == threshold
+
+
+@pytest.mark.parametrize(
     ("change", "status", "code"),
     [
         ({"question": ""}, 422, "invalid_request"),
