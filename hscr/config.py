@@ -100,6 +100,9 @@ class EvaluationConfig:
     max_records: int = _number(1000, 0, 1_000_000, "evaluate at most this many records (0 = none: skip the stage)")
     n_bootstrap: int = _number(2000, 100, 100_000, "resamples of the paired bootstrap")
     counterfactual: bool = field(default=True, metadata={"doc": "also ask with a blank and with a shuffled image"})
+    allow_leak: bool = field(
+        default=False, metadata={"doc": "evaluate although pictures are in the data to align on too (hscr/leaks.py)"}
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ once. Files are hard-linked where the file system allows, else copied; bytes fro
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hscr.artifacts import bytes_digest, file_digest, json_digest, write_json
+from hscr.artifacts import bytes_digest, file_digest, json_digest, link_or_copy, write_json
 from hscr.images import ImageError, decode_image
 from hscr.readers import Found, detect
 from hscr.readers.rows import Part
@@ -158,7 +157,10 @@ class _Taken:
         target = row.record.image
         if self._digests.setdefault(target, known) != known:
             raise ValueError("image: another image of the source has this name")
-        _link(row.image, self.folder / target)
+        try:
+            link_or_copy(row.image, self.folder / target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):  # "a" and "a/b.png"
+            raise ValueError("image: another image of the source has this name") from None
         return target, known
 
     def report(self, source: dict[str, Any], parts: list[Part]) -> ImportReport:
@@ -199,17 +201,3 @@ def _check_image(image: Path | bytes) -> None:
         decode_image(image)
     except ImageError as error:
         raise ValueError(f"image: {error}") from None
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none (another device, no right to link)."""
-    if target.exists():
-        return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source.resolve(), target)
-        except OSError:
-            shutil.copyfile(source, target)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError("image: another image of the source has this name") from None

@@ -67,6 +67,7 @@ def _found(line: int, row: dict[str, Any], number: int, question: Any, answer: A
         if len(name) != 1:
             raise ValueError("image: this layout is read with one image a conversation")
         name = name[0]
+    name = str(name or "")
     image = find_image(part.root, name, (".", "images"))
     identity = text(row.get("id"))
     if not isinstance(identity, str) or not identity:
