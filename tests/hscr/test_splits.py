@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hscr.leaks import find_leaks
 from hscr.records import Level, PreferenceRecord, read_preferences, read_records, write_jsonl
@@ -72,6 +73,19 @@ def test_one_picture_keeps_together_groups_and_records_without_one(tmp_path: Pat
     assert (summary["largest_group"], summary["records_without_group"]) == (5, 12)
     files = [sorted((tmp_path / "out" / name / "images").iterdir()) for name in ("train", "test")]
     assert find_leaks(*files) == []
+
+
+def test_near_copies_stay_together(tmp_path: Path) -> None:
+    """Twelve smooth pictures, each with a copy of half the size; no record names a group."""
+    data = save(tmp_path / "d", [(f"{n}{x}", 2 * n + (x == "b"), None) for n in range(12) for x in "ab"])
+    for n in range(12):
+        smooth = picture(n, (8, 8)).resize((64, 64), Image.Resampling.BICUBIC)
+        smooth.save(data / "images" / f"{n}a.png")
+        smooth.resize((32, 32), Image.Resampling.LANCZOS).save(data / "images" / f"{n}b.png")
+    summary = split_data(data, tmp_path / "out", SHARES, 0)
+    parts = ids(tmp_path / "out")
+    assert all(any({f"{n}a", f"{n}b"} <= found for found in parts.values()) for n in range(12))
+    assert summary["largest_group"] == 2
 
 
 def test_shares_hold_in_the_mean() -> None:
