@@ -79,7 +79,7 @@ def test_near_copies_stay_together(tmp_path: Path) -> None:
     """Twelve smooth pictures, each with a copy of half the size; no record names a group."""
     data = save(tmp_path / "d", [(f"{n}{x}", 2 * n + (x == "b"), None) for n in range(12) for x in "ab"])
     for n in range(12):
-        smooth = picture(n, (8, 8)).resize((64, 64), Image.Resampling.BICUBIC)
+        smooth = picture(n, (16, 16)).resize((64, 64), Image.Resampling.BICUBIC)
         smooth.save(data / "images" / f"{n}a.png")
         smooth.resize((32, 32), Image.Resampling.LANCZOS).save(data / "images" / f"{n}b.png")
     summary = split_data(data, tmp_path / "out", SHARES, 0)
