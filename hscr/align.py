@@ -22,6 +22,7 @@ from hscr.config import AlignConfig
 from hscr.evaluate import evaluate, plan, read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
+from hscr.leaks import check_evaluation
 from hscr.model import VLM, add_lora
 from hscr.optimize import optimize
 from hscr.preferences import generate
@@ -44,12 +45,29 @@ class DataSet:
         missing = [i for i in images if not (self.folder / i).is_file()]
         if missing:
             raise ValueError(f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing")
-        self.digest = json_digest(
-            [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
-        )
+        content: list[Any] = [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
+        self.given = given_preferences(self.folder, self.records)
+        self.digest = json_digest(content if self.given is None else [*content, file_digest(self.given)])
 
     def open_image(self, record: VQARecord) -> Image.Image:
         return decode_image(self.folder / record.image)
+
+
+def given_preferences(folder: Path, records: list[VQARecord]) -> Path | None:
+    """The preferences.jsonl that a data set brings (an imported preference set), or None. ValueError where it is for other records."""
+    path = folder / "preferences.jsonl"
+    if not path.is_file():
+        return None
+    try:
+        known = {r.id: r for r in records}
+        odd = [p.record.id for p in read_preferences(path) if p.record != known.get(p.record.id)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"data set {folder.name!r}: preferences.jsonl is damaged: {error}") from error
+    if odd:
+        raise ValueError(
+            f"data set {folder.name!r}: preferences.jsonl has {len(odd)} records that records.jsonl has not"
+        )
+    return path
 
 
 def align(
@@ -71,6 +89,8 @@ def align(
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
+        if evaluation_data is not None and config.evaluation.max_records:
+            yield from check_evaluation(run, data, evaluation_data, allow=config.evaluation.allow_leak)
         yield from _generating(vlm, data, run, config, should_stop)
         yield from _optimizing(vlm, data, run, config, lineage, should_stop)
         yield from _evaluating(vlm, evaluation_data, run, config, should_stop)
@@ -85,6 +105,13 @@ def _generating(
     inputs = json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
+        return
+    if data.given is not None:  # the data set brings its graded answers along: nothing is generated
+        run.start(stage, inputs)
+        shutil.copyfile(data.given, final)
+        run.finish(stage, [final.name])
+        yield Stage(stage, "skipped")
+        yield Warning_("given_levels", "the data set brings its own graded answers: none were generated")
         return
     yield Stage(stage, "started")
     size, n = config.preference.batch_size, len(data.records)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,17 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link of `source`, or a copy where the file system has none (another device, no right to link).
+
+    A file that is there already is left alone. Raises FileExistsError, NotADirectoryError or IsADirectoryError where something else is.
+    """
+    if target.is_file():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,4 +1,4 @@
-"""The command line of the method: align, generate, evaluate, ask, export, import-llava-med,
+"""The command line of the method: import, split, align, generate, evaluate, tables, ask, export, import-llava-med,
 demo-data, demo-model. It needs no service.
 
 Heavy imports stand inside the commands, so that `hscr --help` answers at once. `align` is also what the service's worker runs.
@@ -57,6 +57,9 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="One field, e.g. -s optimization.lr=1e-4. Repeatable.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random streams.")]
+AllowLeak = Annotated[
+    bool, typer.Option("--allow-leak", help="Evaluate although pictures are in the data to align on too.")
+]
 Events = Annotated[str, typer.Option(help="progress: bars on stderr. json: typed events as JSON lines on stdout.")]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Run directory; the same command resumes an interrupted run there.")
@@ -86,6 +89,11 @@ def configuration(base: str, file: Path | None, sets: Iterable[str] | None, seed
             value = {key: value}
         config = AlignConfig.from_dict(value, config)
     return config if seed is None else AlignConfig.from_dict({"seed": seed}, config)
+
+
+def leak_setting(allow: bool) -> list[str]:
+    """--allow-leak as a --set: the flag only ever loosens what the configuration says."""
+    return ["evaluation.allow_leak=true"] if allow else []
 
 
 @contextmanager
@@ -150,6 +158,7 @@ def align(
     preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
     config: ConfigFile = None,
     set_: Set = None,
+    allow_leak: AllowLeak = False,
     seed: Seed = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -160,7 +169,7 @@ def align(
     from hscr.align import DataSet
     from hscr.align import align as run
 
-    settings = configuration(preset_name, config, set_, seed)
+    settings = configuration(preset_name, config, [*(set_ or ()), *leak_setting(allow_leak)], seed)
     data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
     for row in data_set.rejected[:20]:
         console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
@@ -210,6 +219,11 @@ def evaluate(
     out: Out,
     model: Model = str(DEMO_MODEL),
     adapter: Annotated[Path | None, typer.Option(help="PEFT folder to compare with the base.")] = None,
+    trained_on: Annotated[
+        Path | None,
+        typer.Option(help="The data set that the adapter was aligned on: refuse pictures that are in both."),
+    ] = None,
+    allow_leak: AllowLeak = False,
     config: ConfigFile = None,
     set_: Set = None,
     seed: Seed = None,
@@ -224,10 +238,14 @@ def evaluate(
     from hscr.align import DataSet, evaluation_run
     from hscr.answer import Answerer
     from hscr.artifacts import file_digest, json_digest
+    from hscr.leaks import check_evaluation, refuse_own_data
     from hscr.progress import evaluation_table
     from hscr.run_dir import RunDir
 
-    settings, data_set = configuration("paper", config, set_, seed), DataSet(data)
+    settings = configuration("paper", config, [*(set_ or ()), *leak_setting(allow_leak)], seed)
+    data_set, learnt = DataSet(data), DataSet(trained_on) if trained_on else None
+    if adapter is not None and not settings.evaluation.allow_leak:
+        refuse_own_data(adapter, data_set.digest)
     answerer = Answerer(_load(model, dtype, device, revision), dropout_ratio=settings.preference.dropout_ratio)
     policies: dict[str, str | None] = {"base": None}
     weights = None
@@ -237,6 +255,9 @@ def evaluate(
     inputs = json_digest([data_set.digest, answerer.vlm.digest, weights, asdict(settings.evaluation), settings.seed])
     run = RunDir(out)
     with run.locked(), _stoppable() as stop:
+        if learnt is not None:
+            for event in check_evaluation(run, learnt, data_set, allow=settings.evaluation.allow_leak):
+                _show([event], events)
         if not run.is_done("evaluating", inputs):
             events_ = evaluation_run(answerer, data_set, policies, run, inputs, settings, should_stop=stop.is_set)
             _show(events_, events)
@@ -308,7 +329,7 @@ def ask(
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory, or a preferences.jsonl.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file to write.")],
-    form: Annotated[str, typer.Option("--format", help="trl (images, prompt, chosen, rejected) or hscr.")] = "trl",
+    form: Annotated[str, typer.Option("--format", help="trl, hscr, ms-swift or llama-factory.")] = "trl",
 ) -> None:
     """Write a run's preference records for other trainers."""
     from hscr.export import write_export
@@ -347,6 +368,47 @@ def import_llava_med(
     console.print(
         f"model: [bold]{escape(str(out))}[/]   every tensor: [bold]{escape(str(out / REPORT))}[/]", soft_wrap=True
     )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder or file of a public layout, a CSV or JSONL with its images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the data set to.")],
+    form: Annotated[
+        str, typer.Option("--format", help="auto, vqa-rad, slake, pathvqa, llava, trl, hf-parquet or table.")
+    ] = "auto",
+    split: Annotated[str | None, typer.Option(help="Only this split: train, valid or test [default: all].")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Languages to keep [default: en]. Repeatable.")] = None,
+) -> None:
+    """Make a data set of VQA-RAD, SLAKE, PathVQA, LLaVA conversations, TRL pairs, CSV or JSONL; import.json lists what was left out."""
+    from hscr.importing import import_data
+
+    report = import_data(source, out, layout=form, split=split, languages=language or ("en",))
+    for row in report.rejected[:20]:
+        console.print(f"[yellow]{escape(row['file'])} {row['line']} left out:[/] {escape(row['reason'])}")
+    if len(report.rejected) > 20:
+        console.print(f"… and {len(report.rejected) - 20} more; import.json lists them all")
+    counts = ", ".join(f"{number} {name}" for name, number in report.counts.items())
+    console.print(f"{report.source['format']}: {counts}: [bold]{out}[/]")
+
+
+@app.command()
+def split(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the parts to.")],
+    shares: Annotated[str, typer.Option(help="Parts and their shares.")] = "train=.8,valid=.1,test=.1",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Split DATA by group (patient, study): a group, a picture and its near copies stay in one part."""
+    from hscr.splits import parse_shares, split_data
+
+    summary = split_data(data, out, parse_shares(shares), seed)
+    for name, part in summary["parts"].items():
+        console.print(f"{name}: {part['records']} records, {part['groups']} groups: [bold]{out / name}[/]")
+    if summary["records_without_group"]:
+        console.print(
+            f"[yellow]{summary['records_without_group']} records name no group:[/] two pictures of one patient may part"
+        )
 
 
 @app.command("demo-data")

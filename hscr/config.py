@@ -145,6 +145,9 @@ class EvaluationConfig:
         0.9,
         "share of the records (by hash of group or id) that the grounding score's flag threshold comes from",
     )
+    allow_leak: bool = field(
+        default=False, metadata={"doc": "evaluate although pictures are in the data to align on too (hscr/leaks.py)"}
+    )
 
 
 @dataclass(frozen=True)

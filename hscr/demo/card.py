@@ -21,7 +21,7 @@ An ordinary Hugging Face folder: `LlavaForConditionalGeneration.from_pretrained(
 run in fp32 (the configuration says so). Images are 112 x 112, 64 visual tokens; prompt `USER: <image>\\n… ASSISTANT:`.
 
 ## How it was made
-`hscr demo-model --rebuild` (`hscr/demo/base.py`), seed {seed}, {minutes:.0f} minutes on one thread{bf16}.
+`hscr demo-model --rebuild` (`hscr/demo/base.py`), seed {seed}, {minutes:.0f} minutes on two threads{bf16}.
 1. Tower (CLIP, 5 layers, width 160), {tower_steps} steps on {pool} balanced rendered slices of ICBM 152 2009a, trained
    densely: each patch says which lesion or marker it holds, which structures, which side, which plane.
 2. Projector and decoder (Llama, 4 layers, width 192), {decoder_steps} steps on balanced questions, tower frozen.

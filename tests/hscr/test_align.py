@@ -42,7 +42,12 @@ CONFIG = AlignConfig.from_dict(
             "checkpoint_every": 3,
             "anchor": 0.5,
         },
-        "evaluation": {"max_new_tokens": 6, "batch_size": 1, "n_bootstrap": 100},
+        "evaluation": {
+            "max_new_tokens": 6,
+            "batch_size": 1,
+            "n_bootstrap": 100,
+            "allow_leak": True,
+        },  # on the same data
         "seed": 5,
     }
 )

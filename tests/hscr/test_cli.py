@@ -21,6 +21,7 @@ from tests.hscr.tiny import picture
 
 FAST = ["-s", "preference.similarity=token_f1", "-s", "optimization.lora_rank=2", "-s", "optimization.epochs=1"]
 FAST += ["-s", "evaluation.n_bootstrap=100", "-s", "evaluation.max_new_tokens=4", "-s", "evaluation.max_records=3"]
+FAST += ["-s", "evaluation.allow_leak=true"]  # these runs evaluate on what they align on
 
 
 @pytest.fixture
@@ -257,3 +258,57 @@ def test_configuration_lays_file_over_preset_and_fields_over_both(tmp_path: Path
     assert (found.preference.similarity, found.seed) == ("token_f1", 4)
     assert configuration("paper", file, [], 9).seed == 9
     assert json_digest(configuration("paper", None, None).to_dict())
+
+
+def test_import_split_and_align_refuse_what_leaks(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    with (data_folder / "records.jsonl").open("a") as file:
+        file.write('{"id": "x"}\n')
+    code, _, err = hscr("import", data_folder, "-o", tmp_path / "in")
+    assert code == 0, err
+    assert "records.jsonl 9 left out: image: the row names none" in err
+    assert "table: 9 rows, 8 records, 8 images, 1 rejected" in err
+    code, _, err = hscr("split", tmp_path / "in", "-o", tmp_path / "parts", "--shares", "train=.5,test=.5")
+    assert code == 0, err
+    assert "8 records name no group" in err
+    where = ["align", tmp_path / "parts" / "train", "-m", tiny_folder, *FAST[:-2]]
+    code, _, err = hscr(*where, "--eval", tmp_path / "in", "-o", tmp_path / "leaky")
+    assert code == 2
+    assert "evaluation records have a picture that is also in the data to align on" in err
+    assert not (tmp_path / "leaky" / "preferences.jsonl").exists()
+    code, _, err = hscr(*where, "--eval", tmp_path / "parts" / "test", "-o", tmp_path / "clean")
+    assert code == 0, err
+    ask = ["evaluate", "-m", tiny_folder, "--adapter", tmp_path / "clean" / "adapter", *FAST[:-2]]
+    code, _, err = hscr(*ask, tmp_path / "parts" / "train", "-o", tmp_path / "e1")
+    assert code == 2
+    assert "aligned on this very data set" in err
+    ask += ["--trained-on", tmp_path / "parts" / "train"]
+    code, _, err = hscr(*ask, tmp_path / "in", "-o", tmp_path / "e2")
+    assert code == 2
+    assert hscr(*ask, tmp_path / "in", "-o", tmp_path / "e2", "--allow-leak")[0] == 0
+
+
+def test_an_imported_preference_set_is_aligned_on_without_generating(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Our own export in TRL's columns comes back in: its levels are the run's, and the stage is skipped."""
+    made = data_folder / "p.jsonl"
+    assert hscr("generate", data_folder, "-m", tiny_folder, "-o", tmp_path / "g.jsonl", *FAST)[0] == 0
+    assert hscr("export", tmp_path / "g.jsonl", "-o", made)[0] == 0
+    assert hscr("import", data_folder, "--format", "trl", "-o", tmp_path / "in")[0] == 0
+    code, out, _ = hscr("align", tmp_path / "in", "-m", tiny_folder, "-o", tmp_path / "run", *FAST, "--events", "json")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [e["status"] for e in events if e["type"] == "stage" and e["stage"] == "generating"] == ["skipped"]
+    assert [e["code"] for e in events if e["type"] == "warning"][:1] == ["given_levels"]
+
+    def levels(path: Path) -> list[list[str]]:
+        return [texts for p in read_preferences(path) if (texts := [level.text for level in p.levels])]
+
+    assert levels(tmp_path / "run" / "preferences.jsonl") == levels(tmp_path / "g.jsonl")
+    text = (tmp_path / "in" / "preferences.jsonl").read_text()
+    (tmp_path / "in" / "preferences.jsonl").write_text(text.replace("Where is", "Where was"))
+    code, out, _ = hscr("align", tmp_path / "in", "-m", tiny_folder, "-o", tmp_path / "run2", *FAST, "--events", "json")
+    assert code == 2
+    assert "records that records.jsonl has not" in out

@@ -35,6 +35,24 @@ def test_files_hold_a_row_a_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="format: must be one of trl, hscr"):
+    with pytest.raises(ValueError, match="--format: must be one of trl, hscr, ms-swift, llama-factory"):
         write_export(RECORDS, "csv", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_ms_swift_and_llama_factory_have_their_columns_and_one_image_mark(tmp_path: Path) -> None:
+    def first(form: str) -> object:
+        assert write_export(RECORDS, form, tmp_path / form) == 2
+        return json.loads((tmp_path / form).read_text().splitlines()[0])
+
+    assert first("ms-swift") == {
+        "messages": [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "left"}],
+        "rejected_response": "right",
+        "images": ["images/a.png"],
+    }
+    assert first("llama-factory") == {
+        "conversations": [{"from": "human", "value": "<image>Where?"}],
+        "chosen": {"from": "gpt", "value": "left"},
+        "rejected": {"from": "gpt", "value": "right"},
+        "images": ["images/a.png"],
+    }

@@ -42,7 +42,7 @@ def test_align_through_the_service_and_ask_base_and_adapter(tmp_path: Path, monk
                 "adapter": "tiny",
                 "preference": {"similarity": "token_f1"},
                 "optimization": {"lr": 0.01, "epochs": 4, "batch_size": 4},
-                "evaluation": {"dataset": dataset["id"], "n_bootstrap": 100, "max_new_tokens": 8},
+                "evaluation": {"dataset": dataset["id"], "n_bootstrap": 100, "max_new_tokens": 8, "allow_leak": True},
             },
         )
         assert answer.status_code == 202, answer.text

@@ -1,0 +1,203 @@
+"""The door: a source in a known layout (hscr/readers) becomes a data set of ours, with a report of everything that was left out or odd.
+
+OUT holds records.jsonl, images/, import.json and, for a preference set, preferences.jsonl with the given levels. Every image is decoded
+once. Files are hard-linked where the file system allows, else copied; bytes from inside a file are written under their digest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hscr.artifacts import bytes_digest, file_digest, json_digest, link_or_copy, write_json
+from hscr.images import ImageError, decode_image
+from hscr.readers import Found, detect
+from hscr.readers.rows import Part
+from hscr.records import Level, PreferenceRecord, RejectedRow, VQARecord, write_jsonl
+from hscr.similarity import normalized, token_f1
+
+_SUFFIXES = {b"\x89P": ".png", b"\xff\xd8": ".jpg", b"RI": ".webp"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record came from."""
+
+    id: str
+    file: str
+    line: int
+    answer: str
+
+
+@dataclass
+class ImportReport:
+    """What import.json says. `rejected`: file, line, reason. `contradictions` and `duplicates`: the places of records with one image and
+    question that have different answers, or the same one; both are kept in the data set."""
+
+    source: dict[str, Any]
+    counts: dict[str, int] = field(default_factory=dict)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    contradictions: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: list[dict[str, Any]] = field(default_factory=list)
+
+
+def import_data(
+    source: Path, out: Path, *, layout: str = "auto", split: str | None = None, languages: Sequence[str] = ("en",)
+) -> ImportReport:
+    """Read SOURCE and write the data set OUT, whole or not at all.
+
+    `split` keeps only the parts of that split (train, valid, test), `languages` the rows that say one of these or none.
+    Raises ValueError: OUT is not empty, the layout is not recognised or has no such split, a file is damaged, no row is usable.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out.name} is there and not empty; choose another folder")
+    kind, parts = detect(source, layout)
+    if split is not None:
+        there = sorted({p.split or "(unnamed)" for p in parts})
+        parts = [p for p in parts if p.split == split]
+        if not parts:
+            raise ValueError(f"--split {split}: {source.name} has only {', '.join(there)}")
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        taken = _Taken(partial, tuple(languages))
+        for part in parts:
+            taken.take(part, kind.rows(part))
+        if not taken.records:
+            reasons = "; ".join(f"{r['file']} {r['line']}: {r['reason']}" for r in taken.rejected[:3])
+            raise ValueError(f"{source.name}: no usable row" + (f" ({reasons})" if reasons else ""))
+        report = taken.report({"name": source.name, "format": kind.name, "split": split}, parts)
+        write_json(partial / "import.json", asdict(report))
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+class _Taken:
+    """What was taken so far, row by row."""
+
+    def __init__(self, folder: Path, languages: tuple[str, ...]) -> None:
+        self.folder, self.languages = folder, languages
+        self.records: dict[str, VQARecord] = {}
+        self.levels: dict[str, list[str]] = {}  # by record id, for a preference set
+        self.rejected: list[dict[str, Any]] = []
+        self.rows = 0
+        self._places: dict[tuple[str, str], list[Place]] = defaultdict(list)  # (image digest, question)
+        self._pairs: dict[tuple[str, str, str], str] = {}  # (image digest, question, chosen) -> record id
+        self._digests: dict[str, str] = {}  # image path in the data set -> digest
+        self._read: dict[Path, str | ValueError] = {}  # a file of the source -> its digest, or why it is no image
+
+    def take(self, part: Part, rows: Iterable[Found | RejectedRow]) -> None:
+        for row in rows:
+            self.rows += 1
+            try:
+                if isinstance(row, RejectedRow):
+                    raise ValueError(row.reason)
+                self._add(part, row)
+            except ValueError as error:
+                self.rejected.append({"file": part.file.name, "line": row.line, "reason": str(error)})
+
+    def _add(self, part: Part, row: Found) -> None:
+        record = row.record
+        language = record.meta.get("language")
+        if language is not None and language not in self.languages:
+            raise ValueError(f"language: is {str(language)[:20]}, wanted: {', '.join(self.languages)}")
+        target, digest = self._image(row)
+        record = replace(record, image=target)
+        question = normalized(record.question) or record.question
+        if row.rejected is not None:
+            if self._level(record, digest, row.rejected):
+                return
+        elif record.id in self.records:
+            raise ValueError("id: used by an earlier row")
+        self.records[record.id] = record
+        self._places[digest, question].append(Place(record.id, part.file.name, row.line, record.answer))
+
+    def _level(self, record: VQARecord, digest: str, rejected: str) -> bool:
+        """Note a given level; True where it belongs to a record that is already there. Raises ValueError where it is no new pair."""
+        if normalized(rejected) == normalized(record.answer):
+            raise ValueError("rejected: is the chosen answer")
+        known = self._pairs.setdefault((digest, record.question, record.answer), record.id)
+        levels = self.levels.setdefault(known, [])
+        if rejected in levels:
+            raise ValueError("rejected: an earlier row has this pair")
+        levels.append(rejected)
+        return known != record.id
+
+    def _image(self, row: Found) -> tuple[str, str]:
+        """Put the row's image into the data set; its path there and its digest. Raises ValueError where it is none."""
+        if isinstance(row.image, bytes):
+            digest = bytes_digest(row.image)
+            suffix = _SUFFIXES.get(row.image[:2], ".png")
+            target = f"images/{digest.removeprefix('sha256:')[:32]}{suffix}"
+            if target not in self._digests:
+                _check_image(row.image)
+                (self.folder / "images").mkdir(exist_ok=True)
+                (self.folder / target).write_bytes(row.image)
+                self._digests[target] = digest
+            return target, digest
+        known = self._read.get(row.image)
+        if known is None:
+            try:
+                _check_image(row.image)
+                known = file_digest(row.image)
+            except ValueError as error:
+                known = error
+            self._read[row.image] = known
+        if isinstance(known, ValueError):
+            raise known
+        target = row.record.image
+        if self._digests.setdefault(target, known) != known:
+            raise ValueError("image: another image of the source has this name")
+        try:
+            link_or_copy(row.image, self.folder / target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):  # "a" and "a/b.png"
+            raise ValueError("image: another image of the source has this name") from None
+        return target, known
+
+    def report(self, source: dict[str, Any], parts: list[Part]) -> ImportReport:
+        """Write the records, and say what was found."""
+        write_jsonl(self.folder / "records.jsonl", self.records.values())
+        if self.levels:
+            write_jsonl(self.folder / "preferences.jsonl", map(self._preference, self.records.values()))
+        report = ImportReport(source, rejected=self.rejected)
+        for (_, question), places in self._places.items():
+            answers: dict[str, list[Place]] = defaultdict(list)
+            for place in places:
+                answers[normalized(place.answer) or place.answer].append(place)
+            if len(answers) > 1:
+                report.contradictions.append({"question": question, "records": [asdict(p) for p in places]})
+            same = [asdict(p) for group in answers.values() if len(group) > 1 for p in group]
+            if same:
+                report.duplicates.append({"question": question, "records": same})
+        files = {str(p.file.name): file_digest(p.file) for p in parts}
+        report.source |= {"files": files, "digest": json_digest([files, sorted(self._digests.values())])}
+        report.counts = {
+            "rows": self.rows,
+            "records": len(self.records),
+            "images": len(self._digests),
+            "rejected": len(self.rejected),
+            "contradictions": len(report.contradictions),
+            "duplicates": len(report.duplicates),
+        }
+        return report
+
+    def _preference(self, record: VQARecord) -> PreferenceRecord:
+        levels = self.levels[record.id]
+        similar = token_f1(record.answer, levels)
+        return PreferenceRecord(record, tuple(map(Level, levels, similar)), (), {})
+
+
+def _check_image(image: Path | bytes) -> None:
+    try:
+        decode_image(image)
+    except ImageError as error:
+        raise ValueError(f"image: {error}") from None

@@ -1,0 +1,93 @@
+"""A folder with CSV or JSONL and images: columns image, question, answer and, if there, id, answer_type, options, group, language.
+
+Options of a CSV are separated by `|`. Our own records.jsonl is such a table too. Without an id a row is named by its file and line, without
+an answer type yes/no is closed.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hscr.readers.rows import (
+    Found,
+    Part,
+    each,
+    find_image,
+    first_object,
+    image_target,
+    json_items,
+    make,
+    row_id,
+    split_of,
+    text,
+)
+from hscr.records import RejectedRow
+
+COLUMNS = {"image", "question", "answer"}
+_OPTIONAL = ("answer_type", "options", "group", "grounded", "meta")
+
+
+def parts(source: Path) -> list[Part]:
+    """Every CSV and JSONL whose header (first row) has the columns."""
+    files = [source] if source.is_file() else [*sorted(source.glob("*.csv")), *sorted(source.glob("*.jsonl"))]
+    return [Part(f, split_of(f.name), f.parent) for f in files if _columns(f) >= COLUMNS]
+
+
+def _columns(path: Path) -> set[str]:
+    if path.suffix.lower() == ".jsonl":
+        return set(first_object(path))
+    if path.suffix.lower() != ".csv":
+        return set()
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return {name.strip() for name in next(csv.reader([file.readline(100_000)]), [])}
+
+
+def rows(part: Part) -> Iterator[Found | RejectedRow]:
+    return each(_csv(part.file) if part.file.suffix.lower() == ".csv" else json_items(part.file), part, _found)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a CSV, with the line that each begins on (a quoted field may span lines); bad rows are their ValueError."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        names = [name.strip() for name in next(reader, [])]
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, ValueError(f"not CSV: {error}")
+                continue
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(names):
+                yield line, ValueError(f"has {len(cells)} fields, the header has {len(names)}")
+            elif any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
+                yield line, ValueError("not UTF-8")
+            else:
+                row: dict[str, Any] = {k: v for k, v in zip(names, cells, strict=True) if v.strip()}
+                if "options" in row:
+                    row["options"] = [o.strip() for o in row["options"].split("|") if o.strip()]
+                yield line, row
+
+
+def _found(line: int, row: dict[str, Any], part: Part) -> Found:
+    image = find_image(part.root, row.get("image"), (".", "images"))
+    number, meta = text(row.get("id")), row.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise ValueError("meta: must be an object")
+    fields = {name: row.get(name) for name in _OPTIONAL} | {
+        "id": row_id(part, line) if number in (None, "") else number,
+        "image": image_target(row["image"]),
+        "question": row.get("question"),
+        "answer": row.get("answer"),
+        "answer_type": row.get("answer_type"),
+        "group": row.get("group"),
+        "meta": {"split": part.split, "language": text(row.get("language")), **meta},
+    }
+    return make(line, fields, image)

@@ -1,0 +1,136 @@
+"""Parts of a data set that share nothing: split by group (patient, study) with a seed, stable when rows are reordered.
+
+Records that name one group, show one image, or show nearly the same one (hscr/leaks.py) go to one part together. Which part is decided by
+a hash of the seed and the group's name, or the picture's digest where there is no group, never by position; shares hold in the mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hscr.artifacts import link_or_copy, write_json
+from hscr.leaks import Prints, near, prints
+from hscr.records import VQARecord, read_preferences, read_records, records_file, write_jsonl
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """ "train=.8,valid=.1,test=.1" as numbers; ValueError unless every part has a plain name and a share above 0 and they sum to 1."""
+    shares: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, number = (part.strip() for part in item.partition("="))
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}", name) or name in shares or not 0 < share <= 1:
+            raise ValueError(f"--shares {item.strip()!r}: write NAME=SHARE, a share above 0, every name once")
+        shares[name] = share
+    if not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+        raise ValueError(f"--shares: sum to {sum(shares.values()):g}, must sum to 1")
+    return shares
+
+
+def units(records: Sequence[VQARecord], pictures: Sequence[Path]) -> list[str]:
+    """The name of each record's unit, which stays whole: the least of its groups' names, or of its pictures' digests where it has none."""
+    found = prints(pictures)
+    names = [
+        f"group {r.group}" if r.group is not None else f"picture {p}"
+        for r, p in zip(records, found.pixels, strict=True)
+    ]
+    parent = list(range(len(records)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        parent[root(i)] = root(first.setdefault(name, i))
+    # Of several records with one picture one stands for all, so that a picture with many questions costs no more.
+    shown: dict[str, int] = {}
+    for i, pixels in enumerate(found.pixels):
+        parent[root(i)] = root(shown.setdefault(pixels, i))
+    chosen = list(shown.values())
+    one_each = Prints([found.pixels[i] for i in chosen], found.hashes[chosen])
+    for a, b, _, _ in near(one_each, one_each):
+        parent[root(chosen[a])] = root(chosen[b])
+    least: dict[int, str] = {}
+    for i, name in enumerate(names):  # "group …" sorts before "picture …"
+        least[root(i)] = min(least.get(root(i), name), name)
+    return [least[root(i)] for i in range(len(records))]
+
+
+def part_of(unit: str, shares: dict[str, float], seed: int) -> str:
+    """The part a unit falls into: its hash as a number in [0, 1), laid on the shares in their order."""
+    number = int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:8], "big") / 2**64
+    edge = 0.0
+    for name, share in shares.items():
+        edge += share
+        if number < edge:
+            return name
+    return name
+
+
+def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> dict[str, Any]:
+    """Write OUT/<part>/ (records.jsonl, images/, preferences.jsonl where the data set has one) and OUT/split.json; what split.json says.
+
+    Raises ValueError: OUT is not empty, no usable record, an image is missing or damaged, a part stays empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out.name} is there and not empty; choose another folder")
+    records, rejected = read_records(data)
+    folder = records_file(data).parent
+    if not records:
+        raise ValueError(f"data set {data.name!r} has no usable record")
+    names = units(records, [folder / r.image for r in records])
+    parts: dict[str, list[VQARecord]] = {name: [] for name in shares}
+    members: dict[str, set[str]] = defaultdict(set)
+    for record, unit in zip(records, names, strict=True):
+        part = part_of(unit, shares, seed)
+        parts[part].append(record)
+        members[part].add(unit)
+    empty = [name for name, found in parts.items() if not found]
+    if empty:
+        raise ValueError(
+            f"{', '.join(empty)}: no group falls into this part ({len(set(names))} groups); take another seed or share"
+        )
+    summary = {
+        "seed": seed,
+        "shares": shares,
+        "parts": {n: {"records": len(found), "groups": len(members[n])} for n, found in parts.items()},
+        "records_without_group": sum(r.group is None for r in records),
+        "largest_group": max(map(names.count, set(names))),
+        "rejected": len(rejected),
+    }
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, found in parts.items():
+            _write(partial / name, folder, found)
+        write_json(partial / "split.json", summary)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return summary
+
+
+def _write(target: Path, source: Path, records: Sequence[VQARecord]) -> None:
+    target.mkdir(parents=True)
+    write_jsonl(target / "records.jsonl", records)
+    for image in sorted({r.image for r in records}):
+        link_or_copy(source / image, target / image)
+    if (source / "preferences.jsonl").is_file():
+        ids = {r.id for r in records}
+        kept = (p for p in read_preferences(source / "preferences.jsonl") if p.record.id in ids)
+        write_jsonl(target / "preferences.jsonl", kept)
