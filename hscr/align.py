@@ -22,7 +22,7 @@ from hscr.config import AlignConfig
 from hscr.evaluate import Prediction, evaluate, plan, summarize, verdict
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
-from hscr.model import VLM, add_lora
+from hscr.model import VLM, add_lora, require_images
 from hscr.optimize import optimize
 from hscr.preferences import generate
 from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
@@ -39,7 +39,7 @@ class DataSet:
         if not self.records:
             reasons = "; ".join(f"line {r.line}: {r.reason}" for r in self.rejected[:3])
             raise ValueError(f"data set {path.name!r} has no usable record" + (f" ({reasons})" if reasons else ""))
-        images = sorted({r.image for r in self.records})
+        images = sorted({i for r in self.records for i in r.images})
         missing = [i for i in images if not (self.folder / i).is_file()]
         if missing:
             raise ValueError(f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing")
@@ -48,7 +48,12 @@ class DataSet:
         )
 
     def open_image(self, record: VQARecord) -> Image.Image:
+        """The first image, for showing."""
         return decode_image(self.folder / record.image)
+
+    def open_images(self, record: VQARecord) -> tuple[Image.Image, ...]:
+        """All images, for asking."""
+        return tuple(decode_image(self.folder / image) for image in record.images)
 
 
 def align(
@@ -66,6 +71,7 @@ def align(
     report.json, and manifest.json with the digests of every stage's inputs and outputs.
     """
     run = RunDir(out)
+    require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
@@ -92,7 +98,7 @@ def _generating(
     rate = Rate(stage, n, min(done, n))
     yield rate.at(min(done, n))
     similarity = load_similarity(config.preference.similarity)
-    made = generate(vlm, data.records[done:], data.open_image, config.preference, similarity, config.seed)
+    made = generate(vlm, data.records[done:], data.open_images, config.preference, similarity, config.seed)
     for number, record in enumerate(made, done + 1):
         partial.append([record])
         if number % size == 0 or number == n:
@@ -138,7 +144,7 @@ def _optimizing(
         for step in optimize(
             vlm,
             list(read_preferences(preferences)),
-            data.open_image,
+            data.open_images,
             config.optimization,
             run.path,
             seed=config.seed,
@@ -246,7 +252,7 @@ def evaluation_run(
     for predictions in evaluate(
         answerer,
         records,
-        data.open_image,
+        data.open_images,
         policies,
         config.evaluation,
         seed=config.seed,

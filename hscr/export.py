@@ -17,9 +17,15 @@ def trl_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict[str, Any]
     for p in preferences:
         for level in p.levels:
             yield {
-                "images": [p.record.image],
+                "images": list(p.record.images),
                 "prompt": [
-                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p.record.question}]}
+                    {
+                        "role": "user",
+                        "content": [
+                            *[{"type": "image"}] * len(p.record.images),
+                            {"type": "text", "text": p.record.question},
+                        ],
+                    }
                 ],
                 "chosen": _assistant(p.record.answer),
                 "rejected": _assistant(level.text),

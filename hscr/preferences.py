@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hscr.config import PreferenceConfig
 from hscr.decode import decode
+from hscr.images import Images
 from hscr.model import VLM, decode_text, encode_answer, encode_prompts
 from hscr.packing import packed_logits, token_logprobs
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward
@@ -61,7 +61,7 @@ class _Draft:
 def generate(
     vlm: VLM,
     records: Sequence[VQARecord],
-    open_image: Callable[[VQARecord], Image.Image],
+    open_image: Callable[[VQARecord], Images],
     config: PreferenceConfig,
     similarity: Similarity,
     seed: int = 0,
