@@ -70,8 +70,8 @@ def align(
     Afterwards `out` holds config.json, preferences.jsonl, adapter/ (a PEFT folder), predictions.jsonl, evaluation.json, report.html and
     report.json, and manifest.json with the digests of every stage's inputs and outputs.
     """
-    run = RunDir(out)
     require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
+    run = RunDir(out)
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
