@@ -129,7 +129,10 @@ def test_greedy_decoding_equals_stock_generate_with_pixel_values(vlm: VLM) -> No
     made = decode(vlm, prompts_of(vlm), max_tokens=12)
     asked = [
         ([picture(0, WIDE)], QUESTION),
-        ([picture(1, TALL), picture(2, WIDE)][: 1 + vlm.family.several_images], "Which plane is shown, and what is it?"),
+        (
+            [picture(1, TALL), picture(2, WIDE)][: 1 + vlm.family.several_images],
+            "Which plane is shown, and what is it?",
+        ),
     ]
     for row, (images, question) in zip(made, asked, strict=True):
         batch = stock_inputs(vlm, images, question)
@@ -369,7 +372,9 @@ def test_a_conversion_without_a_template_gets_its_familys_and_others_an_error(
 
 def test_an_unknown_architecture_is_named_with_where_to_add_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
-    with pytest.raises(ValueError, match=r"'paligemma' is not supported yet; supported: llava.*hscr/families.py.*docs/families.md"):
+    with pytest.raises(
+        ValueError, match=r"'paligemma' is not supported yet; supported: llava.*hscr/families.py.*docs/families.md"
+    ):
         load_model(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The whole recipe on every family: an adapter that stock peft loads and that changes the answers, with several images where they may be."""
+"""The whole recipe on every family: an adapter that stock peft loads and that changes answers, several images where they may be."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ from tests.hscr.tiny_families import NAMES, save_tiny
 CONFIG = AlignConfig.from_dict(
     {
         "preference": {"similarity": "token_f1", "max_similarity": 1.0, "similarity_gap": 0.0, "n_candidates": 2},
-        "optimization": {"lora_rank": 2, "lr": 0.05, "batch_size": 2, "micro_batch_size": 2, "epochs": 3, "anchor": 0.5},
+        "optimization": {
+            "lora_rank": 2,
+            "lr": 0.05,
+            "batch_size": 2,
+            "micro_batch_size": 2,
+            "epochs": 3,
+            "anchor": 0.5,
+        },
         "evaluation": {"max_new_tokens": 4, "max_records": 2, "n_bootstrap": 100},
     }
 )

@@ -87,9 +87,7 @@ IDEFICS = (
 
 def llava_next() -> tuple[Any, Any]:
     """On Mistral and without a chat template, as older conversions are."""
-    tokens = tiny_tokenizer(
-        ["<pad>", "<s>", "</s>", "<image>"], pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    tokens = tiny_tokenizer(["<pad>", "<s>", "</s>", "<image>"], pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     pinpoints = [[28, 56], [56, 28]]
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
