@@ -104,19 +104,15 @@ def vqa_record(row: Any) -> VQARecord:
     if not isinstance(row, dict):
         raise ValueError("a line must be a JSON object")
     text: dict[str, str] = {}
-    images = row.get("images")
-    if images is not None:
-        if "image" in row:
-            raise ValueError("image: give image or images, not both")
-        if not isinstance(images, list) or not 0 < len(images) <= MAX_IMAGES:
-            raise ValueError(f"images: must be a list of 1 to {MAX_IMAGES} paths")
-        images = [_image_path(i, "images") for i in images]
-    for name in ("id", "question", "answer"):
+    images: list[str] = []
+    for name in ("id", "image", "question", "answer"):
         value = row.get(name)
+        if name == "image":
+            images = _images(row)
+            continue
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("id", "answer"):
             value = str(value)  # VQA-RAD has numeric answers
         text[name] = _text(value, name)
-    first, *further = images or [_image_path(row.get("image"), "image")]
     kind = row.get("answer_type") or "open"
     if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
         raise ValueError("answer_type: must be open or closed")
@@ -133,8 +129,8 @@ def vqa_record(row: Any) -> VQARecord:
         raise ValueError("meta: must be an object")
     return VQARecord(
         **text,
-        image=first,
-        further_images=tuple(further),
+        image=images[0],
+        further_images=tuple(images[1:]),
         answer_type=kind.lower(),
         options=tuple(options),
         grounded=tuple(_grounded(g) for g in grounded),
@@ -153,6 +149,18 @@ def _text(value: Any, name: str) -> str:
     if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f"{name}: holds half of a surrogate pair, which is no text")
     return value.strip()
+
+
+def _images(row: dict[str, Any]) -> list[str]:
+    """The paths under `image` (one) or `images` (a list)."""
+    several = row.get("images")
+    if several is None:
+        return [_image_path(row.get("image"), "image")]
+    if "image" in row:
+        raise ValueError("image: give image or images, not both")
+    if not isinstance(several, list) or not 0 < len(several) <= MAX_IMAGES:
+        raise ValueError(f"images: must be a list of 1 to {MAX_IMAGES} paths")
+    return [_image_path(path, "images") for path in several]
 
 
 def _image_path(value: Any, name: str) -> str:
