@@ -101,6 +101,11 @@ class Family:
         """Regular expression of the decoder's linear layers. Full paths, for a vision tower's layers have the same last names."""
         return rf"(.*\.)?{self.language_model}\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+    @property
+    def full_precision(self) -> list[str]:
+        """Patterns of what 4-bit loading leaves alone, as transformers matches them: from the start of a full name, so not bare names."""
+        return [rf"(.*\.)?{part}" for part in (*self.feature_modules, "lm_head")]
+
 
 def _template(start: str, before: str, after: str) -> str:
     """A chat template: `start`, then each question with its images between `before` and `after`, each answer closed by end-of-sequence."""

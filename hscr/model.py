@@ -163,7 +163,7 @@ def _quantized(kind: str, where: torch.device, dtype: torch.dtype, family: Famil
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*family.feature_modules, "lm_head"],
+        llm_int8_skip_modules=family.full_precision,
     )
     return {"quantization_config": config, "device_map": {"": where}}
 

@@ -387,6 +387,17 @@ def test_every_family_is_tested_here_and_documented() -> None:
 # 4-bit loading
 
 
+def test_four_bits_are_for_the_decoder_alone(vlm: VLM) -> None:
+    """By transformers' own rule; a bare "vision_tower" would match nothing and leave the tower quantised."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    linear = {n for n, m in vlm.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    pattern = re.compile(vlm.family.language_model_linear)
+    assert {n for n in linear if should_convert_module(n, vlm.family.full_precision)} == {
+        n for n in linear if pattern.fullmatch(n)
+    }
+
+
 def test_quantisation_that_cannot_be_had_is_a_clear_error(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
