@@ -23,7 +23,7 @@ from hscr.evaluate import evaluate, plan, read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
 from hscr.leaks import check_evaluation
-from hscr.model import VLM, add_lora
+from hscr.model import VLM, add_lora, require_images
 from hscr.optimize import optimize
 from hscr.preferences import generate
 from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
@@ -41,7 +41,7 @@ class DataSet:
         if not self.records:
             reasons = "; ".join(f"line {r.line}: {r.reason}" for r in self.rejected[:3])
             raise ValueError(f"data set {path.name!r} has no usable record" + (f" ({reasons})" if reasons else ""))
-        images = sorted({r.image for r in self.records})
+        images = sorted({i for r in self.records for i in r.images})
         missing = [i for i in images if not (self.folder / i).is_file()]
         if missing:
             raise ValueError(f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing")
@@ -50,7 +50,12 @@ class DataSet:
         self.digest = json_digest(content if self.given is None else [*content, file_digest(self.given)])
 
     def open_image(self, record: VQARecord) -> Image.Image:
+        """The first image, for showing."""
         return decode_image(self.folder / record.image)
+
+    def open_images(self, record: VQARecord) -> tuple[Image.Image, ...]:
+        """All images, for asking."""
+        return tuple(decode_image(self.folder / image) for image in record.images)
 
 
 def given_preferences(folder: Path, records: list[VQARecord]) -> Path | None:
@@ -85,6 +90,7 @@ def align(
     report.json, and manifest.json with the digests of every stage's inputs and outputs.
     """
     check_scorable(evaluation_data.records if evaluation_data else ())
+    require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
     run = RunDir(out)
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
@@ -121,7 +127,7 @@ def _generating(
     rate = Rate(stage, n, min(done, n))
     yield rate.at(min(done, n))
     similarity = load_similarity(config.preference.similarity)
-    made = generate(vlm, data.records, data.open_image, config.preference, similarity, config.seed, start=done)
+    made = generate(vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done)
     for number, record in enumerate(made, done + 1):
         partial.append([record])
         if number % size == 0 or number == n:
@@ -169,7 +175,7 @@ def _optimizing(
         for step in optimize(
             vlm,
             list(read_preferences(preferences)),
-            data.open_image,
+            data.open_images,
             config.optimization,
             run.path,
             seed=config.seed,
@@ -277,7 +283,7 @@ def evaluation_run(
     for predictions in evaluate(
         answerer,
         records,
-        data.open_image,
+        data.open_images,
         policies,
         config.evaluation,
         seed=config.seed,

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from hscr.artifacts import bytes_digest
 from hscr.decode import decode
-from hscr.model import VLM, decode_text, encode_prompts, makes_features
+from hscr.families import makes_features
+from hscr.images import Images
+from hscr.model import VLM, decode_text, encode_prompts
 from hscr.packing import token_logprobs
 from hscr.reward import branches, grounding_score, words_of
 from hscr.visual_tokens import Prompt
@@ -26,9 +27,9 @@ from hscr.visual_tokens import Prompt
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """One question on one image. `adapter` is a name given to `load_adapter`, None the base."""
+    """One question on one image, or on several in order. `adapter` is a name given to `load_adapter`, None the base."""
 
-    image: Image.Image
+    image: Images
     question: str
     adapter: str | None = None
     max_tokens: int = 64

@@ -51,6 +51,9 @@ Model = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Revision of a Hugging Face name; pin it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 DType = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16, float16.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="4bit: the language model in NF4 (CUDA; pip install 'hscr[quantized]').")
+]
 Preset = Annotated[str, typer.Option(help=f"Configuration to start from: {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="JSON file laid over the preset.")]
 Set = Annotated[
@@ -139,14 +142,14 @@ def _show(events: Iterable[Event], mode: str) -> None:
         raise ValueError("--events: must be progress or json")
 
 
-def _load(model: str, dtype: str, device: str, revision: str | None) -> VLM:
+def _load(model: str, dtype: str, device: str, revision: str | None, quantize: str | None) -> VLM:
     from transformers.utils import logging
 
     from hscr.model import load_model, set_threads
 
     logging.disable_progress_bar()
     set_threads()
-    return load_model(model, dtype=dtype, device=device, revision=revision)
+    return load_model(model, dtype=dtype, device=device, revision=revision, quantize=quantize)
 
 
 @app.command()
@@ -163,6 +166,7 @@ def align(
     dtype: DType = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    quantize: Quantize = None,
     events: Events = "progress",
 ) -> None:
     """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
@@ -173,7 +177,7 @@ def align(
     data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
     for row in data_set.rejected[:20]:
         console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
-    vlm = _load(model, dtype, device, revision)
+    vlm = _load(model, dtype, device, revision, quantize)
     with _stoppable() as stop:
         _show(run(vlm, data_set, out, settings, evaluation_data=evaluation, should_stop=stop.is_set), events)
     if events == "progress":
@@ -196,6 +200,7 @@ def generate(
     dtype: DType = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    quantize: Quantize = None,
 ) -> None:
     """Only the graded wrong answers: preference records as JSONL, to look at or to train elsewhere (see export)."""
     from rich.progress import track
@@ -206,8 +211,8 @@ def generate(
     from hscr.similarity import load_similarity
 
     settings, data_set = configuration(preset_name, config, set_, seed), DataSet(data)
-    vlm, similarity = _load(model, dtype, device, revision), load_similarity(settings.preference.similarity)
-    made = make(vlm, data_set.records, data_set.open_image, settings.preference, similarity, settings.seed)
+    vlm, similarity = _load(model, dtype, device, revision, quantize), load_similarity(settings.preference.similarity)
+    made = make(vlm, data_set.records, data_set.open_images, settings.preference, similarity, settings.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(out, track(made, "generating", total=len(data_set.records), console=console))
     console.print(f"{len(data_set.records)} records: [bold]{out}[/]")
@@ -230,6 +235,7 @@ def evaluate(
     dtype: DType = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    quantize: Quantize = None,
     events: Events = "progress",
 ) -> None:
     """Evaluate the base, and an adapter beside it, on DATA: both scorers, with real, blank and shuffled images."""
@@ -246,7 +252,9 @@ def evaluate(
     data_set, learnt = DataSet(data), DataSet(trained_on) if trained_on else None
     if adapter is not None and not settings.evaluation.allow_leak:
         refuse_own_data(adapter, data_set.digest)
-    answerer = Answerer(_load(model, dtype, device, revision), dropout_ratio=settings.preference.dropout_ratio)
+    answerer = Answerer(
+        _load(model, dtype, device, revision, quantize), dropout_ratio=settings.preference.dropout_ratio
+    )
     policies: dict[str, str | None] = {"base": None}
     weights = None
     if adapter is not None:
@@ -300,24 +308,28 @@ def ask(
     max_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=10)] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
+    also: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A further image, after the first. Repeatable.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     dtype: DType = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    quantize: Quantize = None,
 ) -> None:
-    """Ask one question about one image; words are shown with how far they rest on the image (nats)."""
+    """Ask one question about one image or several; words are shown with how far they rest on the image (nats)."""
     from dataclasses import asdict
 
     from hscr.answer import Answerer, AnswerRequest
     from hscr.images import decode_image
     from hscr.progress import grounded_text
 
-    picture = decode_image(image)
-    answerer = Answerer(_load(model, dtype, device, revision))
+    pictures = [decode_image(path) for path in (image, *(also or ()))]
+    answerer = Answerer(_load(model, dtype, device, revision, quantize))
     if adapter is not None:
         answerer.load_adapter("adapter", adapter)
     name = "adapter" if adapter else None
-    request = AnswerRequest(picture, question, name, max_tokens, temperature, seed, grounding="tokens")
+    request = AnswerRequest(pictures, question, name, max_tokens, temperature, seed, grounding="tokens")
     answer = answerer.answer([request])[0]
     if json_:
         typer.echo(json.dumps(asdict(answer), ensure_ascii=False))

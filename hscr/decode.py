@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hscr.inputs import attention, image_inputs
 from hscr.model import VLM
-from hscr.visual_tokens import Prompt, image_inputs
+from hscr.packing import tree_mask
+from hscr.visual_tokens import Prompt
 
 
 @torch.no_grad()
@@ -41,40 +43,48 @@ def decode(
     width = max(lengths)
     # Left padding: every row's last token stands in the last column, so one step appends to all.
     ids = torch.full((n, width), vlm.eos_id)
-    positions = torch.zeros((n, width), dtype=torch.long)
+    positions = torch.zeros((*prompts[0].position_ids.shape[:-1], n, width), dtype=torch.long)
     mask = torch.zeros((n, width), dtype=torch.long)
     for row, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
         start, middle = width - lengths[row], width - len(prefix)
-        ids[row, start:middle], positions[row, start:middle] = prompt.input_ids, prompt.position_ids
+        ids[row, start:middle], positions[..., row, start:middle] = prompt.input_ids, prompt.position_ids
         ids[row, middle:] = torch.tensor(prefix, dtype=torch.long)
-        positions[row, middle:] = prompt.next_position + torch.arange(len(prefix))
+        positions[..., row, middle:] = prompt.next_position + torch.arange(len(prefix))
         mask[row, start:] = 1
-    cache = DynamicCache(config=vlm.base.config.get_text_config())
+    # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration says.
+    own_masks = vlm.family.masks is not None
+    cache = DynamicCache() if own_masks else DynamicCache(config=vlm.base.config.get_text_config())
     out: list[list[int]] = [[] for _ in range(n)]
     ids, positions, mask = ids.to(vlm.device), positions.to(vlm.device), mask.to(vlm.device)
-    extra = image_inputs(prompts)
+    extra = image_inputs(vlm, prompts)
     running = [limit > 0 for limit in limits]
+    new = width  # columns that are not in the cache yet
     while any(running):
         logits = vlm.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
+            input_ids=ids[:, -new:],
+            position_ids=positions[..., -new:],
+            attention_mask=attention(vlm, _seen(mask, new), ids, positions) if own_masks else mask,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             **extra,
         ).logits[:, -1]
-        logits[:, vlm.image_token_id] = -torch.inf  # an image placeholder without an image is no answer
+        logits[:, vlm.placeholder_ids] = -torch.inf  # an image placeholder without an image is no answer
         chosen = [_pick(logits[row], heats[row], streams[row]) if running[row] else vlm.eos_id for row in range(n)]
         for row, token in enumerate(chosen):
             if running[row]:
                 out[row].append(token)
                 running[row] = token not in vlm.eos_ids and len(out[row]) < limits[row]
-        ids = torch.tensor(chosen, device=vlm.device)[:, None]
-        positions = positions[:, -1:] + 1
+        ids = torch.cat([ids, torch.tensor(chosen, device=vlm.device)[:, None]], dim=1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
         mask = torch.cat([mask, mask.new_ones(n, 1)], dim=1)
-        extra = {}  # the features are in the cache now
+        extra, new = {}, 1  # the features are in the cache now
     return out
+
+
+def _seen(mask: Tensor, new: int) -> Tensor:
+    """Causal visibility bool [B, 1, new, K] of the last `new` columns, from what is no padding [B, K]."""
+    return tree_mask(mask - 1) if new > 1 else mask.bool()[:, None, None]
 
 
 def _pick(logits: Tensor, temperature: float, stream: torch.Generator) -> int:

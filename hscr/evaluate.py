@@ -19,6 +19,7 @@ from PIL import Image
 
 from hscr.answer import Answerer, AnswerRequest
 from hscr.config import EvaluationConfig
+from hscr.images import Images, as_images
 from hscr.records import VQARecord
 from hscr.scoring import check_scorable, is_right, score
 from hscr.selective import Judged, flagging, in_calibration_part, interval, separation
@@ -84,7 +85,7 @@ def plan(n: int, policies: Sequence[str], config: EvaluationConfig) -> list[tupl
 def evaluate(
     answerer: Answerer,
     records: Sequence[VQARecord],
-    open_image: Callable[[VQARecord], Image.Image],
+    open_image: Callable[[VQARecord], Images],
     policies: dict[str, str | None],
     config: EvaluationConfig,
     *,
@@ -100,12 +101,12 @@ def evaluate(
     for policy, condition, rows in plan(len(records), list(policies), config)[skip_batches:]:
         requests = []
         for i in rows:
-            image = open_image(records[other[i] if condition == "shuffled" else i])
+            images = as_images(open_image(records[other[i] if condition == "shuffled" else i]))
             if condition == "blank":
-                image = Image.new("RGB", image.size)
+                images = tuple(Image.new("RGB", image.size) for image in images)
             requests.append(
                 AnswerRequest(
-                    image,
+                    images if len(images) > 1 else images[0],
                     records[i].question,
                     adapter=policies[policy],
                     max_tokens=config.max_new_tokens,

@@ -22,9 +22,15 @@ def trl_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict[str, Any]
     for p in preferences:
         for level in p.levels:
             yield {
-                "images": [p.record.image],
+                "images": list(p.record.images),
                 "prompt": [
-                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p.record.question}]}
+                    {
+                        "role": "user",
+                        "content": [
+                            *[{"type": "image"}] * len(p.record.images),
+                            {"type": "text", "text": p.record.question},
+                        ],
+                    }
                 ],
                 "chosen": _assistant(p.record.answer),
                 "rejected": _assistant(level.text),
@@ -45,7 +51,7 @@ def ms_swift_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict[str,
                     {"role": "assistant", "content": p.record.answer},
                 ],
                 "rejected_response": level.text,
-                "images": [p.record.image],
+                "images": list(p.record.images),
             }
 
 
@@ -57,7 +63,7 @@ def llama_factory_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict
                 "conversations": [{"from": "human", "value": f"{_IMAGE}{p.record.question}"}],
                 "chosen": {"from": "gpt", "value": p.record.answer},
                 "rejected": {"from": "gpt", "value": level.text},
-                "images": [p.record.image],
+                "images": list(p.record.images),
             }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+Images = Image.Image | Sequence[Image.Image]  # what a question is about: one image, or several in order
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class ImageLimits:
 
 class ImageError(ValueError):
     """The data is no image that this service reads."""
+
+
+def as_images(images: Images) -> tuple[Image.Image, ...]:
+    """One or several images as several. Raises ValueError for none."""
+    several = (images,) if isinstance(images, Image.Image) else tuple(images)
+    if not several:
+        raise ValueError("images: a question needs at least one image")
+    return several
 
 
 def decode_image(data: bytes | Path, limits: ImageLimits = ImageLimits()) -> Image.Image:

@@ -94,13 +94,23 @@ def find_leaks(first: Sequence[Path], second: Sequence[Path]) -> list[Leak]:
     return sorted(found, key=lambda leak: (not leak.same, leak.distance, leak.second, leak.first))
 
 
+def _record_leaks(data: DataSet, evaluation: DataSet) -> list[Leak]:
+    """Leaks between the records of two data sets, each of one picture or several; of a pair of records the nearest pictures count."""
+    shown = [[(n, d.folder / i) for n, r in enumerate(d.records, 1) for i in r.images] for d in (data, evaluation)]
+    found: dict[tuple[int, int], Leak] = {}
+    for leak in find_leaks(*([file for _, file in pictures] for pictures in shown)):
+        pair = shown[0][leak.first - 1][0], shown[1][leak.second - 1][0]
+        found.setdefault(pair, Leak(*pair, leak.same, leak.distance))
+    return list(found.values())
+
+
 def check_evaluation(run: RunDir, data: DataSet, evaluation: DataSet, *, allow: bool) -> Iterator[Event]:
     """Refuse an evaluation on what the model is aligned on: ValueError, or where `allow` a warning. RUN/leaks.json names every pair."""
     inputs = json_digest([data.digest, evaluation.digest, HASH_SIDE, NEAR_BITS])
     path = run.path / "leaks.json"
     if not run.is_done("leaks", inputs):
         run.start("leaks", inputs)
-        leaks = find_leaks(*([d.folder / r.image for r in d.records] for d in (data, evaluation)))
+        leaks = _record_leaks(data, evaluation)
         write_json(path, [asdict(leak) for leak in leaks])
         run.finish("leaks", [path.name])
     leaks = [Leak(**leak) for leak in json.loads(path.read_text())]

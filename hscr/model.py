@@ -1,40 +1,30 @@
-"""Load a vision-language model with its processor, say what differs between families, and turn questions into prompts.
+"""Load a vision-language model with its processor, put LoRA on it, and turn questions into prompts.
 
-Everything that depends on a family (where image features come from, which modules carry LoRA) is a field of `Family`; a new family
-is one entry of FAMILIES. Remote code is never run; weights are read from safetensors only.
+What depends on the architecture is in hscr/families.py. Remote code is never run; weights are read from safetensors only.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from hscr.artifacts import bytes_digest, file_digest, json_digest
 from hscr.config import OptimizationConfig
+from hscr.families import Family, family_of, makes_features
+from hscr.images import Images, as_images
+from hscr.processor import load_processor
 from hscr.visual_tokens import FeatureCache, Prompt
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between architectures. `language_model_linear`: regular expression of the language model's linear layers."""
-
-    name: str
-    language_model_linear: str
-
-
-# model_type of config.json -> family. The modules of the vision tower share names with the decoder's, hence full paths.
-FAMILIES = {
-    "llava": Family("llava", r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"),
-}
 
 
 @dataclass
@@ -62,9 +52,33 @@ class VLM:
     def image_token_id(self) -> int:
         return self.base.config.image_token_id
 
+    @cached_property
+    def placeholder_ids(self) -> list[int]:
+        """Tokens that stand for images (and what frames them): no answer holds one."""
+        known, size = self.tokenizer.get_vocab(), self.base.config.get_text_config().vocab_size
+        ids = {self.image_token_id, *(known[t] for t in self.family.vision_tokens if t in known)}
+        return sorted(i for i in ids if i < size)  # an image token outside the vocabulary has no logit
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """Every token that is no text: a user's text that spells one must stay text."""
+        added = self.tokenizer.added_tokens_decoder
+        # Turn markers are special added tokens without being in any list of the tokenizer's; older tokenizers have the image token as
+        # an added token that is not special.
+        return list(
+            dict.fromkeys(
+                [
+                    *self.tokenizer.all_special_tokens,
+                    *(token.content for token in added.values() if token.special),
+                    *self.family.vision_tokens,
+                    self.tokenizer.convert_ids_to_tokens(self.image_token_id),
+                ]
+            )
+        )
+
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Ids that end an answer; the first of `eos_id` is what a reference answer is closed with."""
+        """Ids that end an answer."""
         ids = self.base.generation_config.eos_token_id
         if ids is None:
             ids = self.tokenizer.eos_token_id
@@ -72,14 +86,23 @@ class VLM:
 
     @property
     def eos_id(self) -> int:
+        """What closes a reference answer where the chat template closes it with none of `eos_ids`."""
         eos = self.tokenizer.eos_token_id
         return eos if eos is not None else min(self.eos_ids)
 
 
-def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None) -> VLM:
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    quantize: str | None = None,
+) -> VLM:
     """Load a Hugging Face name or a local folder, frozen and in eval mode.
 
-    dtype `auto`: bfloat16 on CUDA, float32 elsewhere. Raises ValueError for an unknown name, folder, architecture or dtype.
+    dtype `auto`: bfloat16 on CUDA, float32 elsewhere. quantize `4bit`: the language model's linear layers as NF4 (QLoRA), CUDA only.
+    Raises ValueError for an unknown name, folder, architecture, dtype or quantisation, or where a package is missing.
     """
     try:
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -92,40 +115,57 @@ def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto", r
         dtype = "bfloat16" if where.type == "cuda" else "float32"
     if dtype not in kinds:
         raise ValueError(f"dtype: must be auto or one of {', '.join(kinds)}")
-    family = _family(name, revision)
     source = str(name)
+    config = _config_json(source, revision)
+    family = family_of(config.get("model_type"), source)
+    options = {} if quantize is None else _quantized(quantize, where, kinds[dtype], family)
     try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+        processor = load_processor(family, source, revision, config.get("text_config", {}).get("model_type", "llama"))
         model = AutoModelForImageTextToText.from_pretrained(
-            source, revision=revision, dtype=kinds[dtype], trust_remote_code=False, use_safetensors=True
+            source, revision=revision, dtype=kinds[dtype], trust_remote_code=False, use_safetensors=True, **options
         )
     except OSError as error:
         raise ValueError(f"model {source!r}: {str(error).splitlines()[0]}") from error
     model.requires_grad_(False)
-    torch.nn.Module.to(model, where).eval()
+    if quantize is None:  # 4-bit weights are made on their device and stay there
+        torch.nn.Module.to(model, where)
+    model.eval()
     digest = folder_digest(Path(name)) if Path(name).is_dir() else f"hub:{getattr(model.config, '_commit_hash', None)}"
-    return VLM(model, processor, family, where, source, digest)
+    return VLM(model, processor, family, where, source, digest if quantize is None else f"{digest}+{quantize}")
 
 
-def _family(name: str | Path, revision: str | None) -> Family:
+def _config_json(source: str, revision: str | None) -> dict[str, Any]:
     """Read config.json alone, so that an unknown architecture is refused before gigabytes are read."""
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(str(name), "config.json", revision=revision)
+        path = cached_file(source, "config.json", revision=revision)
     except OSError as error:
         raise ValueError(
-            f"model {str(name)!r}: no such folder or Hugging Face name at hand ({str(error).splitlines()[0]})"
+            f"model {source!r}: no such folder or Hugging Face name at hand ({str(error).splitlines()[0]})"
         ) from error
     if path is None:  # a folder without the file, where transformers raises nothing
-        raise ValueError(f"model {str(name)!r}: no config.json there")
-    model_type = json.loads(Path(str(path)).read_text()).get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"model {str(name)!r}: architecture {model_type!r} is not supported yet; supported: {', '.join(FAMILIES)}. "
-            "To add it, describe it as a Family in hscr/model.py (FAMILIES)."
-        )
-    return FAMILIES[model_type]
+        raise ValueError(f"model {source!r}: no config.json there")
+    config: dict[str, Any] = json.loads(Path(str(path)).read_text())
+    return config
+
+
+def _quantized(kind: str, where: torch.device, dtype: torch.dtype, family: Family) -> dict[str, Any]:
+    """Options of from_pretrained that load the language model in 4 bits; what makes the features keeps its precision."""
+    if kind != "4bit":
+        raise ValueError(f"quantize: must be 4bit, not {kind!r}")
+    if where.type != "cuda":
+        raise ValueError(f"quantize: 4-bit weights need a CUDA device, and this is {where.type}; load without quantize")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("quantize: bitsandbytes is not installed; pip install 'hscr[quantized]'")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=family.full_precision,
+    )
+    return {"quantization_config": config, "device_map": {"": where}}
 
 
 def folder_digest(folder: Path) -> str:
@@ -156,59 +196,104 @@ def add_lora(vlm: VLM, config: OptimizationConfig, seed: int) -> None:
         )
 
 
-def makes_features(name: str) -> bool:
-    """A weight of this name changes the visual features, which are cached and shared by the base and all adapters."""
-    return "vision_tower" in name or "multi_modal_projector" in name
-
-
 def _plain(vlm: VLM, text: str) -> str:
     """Text that spells a special token is broken up and so stays text: an "<image>" in a question adds no image."""
-    # The image token by its id: an older tokenizer has it as an added token that is in no list of special ones.
-    for token in dict.fromkeys(
-        [*vlm.tokenizer.all_special_tokens, vlm.tokenizer.convert_ids_to_tokens(vlm.image_token_id)]
-    ):
-        text = text.replace(token, token[0] + " " + token[1:])
+    for token in vlm.special_tokens:
+        if token in text:
+            text = text.replace(token, token[0] + " " + token[1:])
     return text
 
 
-def _chat(vlm: VLM, question: str, answer: str | None = None) -> str:
-    """The family's chat template with one image; both texts have been through `_plain`."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+def _chat(vlm: VLM, question: str, answer: str | None = None, n_images: int = 1) -> str:
+    """The processor's chat template with the images first; both texts have been through `_plain`."""
+    content: list[dict[str, str]] = [*[{"type": "image"}] * n_images, {"type": "text", "text": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return vlm.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
 
 
+def _processed(vlm: VLM, images: Sequence[Image.Image], question: str) -> Any:
+    """The processor's tensors of one prompt: input_ids [1, T] with a placeholder a visual token, pixel_values and their like."""
+    chat, bos = _chat(vlm, question, n_images=len(images)), vlm.tokenizer.bos_token
+    # A template that writes the first token itself must not get a second one; stock apply_chat_template does the same.
+    special = bos is None or not chat.startswith(bos)
+    return vlm.processor(images=list(images), text=chat, return_tensors="pt", add_special_tokens=special)
+
+
+def require_images(vlm: VLM, n: int) -> None:
+    """ValueError where the family takes no prompt with n images."""
+    if n > 1 and not vlm.family.several_images:
+        raise ValueError(
+            f"images: a record has {n}, and {vlm.family.name} takes one a prompt; docs/families.md lists who takes several"
+        )
+
+
 @torch.no_grad()
-def encode_prompts(vlm: VLM, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Prompt]:
-    """One prompt a (image, question), the tower run once per distinct image (features stay in `vlm.features`)."""
-    keys = [bytes_digest(f"{i.mode}{i.size}".encode() + i.tobytes()) for i in images]
-    prompts: list[Prompt] = []
-    missing: dict[str, torch.Tensor] = {}
+def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str]) -> list[Prompt]:
+    """One prompt a (image or images, question), the tower run once per distinct image (features stay in `vlm.features`).
+
+    Raises ValueError where the family takes one image a prompt and there are more.
+    """
+    drafts: list[tuple[Prompt, list[str]]] = []
+    missing: dict[str, dict[str, torch.Tensor]] = {}
     known: dict[str, torch.Tensor] = {}  # held here: a `put` below may evict what this very batch needs
-    for key, image, question in zip(keys, images, questions, strict=True):
-        batch = vlm.processor(images=[image], text=_chat(vlm, _plain(vlm, question)), return_tensors="pt")
-        ids = batch["input_ids"][0]
-        if key in vlm.features:
-            known[key] = vlm.features[key]
-        elif key not in missing:
-            missing[key] = batch["pixel_values"]
-        prompts.append(Prompt(ids, torch.arange(len(ids)), None, key, vlm.image_token_id))
-    if missing:
-        pixels = torch.cat(list(missing.values())).to(vlm.device, vlm.base.dtype)
-        # Chunked: a tower's activations for hundreds of images at once are the largest tensors of a run. On a CPU one at a time, for
-        # features depend on their batch mates in the last bits, and a resumed run meets its images in other batches.
-        size = 1 if vlm.device.type == "cpu" else 16
-        for start in range(0, len(pixels), size):
-            out = vlm.base.get_image_features(pixel_values=pixels[start : start + size], return_dict=True)
-            for key, features in zip(list(missing)[start : start + size], out.pooler_output, strict=True):
-                known[key] = features
-                vlm.features.put(key, features)
-    return [p.with_features(known[p.image]) for p in prompts]
+    for item, question in zip(images, questions, strict=True):
+        pictures, question = as_images(item), _plain(vlm, question)
+        require_images(vlm, len(pictures))
+        keys = [bytes_digest(f"{i.mode}{i.size}".encode() + i.tobytes()) for i in pictures]
+        batch = _processed(vlm, pictures, question)
+        for key, picture in zip(keys, pictures, strict=True):
+            if key in vlm.features:
+                known[key] = vlm.features[key]
+            elif key not in missing:
+                missing[key] = _pixels(batch if len(pictures) == 1 else _processed(vlm, [picture], question))
+        ids, name = batch["input_ids"][0], keys[0] if len(keys) == 1 else bytes_digest("".join(keys).encode())
+        drafts.append((Prompt(ids, vlm.family.positions(vlm.base, ids, batch), None, name, vlm.image_token_id), keys))
+    for key, features in _encoded(vlm, missing):
+        known[key] = features
+        vlm.features.put(key, features)
+    return [_with_features(vlm, prompt, [known[key] for key in keys]) for prompt, keys in drafts]
+
+
+def _pixels(batch: Any) -> dict[str, torch.Tensor]:
+    """What `get_image_features` takes of a processed prompt with one image."""
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def _encoded(vlm: VLM, missing: dict[str, dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Run the tower over images by digest: features [N, D] each.
+
+    Chunked: a tower's activations for hundreds of images at once are the largest tensors of a run. On a CPU one at a time, for features
+    depend on their batch mates in the last bits, and a resumed run meets its images in other batches.
+    """
+    size = 1 if vlm.device.type == "cpu" else 16
+    shapes: dict[tuple[torch.Size, ...], list[str]] = {}  # images of equal shape (tiles, patches) can share a batch
+    for key, pixels in missing.items():
+        shapes.setdefault(tuple(p.shape for p in pixels.values()), []).append(key)
+    for keys in shapes.values():
+        for start in range(0, len(keys), size):
+            part = keys[start : start + size]
+            inputs = {name: torch.cat([missing[key][name] for key in part]) for name in missing[part[0]]}
+            inputs = {n: t.to(vlm.device, vlm.base.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+            out = vlm.base.get_image_features(**inputs, return_dict=True)
+            yield from zip(part, vlm.family.features_of(out, len(part)), strict=True)
+
+
+def _with_features(vlm: VLM, prompt: Prompt, features: list[torch.Tensor]) -> Prompt:
+    whole = features[0] if len(features) == 1 else torch.cat(features)
+    n = int((prompt.input_ids == vlm.image_token_id).sum())
+    if n != len(whole):
+        raise ValueError(
+            f"model {vlm.name!r}: its processor writes {n} visual tokens where its tower gives {len(whole)}; "
+            "the processor's patch size or image size does not fit the model's configuration"
+        )
+    return prompt.with_features(whole)
 
 
 def encode_answer(vlm: VLM, question: str, answer: str) -> list[int]:
-    """Token ids [A] of an answer as they follow the prompt, closed by end-of-sequence.
+    """Token ids [A] of an answer as they follow the prompt, closed by the end-of-sequence that the chat template writes after it.
 
     Tokenised jointly with the prompt, because many tokenisers split the first word differently at the start of a text.
     """
@@ -219,7 +304,9 @@ def encode_answer(vlm: VLM, question: str, answer: str) -> list[int]:
         before = vlm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         both = vlm.tokenizer(whole[:end], add_special_tokens=False)["input_ids"]
         if both[: len(before)] == before:
-            return [*both[len(before) :], vlm.eos_id]
+            # An end of turn (Gemma's <end_of_turn>) is what the model learnt to say, and often not the tokenizer's eos_token.
+            close = vlm.tokenizer(whole[end:], add_special_tokens=False)["input_ids"][:1]
+            return [*both[len(before) :], close[0] if close and close[0] in vlm.eos_ids else vlm.eos_id]
     return [*vlm.tokenizer(answer, add_special_tokens=False)["input_ids"], vlm.eos_id]
 
 

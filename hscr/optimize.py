@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hscr.artifacts import verify_manifest, write_json, write_manifest
 from hscr.config import OptimizationConfig
+from hscr.images import Images
 from hscr.losses import RecordLogProbs, record_loss
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.packing import packed_logits, token_logprobs
@@ -50,7 +50,7 @@ class _Item:
 def optimize(
     vlm: VLM,
     preferences: Sequence[PreferenceRecord],
-    open_image: Callable[[VQARecord], Image.Image],
+    open_image: Callable[[VQARecord], Images],
     config: OptimizationConfig,
     folder: Path,
     *,
@@ -133,7 +133,7 @@ def lr_factor(step: int, total: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def answer_logprobs(
-    vlm: VLM, items: Sequence[_Item], open_image: Callable[[VQARecord], Image.Image]
+    vlm: VLM, items: Sequence[_Item], open_image: Callable[[VQARecord], Images]
 ) -> list[tuple[Tensor, Tensor]]:
     """Summed log-probabilities [1 + J] and token counts [1 + J] of each record's answers, one packed forward."""
     prompts = encode_prompts(vlm, [open_image(i.record) for i in items], [i.record.question for i in items])
@@ -147,7 +147,7 @@ def answer_logprobs(
 def _reference(
     vlm: VLM,
     items: Sequence[_Item],
-    open_image: Callable[[VQARecord], Image.Image],
+    open_image: Callable[[VQARecord], Images],
     config: OptimizationConfig,
     path: Path,
 ) -> list[Tensor]:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hscr.inputs import attention, image_inputs
 from hscr.model import VLM
-from hscr.visual_tokens import Prompt, image_inputs
+from hscr.visual_tokens import Prompt
 
 
 def tree_mask(segments: Tensor) -> Tensor:
@@ -43,32 +44,29 @@ def packed_logits(
         for j, answer in enumerate(group, 1):
             a = len(answer)
             ids.append(torch.tensor(answer, dtype=torch.long))
-            positions.append(prompt.next_position + torch.arange(a))
+            positions.append((prompt.next_position + torch.arange(a)).expand(*prompt.position_ids.shape[:-1], a))
             segments.append(torch.full((a,), j))
             # The first token is predicted by the prompt's last one, every other by its left neighbour.
             index.append(torch.cat([torch.tensor([n - 1]), torch.arange(at, at + a - 1)]))
             at += a
-        rows.append((torch.cat(ids), torch.cat(positions), torch.cat(segments), torch.cat(index)))
+        rows.append((torch.cat(ids), torch.cat(positions, -1), torch.cat(segments), torch.cat(index)))
     width, kept = max(len(r[0]) for r in rows), max(len(r[3]) for r in rows)
 
     def padded(column: int, size: int, value: int) -> Tensor:
-        out = torch.full((len(rows), size), value, dtype=torch.long)
+        """[B, size], or [3, B, size] for a column of three axes."""
+        out = torch.full((*rows[0][column].shape[:-1], len(rows), size), value, dtype=torch.long)
         for b, row in enumerate(rows):
-            out[b, : len(row[column])] = row[column]
+            out[..., b, : row[column].shape[-1]] = row[column]
         return out.to(vlm.device)
 
-    mask = tree_mask(padded(2, width, -1))
-    if vlm.base.config._attn_implementation == "eager":  # eager adds its mask, SDPA reads booleans
-        mask = torch.zeros(mask.shape, dtype=vlm.base.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(vlm.base.dtype).min
-        )
+    input_ids, position_ids = padded(0, width, vlm.eos_id), padded(1, width, 0)
     logits = vlm.model(
-        input_ids=padded(0, width, vlm.eos_id),
-        position_ids=padded(1, width, 0),
-        attention_mask=mask,
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention(vlm, tree_mask(padded(2, width, -1)), input_ids, position_ids),
         use_cache=False,
         logits_to_keep=padded(3, kept, 0),
-        **image_inputs(prompts),
+        **image_inputs(vlm, prompts),
     ).logits
     out = []
     for b, group in enumerate(answers):

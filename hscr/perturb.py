@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from hscr.config import PERTURBATIONS
+from hscr.images import Images, as_images
 from hscr.model import VLM, encode_prompts
 from hscr.visual_tokens import FeatureCache, Prompt, derived_seed, dropout_mask, dropped
 
@@ -30,7 +31,7 @@ from hscr.visual_tokens import FeatureCache, Prompt, derived_seed, dropout_mask,
 def perturbed(
     vlm: VLM,
     prompts: Sequence[Prompt],
-    images: Sequence[Image.Image],
+    images: Sequence[Images],
     questions: Sequence[str],
     names: Sequence[object],
     *,
@@ -52,9 +53,11 @@ def perturbed(
     if kind == "latent_mask":
         return [_latents_masked(p, ratio, s) for p, s in zip(prompts, seeds, strict=True)]
     hidden = []
-    for prompt, image, seed in zip(prompts, images, seeds, strict=True):
-        side = round(math.sqrt(_n_visual(prompt))) if kind == "patch_mask" else None
-        hidden.append(masked_image(image, ratio, seed, side=side))
+    for prompt, shown, seed in zip(prompts, images, seeds, strict=True):
+        pictures = as_images(shown)
+        side = round(math.sqrt(_n_visual(prompt) / len(pictures))) if kind == "patch_mask" else None
+        own = [seed, *(derived_seed(seed, n) for n in range(1, len(pictures)))]  # each picture has its own mask
+        hidden.append([masked_image(p, ratio, s, side=side) for p, s in zip(pictures, own, strict=True)])
     # Past the cache: a masked picture is seen once, and would push out pictures that training and evaluation meet again.
     return encode_prompts(dataclasses.replace(vlm, features=FeatureCache(max_bytes=0)), hidden, questions)
 

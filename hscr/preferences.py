@@ -10,10 +10,9 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from PIL import Image
-
 from hscr.candidates import Contexts, corrupt_randomly, other_option, sampled_answers, word_contexts
 from hscr.config import PreferenceConfig
+from hscr.images import Images
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.perturb import perturbed
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward
@@ -26,7 +25,7 @@ from hscr.visual_tokens import Prompt, derived_seed
 def generate(
     vlm: VLM,
     records: Sequence[VQARecord],
-    open_image: Callable[[VQARecord], Image.Image],
+    open_image: Callable[[VQARecord], Images],
     config: PreferenceConfig,
     similarity: Similarity,
     seed: int = 0,
@@ -47,7 +46,7 @@ def generate(
 
 
 def _drafts(
-    vlm: VLM, batch: Sequence[VQARecord], images: Sequence[Image.Image], config: PreferenceConfig, seed: int
+    vlm: VLM, batch: Sequence[VQARecord], images: Sequence[Images], config: PreferenceConfig, seed: int
 ) -> list[Draft]:
     """Score y_w in both branches and choose the coupled words with what replaces their first token."""
     questions = [r.question for r in batch]

@@ -36,7 +36,7 @@ class _Lines(Progress):
         super().__init__(console=console, disable=True)
         self._due: dict[TaskID, float] = {}
 
-    def update(self, task_id: TaskID, **fields: Any) -> None:  # type: ignore[override]
+    def update(self, task_id: TaskID, **fields: Any) -> None:
         super().update(task_id, **fields)
         task, now = next(t for t in self.tasks if t.id == task_id), time.monotonic()
         due = self._due.setdefault(task_id, now + LINE_EVERY_S)

@@ -15,6 +15,7 @@ from typing import Any
 
 ANSWER_TYPES = ("open", "closed", "caption")
 MAX_TEXT_CHARS = 20_000
+MAX_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GroundedWord:
 
 @dataclass(frozen=True)
 class VQARecord:
-    """One image, one question, one reference answer. `image` is a path relative to the data set's folder."""
+    """One question on one image or several, one reference answer. `image` and `further_images` are paths relative to the folder."""
 
     id: str
     image: str
@@ -38,6 +39,12 @@ class VQARecord:
     grounded: tuple[GroundedWord, ...] = ()
     group: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    further_images: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All images, in the order in which the question sees them."""
+        return (self.image, *self.further_images)
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,22 @@ class PreferenceRecord:
 
 
 def to_json(value: Any) -> dict[str, Any]:
-    """The JSON object of a record, without fields at their defaults' emptiness and without the usual source of a level."""
-    row = dataclasses.asdict(value, dict_factory=lambda f: {k: v for k, v in f if (k, v) != ("source", "replacement")})
-    return {k: v for k, v in row.items() if v not in (None, (), {}, [])}
+    """The JSON object of a record, without fields at their defaults' emptiness and without the usual source of a level.
+
+    One image is `image`, several are `images`.
+    """
+    return {k: v for k, v in dataclasses.asdict(value, dict_factory=_row).items() if v not in (None, (), {}, [])}
+
+
+def _row(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dataclass as a dict in the form that it had before it could hold more, for digests depend on that."""
+    row = {k: v for k, v in fields if (k, v) != ("source", "replacement")}
+    further = row.pop("further_images", ())
+    return (
+        {"images" if k == "image" else k: (v, *further) if k == "image" else v for k, v in row.items()}
+        if further
+        else row
+    )
 
 
 def vqa_record(row: Any) -> VQARecord:
@@ -91,24 +111,15 @@ def vqa_record(row: Any) -> VQARecord:
     if not isinstance(row, dict):
         raise ValueError("a line must be a JSON object")
     text: dict[str, str] = {}
+    images: list[str] = []
     for name in ("id", "image", "question", "answer"):
         value = row.get(name)
+        if name == "image":
+            images = _images(row)
+            continue
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("id", "answer"):
             value = str(value)  # VQA-RAD has numeric answers
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{name}: must be a text that is not empty")
-        if len(value) > MAX_TEXT_CHARS:
-            raise ValueError(f"{name}: longer than {MAX_TEXT_CHARS} characters")
-        if "\x00" in value:
-            raise ValueError(f"{name}: holds a NUL character")
-        if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise ValueError(f"{name}: holds half of a surrogate pair, which is no text")
-        text[name] = value.strip()
-    path = Path(text["image"])
-    if path.is_absolute() or ".." in path.parts or "\\" in text["image"]:
-        raise ValueError("image: must be a path inside the data set's folder")
-    if len(text["image"]) > 1000 or any(len(part.encode()) > 255 for part in path.parts):
-        raise ValueError("image: the path is longer than a file system allows")
+        text[name] = _text(value, name)
     kind = row.get("answer_type") or "open"
     if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
         raise ValueError(f"answer_type: must be {', '.join(ANSWER_TYPES[:-1])} or {ANSWER_TYPES[-1]}")
@@ -125,12 +136,48 @@ def vqa_record(row: Any) -> VQARecord:
         raise ValueError("meta: must be an object")
     return VQARecord(
         **text,
+        image=images[0],
+        further_images=tuple(images[1:]),
         answer_type=kind.lower(),
         options=tuple(options),
         grounded=tuple(_grounded(g) for g in grounded),
         group=group,
         meta=meta,
     )
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}: must be a text that is not empty")
+    if len(value) > MAX_TEXT_CHARS:
+        raise ValueError(f"{name}: longer than {MAX_TEXT_CHARS} characters")
+    if "\x00" in value:
+        raise ValueError(f"{name}: holds a NUL character")
+    if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{name}: holds half of a surrogate pair, which is no text")
+    return value.strip()
+
+
+def _images(row: dict[str, Any]) -> list[str]:
+    """The paths under `image` (one) or `images` (a list)."""
+    several = row.get("images")
+    if several is None:
+        return [_image_path(row.get("image"), "image")]
+    if "image" in row:
+        raise ValueError("image: give image or images, not both")
+    if not isinstance(several, list) or not 0 < len(several) <= MAX_IMAGES:
+        raise ValueError(f"images: must be a list of 1 to {MAX_IMAGES} paths")
+    return [_image_path(path, "images") for path in several]
+
+
+def _image_path(value: Any, name: str) -> str:
+    text = _text(value, name)
+    path = Path(text)
+    if path.is_absolute() or ".." in path.parts or "\\" in text:
+        raise ValueError(f"{name}: must be a path inside the data set's folder")
+    if len(text) > 1000 or any(len(part.encode()) > 255 for part in path.parts):
+        raise ValueError(f"{name}: the path is longer than a file system allows")
+    return text
 
 
 def _grounded(row: Any) -> GroundedWord:

@@ -37,13 +37,16 @@ def parse_shares(text: str) -> dict[str, float]:
     return shares
 
 
-def units(records: Sequence[VQARecord], pictures: Sequence[Path]) -> list[str]:
+def units(records: Sequence[VQARecord], folder: Path) -> list[str]:
     """The name of each record's unit, which stays whole: the least of its groups' names, or of its pictures' digests where it has none."""
-    found = prints(pictures)
-    names = [
-        f"group {r.group}" if r.group is not None else f"picture {p}"
-        for r, p in zip(records, found.pixels, strict=True)
-    ]
+    owners = [i for i, r in enumerate(records) for _ in r.images]  # of each picture: its record
+    found = prints([folder / image for r in records for image in r.images])
+    names = [""] * len(records)
+    for i, pixels in reversed(
+        list(zip(owners, found.pixels, strict=True))
+    ):  # the first picture names a record without group
+        group = records[i].group
+        names[i] = f"group {group}" if group is not None else f"picture {pixels}"
     parent = list(range(len(records)))
 
     def root(i: int) -> int:
@@ -57,12 +60,12 @@ def units(records: Sequence[VQARecord], pictures: Sequence[Path]) -> list[str]:
         parent[root(i)] = root(first.setdefault(name, i))
     # Of several records with one picture one stands for all, so that a picture with many questions costs no more.
     shown: dict[str, int] = {}
-    for i, pixels in enumerate(found.pixels):
-        parent[root(i)] = root(shown.setdefault(pixels, i))
+    for n, pixels in enumerate(found.pixels):
+        parent[root(owners[n])] = root(owners[shown.setdefault(pixels, n)])
     chosen = list(shown.values())
     one_each = Prints([found.pixels[i] for i in chosen], found.hashes[chosen])
     for a, b, _, _ in near(one_each, one_each):
-        parent[root(chosen[a])] = root(chosen[b])
+        parent[root(owners[chosen[a]])] = root(owners[chosen[b]])
     least: dict[int, str] = {}
     for i, name in enumerate(names):  # "group …" sorts before "picture …"
         least[root(i)] = min(least.get(root(i), name), name)
@@ -91,7 +94,7 @@ def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> di
     folder = records_file(data).parent
     if not records:
         raise ValueError(f"data set {data.name!r} has no usable record")
-    names = units(records, [folder / r.image for r in records])
+    names = units(records, folder)
     parts: dict[str, list[VQARecord]] = {name: [] for name in shares}
     members: dict[str, set[str]] = defaultdict(set)
     for record, unit in zip(records, names, strict=True):
@@ -128,7 +131,7 @@ def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> di
 def _write(target: Path, source: Path, records: Sequence[VQARecord]) -> None:
     target.mkdir(parents=True)
     write_jsonl(target / "records.jsonl", records)
-    for image in sorted({r.image for r in records}):
+    for image in sorted({image for r in records for image in r.images}):
         link_or_copy(source / image, target / image)
     if (source / "preferences.jsonl").is_file():
         ids = {r.id for r in records}

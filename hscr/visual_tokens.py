@@ -10,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question on one image. input_ids [T], position_ids [T], features [N, D] of the visual tokens still in the sequence."""
+    """One question on one image or several.
+
+    input_ids [T], position_ids [T] ([3, T] under M-RoPE), features [N, D] of the visual tokens still in the sequence, in their order.
+    `image` is the digest of the image, of all where there are several.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
@@ -34,8 +35,8 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Position id of the first answer token: the same with and without dropped tokens."""
-        return int(self.position_ids[-1]) + 1
+        """Position id of the first answer token, on every axis: the same with and without dropped tokens, for a prompt ends with text."""
+        return int(self.position_ids[..., -1].max()) + 1
 
 
 class FeatureCache:
@@ -84,7 +85,7 @@ def drop_visual_tokens(prompt: Prompt, keep: Tensor) -> Prompt:
     return dataclasses.replace(
         prompt,
         input_ids=prompt.input_ids[rows],
-        position_ids=prompt.position_ids[rows],
+        position_ids=prompt.position_ids[..., rows],
         features=prompt.features[keep.to(prompt.features.device)],
     )
 
@@ -93,12 +94,3 @@ def dropped(prompt: Prompt, ratio: float, *seed_parts: object) -> Prompt:
     """i': the prompt with a share of its visual tokens removed, the mask seeded by `seed_parts`."""
     n_visual = int((prompt.input_ids == prompt.image_token_id).sum())
     return drop_visual_tokens(prompt, dropout_mask(n_visual, ratio, derived_seed(*seed_parts)))
-
-
-def image_inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The keyword arguments that hand precomputed features of a batch's prompts, in row order, to `model(...)`."""
-    features = [p.features for p in prompts if p.features is not None and len(p.features)]
-    if not features:
-        return {}
-    # LLaVA's forward concatenates a list here, whatever the field's annotation says.
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}  # type: ignore[arg-type]

@@ -73,14 +73,16 @@ def _read(source: Path, rows_max: int) -> Content:
     bad: dict[str, str] = {}
     kept: list[VQARecord] = []
     for line, record in zip(_lines_of(path, {r.line for r in rejected}), records, strict=True):
-        if record.image not in images and record.image not in bad:
-            try:
-                decode_image(source / record.image)
-                images[record.image] = file_digest(source / record.image)
-            except (ImageError, OSError) as error:
-                bad[record.image] = str(error) if isinstance(error, ImageError) else "the image file is missing"
-        if record.image in bad:
-            rejected.append(RejectedRow(line, f"image: {bad[record.image]}"))
+        for image in record.images:
+            if image not in images and image not in bad:
+                try:
+                    decode_image(source / image)
+                    images[image] = file_digest(source / image)
+                except (ImageError, OSError) as error:
+                    bad[image] = str(error) if isinstance(error, ImageError) else "the image file is missing"
+        reason = next((bad[image] for image in record.images if image in bad), None)
+        if reason is not None:
+            rejected.append(RejectedRow(line, f"image: {reason}"))
         else:
             kept.append(record)
     rejected.sort(key=lambda row: row.line)
@@ -90,6 +92,8 @@ def _read(source: Path, rows_max: int) -> Content:
             "Every row was rejected; `rejected` says why.",
             rejected=[asdict(row) for row in rejected[:20]],
         )
+    used = {image for record in kept for image in record.images}  # a good image beside a bad one has no record left
+    images = {image: digest for image, digest in images.items() if image in used}
     return Content(kept, rejected, images, json_digest([[to_json(r) for r in kept], sorted(images.items())]))
 
 

@@ -97,7 +97,8 @@ def image(state: Service, dataset_id: DatasetId, number: Annotated[int, Path(ge=
         raise Problem("not_found", "The data set has no record of this number.")
     # The path was checked when the record was read: relative and without "..".
     headers = {"Content-Security-Policy": "sandbox", "Cache-Control": "private, max-age=3600"}
-    return FileResponse(datasets.folder(state.settings.data_dir, dataset.digest) / row.record["image"], headers=headers)
+    first = row.record.get("image") or row.record["images"][0]
+    return FileResponse(datasets.folder(state.settings.data_dir, dataset.digest) / first, headers=headers)
 
 
 def _view(row: Dataset) -> DatasetView:

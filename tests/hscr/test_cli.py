@@ -168,7 +168,15 @@ def test_ask_prints_an_answer_and_json_with_everything(hscr: Any, tiny_folder: P
             "--events: must be progress or json",
         ),
         (["align", "{data}", "-o", "{tmp}/o", "-m", "{model}", "--dtype", "int4"], "dtype: must be auto or one of"),
+        (
+            ["align", "{data}", "-o", "{tmp}/o", "-m", "{model}", "--quantize", "8bit"],
+            "quantize: must be 4bit, not '8bit'",
+        ),
         (["ask", "{tmp}/none.png", "Where?"], "the image file is missing"),
+        (
+            ["ask", "{data}/images/0.png", "Where?", "-i", "{data}/images/1.png", "-m", "{model}"],
+            "a record has 2, and llava takes one a prompt",
+        ),
         (["ask", "{data}/records.jsonl", "Where?"], "the data is not a PNG, JPEG or WebP image"),
         (["export", "{tmp}", "-o", "{tmp}/x"], "no preferences.jsonl there"),
         (["export", "{tmp}/nothing", "-o", "{tmp}/x", "--format", "csv"], "no preferences.jsonl there"),

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from hscr.config import OptimizationConfig
+from hscr.inputs import image_inputs
 from hscr.losses import RecordLogProbs, record_loss
 from hscr.model import VLM, add_lora, encode_answer, encode_prompts
 from hscr.packing import packed_logits, token_logprobs, tree_mask
-from hscr.visual_tokens import Prompt, dropped, image_inputs
+from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture
 
 QUESTIONS = ["Where is the lesion?", "Which plane is shown?", "Is there a lesion?"]
@@ -30,7 +31,7 @@ def row_logits(vlm: VLM, prompt: Prompt, answer: list[int]) -> Tensor:
     ids = torch.cat([prompt.input_ids, torch.tensor(answer)])[None]
     positions = torch.cat([prompt.position_ids, prompt.next_position + torch.arange(len(answer))])[None]
     out = vlm.model(
-        input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), **image_inputs([prompt])
+        input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), **image_inputs(vlm, [prompt])
     )
     return out.logits[0, len(prompt.input_ids) - 1 : -1]
 

@@ -12,6 +12,7 @@ from hscr.records import (
     PreferenceRecord,
     VQARecord,
     WordReward,
+    preference_record,
     read_preferences,
     read_records,
     records_file,
@@ -39,6 +40,25 @@ def test_a_full_record_survives_json() -> None:
     assert vqa_record(GOOD) == VQARecord("a", "images/a.png", "Where?", "left")
 
 
+def test_several_images_survive_json_and_one_keeps_its_old_form() -> None:
+    """Digests of data sets and runs depend on the bytes of records with one image, also inside preference records."""
+    several = vqa_record({"id": "a", "images": ["a.png", " b.png"], "question": "Which?", "answer": "left"})
+    assert (several.image, several.images) == ("a.png", ("a.png", "b.png"))
+    written = json.loads(json.dumps(to_json(several)))
+    assert (written["images"], "image" in written, "further_images" in written) == (["a.png", "b.png"], False, False)
+    assert vqa_record(written) == several
+    one = VQARecord("a", "a.png", "Which?", "left")
+    assert vqa_record({"id": "a", "images": ["a.png"], "question": "Which?", "answer": "left"}) == one
+    assert json.dumps(to_json(one)) == (
+        '{"id": "a", "image": "a.png", "question": "Which?", "answer": "left", "answer_type": "open"}'
+    )
+    nested = to_json(PreferenceRecord(one, (), (), {}))["record"]
+    fields = ["id", "image", "question", "answer", "answer_type", "options", "grounded", "group", "meta"]
+    assert list(nested) == fields
+    kept = PreferenceRecord(several, (Level("right", 0.5),), (), {})
+    assert preference_record(json.loads(json.dumps(to_json(kept)))) == kept
+
+
 def test_numbers_as_id_and_answer_become_text() -> None:
     record = vqa_record({**GOOD, "id": 7, "answer": 2.5})
     assert (record.id, record.answer) == ("7", "2.5")
@@ -61,6 +81,8 @@ def test_numbers_as_id_and_answer_become_text() -> None:
         ({"image": "images\\a.png"}, "image: must be a path inside"),
         ({"image": "i" * 300}, "image: the path is longer"),
         ({"image": "i/" * 600 + "a"}, "image: the path is longer"),
+        ({"image": None}, "image: must be a text"),
+        ({"images": ["a.png"]}, "image: give image or images, not both"),
         ({"answer_type": "OPEN?"}, "answer_type: must be open, closed or caption"),
         ({"answer_type": 1}, "answer_type: must be open, closed or caption"),
         ({"options": "yes"}, "options: must be a list"),
@@ -76,6 +98,21 @@ def test_numbers_as_id_and_answer_become_text() -> None:
 def test_a_wrong_field_is_named(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         vqa_record({**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ([], "images: must be a list of 1 to 16 paths"),
+        (["a.png"] * 17, "images: must be a list of 1 to 16 paths"),
+        ("a.png", "images: must be a list of 1 to 16 paths"),
+        (["a.png", 3], "images: must be a text"),
+        (["a.png", "../b.png"], "images: must be a path inside"),
+    ],
+)
+def test_a_wrong_list_of_images_is_named(images: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        vqa_record({"id": "a", "images": images, "question": "Where?", "answer": "left"})
 
 
 def test_bad_lines_are_returned_with_line_and_reason_and_never_dropped(tmp_path: Path) -> None:

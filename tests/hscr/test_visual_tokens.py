@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hscr.decode import decode
+from hscr.inputs import image_inputs
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.packing import packed_logits
 from hscr.reward import alignment_reward, branches
@@ -18,7 +19,6 @@ from hscr.visual_tokens import (
     drop_visual_tokens,
     dropout_mask,
     dropped,
-    image_inputs,
 )
 from tests.hscr.tiny import picture
 
@@ -47,7 +47,7 @@ def plain_logits(vlm: VLM, prompt: Prompt, answer: list[int], mask: Tensor | Non
         else torch.cat([mask.long(), torch.ones(len(answer), dtype=torch.long)])[None]
     )
     with torch.no_grad():
-        out = vlm.model(input_ids=ids, position_ids=positions, attention_mask=mask, **image_inputs([prompt]))
+        out = vlm.model(input_ids=ids, position_ids=positions, attention_mask=mask, **image_inputs(vlm, [prompt]))
     return out.logits[0, n - 1 : -1]
 
 

@@ -1,9 +1,11 @@
-"""A tiny random LLaVA with a real processor, and a small data set: the only fake of these tests."""
+"""A tiny random LLaVA with a real processor, and a small data set: with tiny_families.py the only fake of these tests."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,21 +34,25 @@ TEMPLATE = (
 )
 
 
-def save_tiny_llava(folder: Path, seed: int = 0) -> Path:
-    """28 px image, 7 px patches: 16 visual tokens. Weights are spread out so that greedy answers differ between images."""
+def tiny_tokenizer(special: Sequence[str], **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens, `special` first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+def save_tiny_llava(folder: Path, seed: int = 0) -> Path:
+    """28 px image, 7 px patches: 16 visual tokens. Weights are spread out so that greedy answers differ between images."""
+    fast = tiny_tokenizer(
+        ["<pad>", "<s>", "</s>", "<image>"],
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",

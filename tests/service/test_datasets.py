@@ -57,6 +57,24 @@ def test_upload_reports_counts_and_rejected_rows_with_their_lines(client: TestCl
     assert (image.status_code, image.content) == (200, png())
 
 
+def test_several_images_of_a_record_are_checked_and_stored_with_it(client: TestClient, settings: Settings) -> None:
+    """A good image whose only record has a bad one beside it is not kept."""
+    rows = []
+    for i, images in enumerate((["images/0.png", "images/1.png"], ["images/2.png", "images/missing.png"])):
+        row = {**record(i), "images": images}
+        del row["image"]
+        rows.append(row)
+    files = {"records.jsonl": lines(*rows), **{f"images/{i}.png": png() for i in range(3)}}
+    body = send(client, zip_of(files), name="several").json()
+    assert (body["n_records"], body["n_images"], body["n_rejected"]) == (1, 2, 1)
+    assert body["rejected"][0] == {"line": 2, "reason": "image: the image file is missing"}
+    stored = settings.data_dir / "datasets" / body["digest"].replace(":", "-")
+    assert sorted(p.name for p in stored.rglob("*.png")) == ["0.png", "1.png"]
+    row = client.get(f"/datasets/{body['id']}/records").json()["data"][0]
+    assert row["record"]["images"] == ["images/0.png", "images/1.png"]
+    assert client.get(row["image_url"]).content == png()
+
+
 def test_same_content_is_the_same_version_and_other_content_the_next(client: TestClient, settings: Settings) -> None:
     first, again = send(client, dataset_zip(3), name="a"), send(client, dataset_zip(3), name="a")
     other, elsewhere = send(client, dataset_zip(4), name="a"), send(client, dataset_zip(3), name="b")
