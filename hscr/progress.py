@@ -92,9 +92,8 @@ def draw(events: Iterable[e.Event], console: Console) -> None:
             elif isinstance(event, e.Stage) and event.status != "started":
                 identity = task(event.stage)  # first: `progress.tasks` is a copy made before a bar is added
                 bar = progress.tasks[identity]
-                progress.update(bar.id, total=bar.total or 1, completed=bar.total or 1)
-                if event.status == "skipped":
-                    progress.update(bar.id, note="unchanged")
+                note = "unchanged" if event.status == "skipped" else bar.fields["note"]
+                progress.update(bar.id, total=bar.total or 1, completed=bar.total or 1, note=note)
             elif isinstance(event, e.Metrics) and "loss" in event.values:
                 note = f"loss {event.values['loss']:.3f}  rewards/chosen {event.values['rewards/chosen']:+.3f}"
                 progress.update(task(event.stage), note=note)

@@ -45,8 +45,8 @@ print(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def test_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("demo"), seed=0, sizes={"test": 80})["test"]
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return build(tmp_path_factory.mktemp("demo"), seed=0, sizes={"test": 80, "valid": 300})
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +60,25 @@ def processor() -> object:
     return AutoProcessor.from_pretrained(MODEL_FOLDER)
 
 
-def test_stock_classes_alone_load_it_and_it_answers_better_than_chance(test_split: Path, base, processor) -> None:
-    """Chance on open words is about .35 and on closed answers .5; our own decoding loop says the same as generate."""
+def test_stock_classes_alone_load_it_and_it_reads_the_held_out_template(splits, base, processor) -> None:
+    """Chance on grounded words is about .35; our own decoding loop says the same as generate."""
+    test_split = splits["test"]
     command = [sys.executable, "-c", FRESH_PROCESS, str(MODEL_FOLDER), str(test_split)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=test_split)
     said = json.loads(done.stdout.splitlines()[-1])
     records, images = load_split(test_split)
     figures = scores(records, said)
     assert figures["grounded"] > 0.5
-    assert figures["closed"] > 0.55
     ours = answers(base, processor.tokenizer, [r.question for r in records[:20]], images[:20])
     assert ours == said[:20]
+
+
+def test_it_answers_better_than_chance(splits, base, processor) -> None:
+    """Chance is about .35 and .5; 131 closed questions, so that .6 is beyond luck."""
+    records, images = load_split(splits["valid"])
+    figures = scores(records, answers(base, processor.tokenizer, [r.question for r in records], images))
+    assert figures["grounded"] > 0.6
+    assert figures["closed"] > 0.6
 
 
 def test_the_folder_is_small_and_says_where_it_comes_from(base) -> None:

@@ -33,7 +33,8 @@ CONFIG = AlignConfig.from_dict(
             "epochs": 3,
             "anchor": 0.5,
         },
-        "evaluation": {"max_new_tokens": 4, "max_records": 2, "n_bootstrap": 100},
+        # What is learnt by heart is enough to see the adapter at work.
+        "evaluation": {"allow_leak": True, "max_new_tokens": 4, "max_records": 2, "n_bootstrap": 100},
     }
 )
 QUESTIONS = ["Where is the lesion?", "Is there a lesion?", "Which plane is shown?"]

@@ -331,7 +331,7 @@ def test_a_csv_names_its_rows_by_line_and_says_what_is_wrong_with_each(tmp_path:
     assert {line: reason for (_, line), reason in reasons(report).items()} == {
         6: "has 3 fields, the header has 7",
         8: "language: is de, wanted: en",
-        9: "answer_type: must be open or closed",
+        9: "answer_type: must be open, closed or caption",
         10: "not UTF-8",
     }
 
