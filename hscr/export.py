@@ -47,7 +47,7 @@ def ms_swift_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict[str,
         for level in p.levels:
             yield {
                 "messages": [
-                    {"role": "user", "content": f"{_IMAGE}{p.record.question}"},
+                    {"role": "user", "content": _IMAGE * len(p.record.images) + p.record.question},
                     {"role": "assistant", "content": p.record.answer},
                 ],
                 "rejected_response": level.text,
@@ -60,7 +60,7 @@ def llama_factory_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict
     for p in preferences:
         for level in p.levels:
             yield {
-                "conversations": [{"from": "human", "value": f"{_IMAGE}{p.record.question}"}],
+                "conversations": [{"from": "human", "value": _IMAGE * len(p.record.images) + p.record.question}],
                 "chosen": {"from": "gpt", "value": p.record.answer},
                 "rejected": {"from": "gpt", "value": level.text},
                 "images": list(p.record.images),

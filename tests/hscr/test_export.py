@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hscr.export import trl_rows, write_export
+from hscr.export import llama_factory_rows, ms_swift_rows, trl_rows, write_export
 from hscr.records import Level, PreferenceRecord, VQARecord, read_preferences
 
 RECORDS = [
@@ -56,3 +56,11 @@ def test_ms_swift_and_llama_factory_have_their_columns_and_one_image_mark(tmp_pa
         "rejected": {"from": "gpt", "value": "right"},
         "images": ["images/a.png"],
     }
+
+
+def test_other_trainers_get_a_mark_an_image() -> None:
+    two = VQARecord("c", "a.png", "Which is newer?", "the second", further_images=("b.png",))
+    record = [PreferenceRecord(two, (Level("the first", 0.5),), (), {})]
+    assert next(trl_rows(record))["images"] == ["a.png", "b.png"]
+    assert next(ms_swift_rows(record))["messages"][0]["content"] == "<image><image>Which is newer?"
+    assert next(llama_factory_rows(record))["conversations"][0]["value"] == "<image><image>Which is newer?"
