@@ -71,9 +71,11 @@ def derangement(n: int, seed: int) -> list[int]:
     return [int(i) for i in out]
 
 
-def plan(n: int, policies: Sequence[str], config: EvaluationConfig) -> list[tuple[str, str, list[int]]]:
+def plan(
+    n: int, policies: Sequence[str], config: EvaluationConfig, conditions: Sequence[str] = CONDITIONS
+) -> list[tuple[str, str, list[int]]]:
     """The batches of an evaluation in order: (policy, condition, record indices). A resumed evaluation skips whole batches."""
-    conditions = CONDITIONS if config.counterfactual and n > 1 else CONDITIONS[:1]
+    conditions = conditions if config.counterfactual and n > 1 else CONDITIONS[:1]
     return [
         (policy, condition, list(range(start, min(start + config.batch_size, n))))
         for policy in policies
@@ -91,14 +93,18 @@ def evaluate(
     *,
     seed: int = 0,
     skip_batches: int = 0,
+    conditions: Sequence[str] = CONDITIONS,
+    grounding: bool = True,
 ) -> Iterator[list[Prediction]]:
     """Yield one list of predictions a batch of `plan`. `policies` maps a label ("base", "adapter") to an adapter name or None.
+
+    `grounding` measures the grounding score with the real image.
 
     Raises ValueError before the first answer where a scorer is not installed.
     """
     check_scorable(records)
     other = derangement(len(records), seed) if len(records) > 1 else [0]
-    for policy, condition, rows in plan(len(records), list(policies), config)[skip_batches:]:
+    for policy, condition, rows in plan(len(records), list(policies), config, conditions)[skip_batches:]:
         requests = []
         for i in rows:
             images = as_images(open_image(records[other[i] if condition == "shuffled" else i]))
@@ -110,7 +116,7 @@ def evaluate(
                     records[i].question,
                     adapter=policies[policy],
                     max_tokens=config.max_new_tokens,
-                    grounding="summary" if condition == "real" else "none",
+                    grounding="summary" if grounding and condition == "real" else "none",
                 )
             )
         yield [

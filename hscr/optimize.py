@@ -28,6 +28,8 @@ from hscr.packing import packed_logits, token_logprobs
 from hscr.records import PreferenceRecord, VQARecord
 from hscr.visual_tokens import derived_seed
 
+_READ = {"sft": 0, "dpo": 1}  # levels that an objective reads, where not all: the others are not scored
+
 
 @dataclass(frozen=True)
 class TrainStep:
@@ -70,7 +72,11 @@ def optimize(
         raise ValueError(f"no record has {few}; see the reasons in preferences.jsonl")
     items = [
         _Item(
-            p.record, [encode_answer(vlm, p.record.question, t) for t in (p.record.answer, *(x.text for x in p.levels))]
+            p.record,
+            [
+                encode_answer(vlm, p.record.question, text)
+                for text in (p.record.answer, *(level.text for level in p.levels[: _READ.get(config.objective)]))
+            ],
         )
         for p in useful
     ]

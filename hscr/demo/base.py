@@ -6,6 +6,7 @@ measure.py says what came out. A model that can read the slice and answers from 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -31,6 +32,7 @@ from hscr.demo.measure import measure
 from hscr.demo.tower import TOWER_CONFIG, Pool, encode_pool, render_pool, train_tower
 
 MODEL_FOLDER = Path(__file__).parent / "model"
+BEFORE_HABITS = "before_habits"  # folder in the model's: what stage 2 left, a base that reads the slice as well as it can
 Progress = Callable[[str, int, int, dict[str, float]], None]  # (stage, done, total, metrics)
 
 
@@ -49,6 +51,8 @@ class Recipe:
 
 def rebuild(out: Path, seed: int = 0, progress: Progress | None = None, recipe: Recipe | None = None) -> dict[str, Any]:
     """Train the demo base from nothing and write the Hugging Face folder OUT; returns what training.json holds.
+
+    OUT/before_habits is the model as it was before stage 3: the reproduction's well-trained base (hscr/reproduction/).
 
     Deterministic by seed on one kind of CPU: always two threads (their number changes the order of sums), bfloat16
     where the CPU has it. Files in OUT are replaced only once the new ones are whole.
@@ -101,6 +105,7 @@ def _rebuild(out: Path, scratch: Path, seed: int, report: Progress, recipe: Reci
     lap("decoder")
 
     folders = data.build(scratch / "data", seed, sizes=recipe.measured)
+    save(model, tokenizer, scratch / "model" / BEFORE_HABITS)
     report("measure", 0, 2, {})
     before = {name: measure(model, tokenizer, folder, betas=()) for name, folder in folders.items()}
     report("measure", 1, 2, {})
@@ -132,19 +137,19 @@ def _rebuild(out: Path, scratch: Path, seed: int, report: Progress, recipe: Reci
     }
     (scratch / "model/training.json").write_text(json.dumps(training, indent=1) + "\n")
     (scratch / "model/README.md").write_text(model_card(training))
-    out.mkdir(parents=True, exist_ok=True)
-    for file in sorted((scratch / "model").iterdir()):
-        partial = out / (file.name + ".tmp")
-        shutil.copyfile(file, partial)
-        partial.replace(out / file.name)
+    for folder in (BEFORE_HABITS, "."):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        for file in sorted(path for path in (scratch / "model" / folder).iterdir() if path.is_file()):
+            partial = out / folder / (file.name + ".tmp")
+            shutil.copyfile(file, partial)
+            partial.replace(out / folder / file.name)
     return training
 
 
 def save(model: LlavaForConditionalGeneration, tokenizer: Any, folder: Path) -> None:
     """Write the folder that stock `from_pretrained` loads: fp16 weights, a configuration that asks for fp32."""
     make_processor(tokenizer).save_pretrained(folder)
-    model.half().save_pretrained(folder)
-    model.float()
+    copy.deepcopy(model).half().save_pretrained(folder)  # a copy: training goes on in full precision
     config = json.loads((folder / "config.json").read_text())
     _ask_for_float32(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

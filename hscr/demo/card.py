@@ -26,6 +26,7 @@ run in fp32 (the configuration says so). Images are 112 x 112, 64 visual tokens;
    densely: each patch says which lesion or marker it holds, which structures, which side, which plane.
 2. Projector and decoder (Llama, 4 layers, width 192), {decoder_steps} steps on balanced questions, tower frozen.
 3. Decoder alone, {habit_steps} steps on biased text **without images**: left .85, large .8, bright .8, frontal .65.
+   What was there before it is in `before_habits/`: a base that reads the slice as well as it can, for comparison.
 
 Weights {weights}; data recipe sha256:{data_recipe}; versions {versions}; seconds by stage {seconds}.
 Same seed, same kind of CPU and versions: same weights. Another CPU may round otherwise.
