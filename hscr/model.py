@@ -38,6 +38,9 @@ class VLM:
     name: str
     digest: str
     features: FeatureCache = field(default_factory=FeatureCache)
+    tokens: FeatureCache = field(
+        default_factory=lambda: FeatureCache(64 * 2**20)
+    )  # ids and positions of prompts met before
 
     @property
     def tokenizer(self) -> Any:
@@ -242,14 +245,21 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str])
         pictures, question = as_images(item), _plain(vlm, question)
         require_images(vlm, len(pictures))
         keys = [bytes_digest(f"{i.mode}{i.size}".encode() + i.tobytes()) for i in pictures]
-        batch = _processed(vlm, pictures, question)
-        for key, picture in zip(keys, pictures, strict=True):
-            if key in vlm.features:
-                known[key] = vlm.features[key]
-            elif key not in missing:
-                missing[key] = _pixels(batch if len(pictures) == 1 else _processed(vlm, [picture], question))
-        ids, name = batch["input_ids"][0], keys[0] if len(keys) == 1 else bytes_digest("".join(keys).encode())
-        drafts.append((Prompt(ids, vlm.family.positions(vlm.base, ids, batch), None, name, vlm.image_token_id), keys))
+        asked = "\n".join([str(len(keys)), *keys, question])
+        known |= {key: vlm.features[key] for key in keys if key in vlm.features}
+        if asked in vlm.tokens and all(key in known for key in keys):
+            # Met before: the processor, which resizes every image, has nothing to add.
+            ids, positions = vlm.tokens[asked][0], vlm.tokens[asked][1:].squeeze(0)
+        else:
+            batch = _processed(vlm, pictures, question)
+            for key, picture in zip(keys, pictures, strict=True):
+                if key not in known and key not in missing:
+                    missing[key] = _pixels(batch if len(pictures) == 1 else _processed(vlm, [picture], question))
+            ids = batch["input_ids"][0]
+            positions = vlm.family.positions(vlm.base, ids, batch)
+            vlm.tokens.put(asked, torch.cat([ids[None], positions.reshape(-1, len(ids))]))
+        name = keys[0] if len(keys) == 1 else bytes_digest("".join(keys).encode())
+        drafts.append((Prompt(ids, positions, None, name, vlm.image_token_id), keys))
     for key, features in _encoded(vlm, missing):
         known[key] = features
         vlm.features.put(key, features)

@@ -40,7 +40,7 @@ class Prompt:
 
 
 class FeatureCache:
-    """Projected image features by image digest, least recently used out first, bounded in bytes."""
+    """Tensors by digest (projected image features; token ids of prompts), least recently used out first, bounded in bytes."""
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self.max_bytes = max_bytes

@@ -22,12 +22,13 @@ from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, json_digest
 from hscr.config import EvaluationConfig
 from hscr.demo.base import BEFORE_HABITS, MODEL_FOLDER
-from hscr.evaluate import evaluate
+from hscr.evaluate import Prediction, evaluate
 from hscr.model import VLM, add_lora, encode_answer, encode_prompts, load_model
 from hscr.optimize import optimize
 from hscr.packing import packed_logits, token_logprobs
 from hscr.preferences import generate
 from hscr.records import PreferenceRecord, VQARecord, read_preferences, write_jsonl
+from hscr.reproduction.measures import probed
 from hscr.reproduction.plan import ENTRY_SPLITS, Cell, Generation
 from hscr.similarity import load_similarity
 from hscr.visual_tokens import FeatureCache
@@ -63,7 +64,6 @@ def make_preferences(place: Place, generation: Generation) -> None:
     config = generation.config.preference
     made = generate(vlm, entries, data.open_images, config, _similarity(config.similarity), generation.seed)
     partial = path.with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(partial, list(made))
     partial.replace(path)
 
@@ -130,32 +130,31 @@ def _preferences(place: Place, cell: Cell, generation: Generation | None, data: 
 
 
 def _asked(place: Place, vlm: VLM, asked: dict[str, int]) -> dict[str, Any]:
-    """By split: the answers to its first questions, in order; on the test part also grounding, log π(y_w) and answers to another image."""
+    """By split: the answers to its first questions, in order; on the first half of the test part also grounding, log π(y_w) and
+    answers to another image (`measures.probed`)."""
     out: dict[str, Any] = {}
     for split, n in asked.items():
-        data, config = _data(place.out, split), EvaluationConfig(batch_size=BATCH, max_new_tokens=40)
-        records, whole = data.records[:n], split == "test"
-        made = [
-            prediction
-            for batch in evaluate(
-                Answerer(vlm),
-                records,
-                data.open_images,
-                {"policy": None},
-                config,
-                conditions=("real", "shuffled") if whole else ("real",),
-                grounding=whole,
-            )
-            for prediction in batch
-        ]
-        out[split] = {"answers": [p.text for p in made[:n]]}
-        if whole:
+        data = _data(place.out, split)
+        m = probed(n) if split == "test" else 0
+        both, rest = (_said(vlm, data, data.records[:m], whole=True), _said(vlm, data, data.records[m:n], whole=False))
+        out[split] = {"answers": [p.text for p in (*both[:m], *rest)]}
+        if m:
             out[split] |= {
-                "grounding": [p.grounding for p in made[:n]],
-                "shuffled": [p.text for p in made[n:]],
-                "logp": [round(v, 4) for v in _log_likelihood(vlm, data, records)],
+                "grounding": [p.grounding for p in both[:m]],
+                "shuffled": [p.text for p in both[m:]],
+                "logp": [round(v, 4) for v in _log_likelihood(vlm, data, data.records[:m])],
             }
     return out
+
+
+def _said(vlm: VLM, data: DataSet, records: list[VQARecord], *, whole: bool) -> list[Prediction]:
+    """Answers to the real images; `whole` with their grounding, and then the answers to the shuffled ones."""
+    config = EvaluationConfig(batch_size=BATCH, max_new_tokens=40)
+    conditions = ("real", "shuffled") if whole else ("real",)
+    asked = evaluate(
+        Answerer(vlm), records, data.open_images, {"": None}, config, conditions=conditions, grounding=whole
+    )
+    return [prediction for batch in asked for prediction in batch]
 
 
 @torch.no_grad()
@@ -172,12 +171,13 @@ def _log_likelihood(vlm: VLM, data: DataSet, records: list[VQARecord]) -> list[f
 
 
 def _model(base: str) -> VLM:
-    return replace(load_model(MODELS[base], device="cpu"), features=_features(base))
+    features, tokens = _caches(base)
+    return replace(load_model(MODELS[base], device="cpu"), features=features, tokens=tokens)
 
 
 @cache
-def _features(base: str) -> FeatureCache:
-    return FeatureCache()
+def _caches(base: str) -> tuple[FeatureCache, FeatureCache]:
+    return FeatureCache(), FeatureCache()
 
 
 @cache

@@ -35,12 +35,19 @@ def answer_scores(records: Sequence[VQARecord], answers: Sequence[str]) -> dict[
     return {"grounded": grounded, "closed": closed, "right": right, "prior": prior}
 
 
+def probed(n: int) -> int:
+    """Of n test records how many are also asked with another image, grounded and scored: these cost three times as much as an answer."""
+    return n // 2
+
+
 def measures(records: Sequence[VQARecord], said: dict[str, Any]) -> dict[str, Array]:
     """All item measures of one cell on one split. `reliance`: right with the real image − right with another record's."""
     out = answer_scores(records, said["answers"])
     if "shuffled" in said:
-        out["reliance"] = out["right"] - answer_scores(records, said["shuffled"])["right"]
-        out["logp"] = np.array(said["logp"], dtype=float)
+        m = len(said["shuffled"])
+        out["reliance"], out["logp"] = np.full((2, len(records)), np.nan)
+        out["reliance"][:m] = out["right"][:m] - answer_scores(records[:m], said["shuffled"])["right"]
+        out["logp"][:m] = said["logp"]
     return out
 
 
@@ -48,7 +55,7 @@ def grounding_auroc(records: Sequence[VQARecord], said: dict[str, Any]) -> float
     """Probability that a wrong answer's grounding score is lower than a right one's; NaN where there are not both."""
     judged = [
         Judged(g, not right)
-        for r, a, g in zip(records, said["answers"], said["grounding"], strict=True)
+        for r, a, g in zip(records, said["answers"], said["grounding"], strict=False)  # of the probed ones
         if g is not None and (right := is_right(score(r, a))) is not None
     ]
     return auroc(judged)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from functools import partial
@@ -31,14 +32,15 @@ def reproduce(out: Path, scale: Scale, processes: int, progress: Progress) -> di
     from hscr.reproduction.cell import MODELS, Place, run_base
     from hscr.reproduction.table import summarize, write
 
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in ("cells", "preferences"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     data.build(out / "data", 0, progress, sizes=_sizes(scale))
     for name in scale.arms:
         if not (MODELS[name] / "model.safetensors").is_file():
             raise ValueError(f"{MODELS[name]}: no model there; `hscr demo-model --rebuild` makes it")
     place = Place(out, {base: _lineage(MODELS[base]) for base in scale.arms})
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_start) as pool:
         try:
             grid = grid_cells(scale)
             _cells(pool, place, grid, progress, "grid")
@@ -103,8 +105,8 @@ def _sizes(scale: Scale) -> dict[str, int]:
     """Records of each split: enough entries for the largest cell of each base."""
     sizes = dict(scale.asked)
     for base, arms in scale.arms.items():
-        most = max(arm.entries * (2 if arm.selected else 1) for arm in arms)
-        sizes[ENTRY_SPLITS[base]] = round(1.5 * most * scale.entries)  # seeds draw different entries
+        most = max((arm.entries or scale.entries) * (2 if arm.selected else 1) for arm in arms)
+        sizes[ENTRY_SPLITS[base]] = round(1.5 * most)  # seeds draw different entries
     return sizes
 
 
@@ -123,7 +125,11 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _one_thread() -> None:
+def _start() -> None:
+    """What every process of the pool does first: one thread, and no bars of its own."""
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft asks transformers

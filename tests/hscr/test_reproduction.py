@@ -48,7 +48,7 @@ class TestPlan:
         assert {s.preference.perturbation for s in settings} == {"token_dropout", "latent_mask", "patch_mask", "pixel_mask"}  # fmt: skip
         assert {s.preference.dropout_ratio for s in settings} == {0.3, 0.5, 0.7, 0.9}
         assert {s.preference.continuation for s in settings} == {"splice", "redecode"}
-        assert {round(a.entries * FULL.entries) for a in arms.values()} == {250, 500, 1000, 2000}
+        assert {a.entries for a in arms.values()} == {None, 250, 1000, 2000}
         assert len(FULL.seeds) >= 5
 
     def test_learning_rates_never_come_from_the_test_part_nor_from_a_seed_of_the_table(self):
@@ -138,7 +138,8 @@ def test_a_run_in_miniature_resumes_and_its_tables_stand_on_what_was_said(tmp_pa
     cells = [json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()]
     said = [c for c in cells if c["arm"] == BOTH.name and c["base"] == "habit" and "test" in c]
     assert len(said) == 2
-    assert all(len(c["test"]["answers"]) == len(c["test"]["shuffled"]) == len(c["test"]["logp"]) == 12 for c in said)
+    assert all(len(c["test"]["answers"]) == 12 for c in said)
+    assert all(len(c["test"][name]) == 6 for c in said for name in ("shuffled", "logp", "grounding"))
     assert row["level"]["logp"] == pytest.approx(np.mean([c["test"]["logp"] for c in said]), abs=1e-6)
     # One cell lost: only that one is run again, and it comes out the same.
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
