@@ -1,7 +1,7 @@
 """Answers with grounding: the model asked about images, with any adapter, in one thread that owns the device.
 
-The grounding score is the alignment reward (hscr/reward.py) of the answer's own words, its dropout mask seeded by the image's digest:
-there is no record id online, and the same image always meets the same mask.
+The grounding score is the alignment reward (hscr/reward.py) of the answer's least grounded word, its dropout mask seeded by the image's
+digest: there is no record id online, and the same image always meets the same mask.
 """
 
 from __future__ import annotations

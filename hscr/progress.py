@@ -144,5 +144,5 @@ def grounded_text(answer: Answer) -> Text:
         elif token.is_content or token.text.strip().isprintable():
             text.append("" if token.text.startswith("<") else token.text)
     text = text if text.plain.strip() else Text(answer.text)
-    score = "" if answer.score is None else f"\ngrounding {answer.score:.3f} nats a token"
+    score = "" if answer.score is None else f"\ngrounding {answer.score:+.3f} nats (its least grounded word)"
     return Text.assemble(text, (score, "dim"))

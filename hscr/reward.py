@@ -148,6 +148,8 @@ def branches(
 
 
 def grounding_score(rewards: Tensor, words: Sequence[Word]) -> float:
-    """How far an answer rests on the image: mean alignment reward (nats) of the tokens of its words; 0 where it has none."""
-    tokens = sorted({t for w in words for t in w.tokens})
-    return float(rewards[tokens].mean()) if tokens else 0.0
+    """How far an answer rests on the image: the alignment reward (nats) of its least grounded word; 0 where it has none.
+
+    One word said from habit makes an answer wrong, and a mean hides it (docs/decisions/0019).
+    """
+    return min(word_rewards(rewards, words), default=0.0)

@@ -32,7 +32,9 @@ from hscr.demo.measure import measure
 from hscr.demo.tower import TOWER_CONFIG, Pool, encode_pool, render_pool, train_tower
 
 MODEL_FOLDER = Path(__file__).parent / "model"
-BEFORE_HABITS = "before_habits"  # folder in the model's: what stage 2 left, a base that reads the slice as well as it can
+BEFORE_HABITS = (
+    "before_habits"  # folder in the model's: what stage 2 left, a base that reads the slice as well as it can
+)
 Progress = Callable[[str, int, int, dict[str, float]], None]  # (stage, done, total, metrics)
 
 

@@ -77,7 +77,7 @@ class Token(BaseModel):
 
 class Grounding(BaseModel):
     score: float | None = Field(
-        description="Mean reward of the answer's words in nats: how much the image adds to them."
+        description="Reward of the least grounded word in nats: how much likelier the image makes it; below 0 it is said in spite of it."
     )
     flagged: bool | None = Field(description="The score is below the version's threshold; null where it has none.")
     threshold: float | None = Field(

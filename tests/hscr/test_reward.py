@@ -143,10 +143,11 @@ def test_coupled_words_come_most_coupled_first_and_ties_in_order() -> None:
     assert coupled_words([0.1, 3.0, -1.0, 3.0, 2.0, 0.0], 10) == [1, 3, 4]
 
 
-def test_grounding_score_is_the_mean_over_the_tokens_of_words() -> None:
-    """Rewards 1, 2 (one word), 9 (a stop), 3: (1 + 2 + 3)/3 = 2. Without a word: 0."""
-    words = [Word("ab", 0, 2, (0, 1)), Word("c", 4, 5, (3,))]
-    assert grounding_score(torch.tensor([1.0, 2.0, 9.0, 3.0]), words) == pytest.approx(2.0)
+def test_grounding_score_is_the_least_words_reward() -> None:
+    """Rewards 1 + 2 (one word), −9 (a stop), 2, −1 (a word each): the last word rests least on the image. Without a word: 0."""
+    words = [Word("ab", 0, 2, (0, 1)), Word("c", 4, 5, (3,)), Word("d", 6, 7, (4,))]
+    assert grounding_score(torch.tensor([1.0, 2.0, -9.0, 2.0, -1.0]), words) == pytest.approx(-1.0)
+    assert grounding_score(torch.tensor([-2.5, 2.0, -9.0, 2.0, -0.25]), words) == pytest.approx(-0.5)
     assert grounding_score(torch.tensor([1.0]), []) == 0.0
 
 
