@@ -181,18 +181,12 @@ def grid_cells(scale: Scale) -> list[Cell]:
 
 def table_cells(scale: Scale, lrs: dict[tuple[str, str], float]) -> list[Cell]:
     """Every arm at every seed with the learning rate {(base, arm name): lr} that its grid chose, asked on the test part."""
+    varied = [(base, arm) for base, arms in scale.arms.items() for arm in arms]
+    varied.sort(key=lambda one: bool(one[1].lr_of))  # stable: the comparison itself is whole first, then what varies it
     return [
-        Cell(
-            base,
-            arm,
-            seed,
-            lrs[base, arm.lr_of or arm.name],
-            arm.entries or scale.entries,
-            scale.asked,
-        )
+        Cell(base, arm, seed, lrs[base, arm.lr_of or arm.name], arm.entries or scale.entries, scale.asked)
+        for base, arm in varied
         for seed in scale.seeds
-        for base, arms in scale.arms.items()
-        for arm in arms
     ]
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -18,7 +20,7 @@ from hscr import __version__
 from hscr.demo import data
 from hscr.records import VQARecord, read_records
 from hscr.reproduction.measures import mean, measures
-from hscr.reproduction.plan import ENTRY_SPLITS, Cell, Scale, generations, grid_cells, needs, table_cells
+from hscr.reproduction.plan import ENTRY_SPLITS, Cell, Scale, generations, grid_cells, table_cells
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
 Rates = dict[tuple[str, str], float]  # (base, arm) -> learning rate
@@ -77,14 +79,13 @@ def chosen_rates(tried: Iterable[tuple[Cell, dict[str, Any]]], records: Sequence
 
 
 def _cells(pool: Executor, place: Any, cells: list[Cell], progress: Progress, phase: str) -> None:
-    """Preferences first, then the cells that read them; the longest first, so that no process ends alone."""
+    """Preferences first, then the cells that read them."""
     from hscr.reproduction.cell import make_preferences, run_cell
 
     missing = [cell for cell in cells if not place.cell(cell).is_file()]
     reads = generations(cells)  # of all: which data are shared must not depend on what is done already
     wanted = sorted({id(g): g for c, g in reads.items() if c in set(missing)}.values(), key=lambda g: -g.n)
     _finish(pool, [partial(make_preferences, place, g) for g in wanted], progress, f"{phase}: preferences")
-    missing.sort(key=lambda c: -c.n_entries * (2 if needs(c) else 1))
     tasks = [partial(run_cell, place, cell, reads.get(cell)) for cell in missing]
     _finish(pool, tasks, progress, phase, done=len(cells) - len(missing))
 
@@ -126,10 +127,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _start() -> None:
-    """What every process of the pool does first: one thread, and no bars of its own."""
+    """What every process of the pool does first: one thread, no bars of its own, and an end when the parent's comes."""
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft asks transformers
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # killed, it leaves its pool at work otherwise
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()

@@ -197,8 +197,8 @@ def test_grounding_is_the_alignment_reward_of_the_answers_words(answerer: Answer
             assert t.logprob <= 0
         words = words_of(answerer.vlm, a.token_ids)[1]
         assert {i for i, t in enumerate(a.tokens) if t.is_content} == {i for w in words for i in w.tokens}
-        content = [t.reward for t in a.tokens if t.is_content]
-        assert a.score == pytest.approx(sum(content) / len(content) if content else 0.0, abs=1e-5)
+        rewards = [sum(a.tokens[i].reward for i in w.tokens) for w in words]
+        assert a.score == pytest.approx(min(rewards, default=0.0), abs=1e-5)
     assert [a.score for a in summary] == [a.score for a in tokens]
 
 
