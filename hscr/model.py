@@ -133,7 +133,11 @@ def load_model(
     if quantize is None:  # 4-bit weights are made on their device and stay there
         torch.nn.Module.to(model, where)
     model.eval()
-    digest = folder_digest(Path(name)) if Path(name).is_dir() else f"hub:{getattr(model.config, '_commit_hash', None)}"
+    if Path(name).is_dir():
+        # Cards and reports leave the machine, so a folder is named without its path.
+        source, digest = Path(name).resolve().name, folder_digest(Path(name))
+    else:
+        digest = f"hub:{getattr(model.config, '_commit_hash', None)}"
     return VLM(model, processor, family, where, source, digest if quantize is None else f"{digest}+{quantize}")
 
 

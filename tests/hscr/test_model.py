@@ -19,6 +19,11 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(vlm: VLM) -> None:
     assert vlm.eos_ids == {2}
 
 
+def test_a_local_model_is_named_without_its_path(vlm: VLM, tiny_folder: Path) -> None:
+    """Its name goes into cards and reports, and those leave the machine."""
+    assert vlm.name == tiny_folder.name
+
+
 def test_an_unknown_model_architecture_dtype_or_device_is_a_clear_error(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder or Hugging Face name"):
         load_model(tmp_path / "missing")

@@ -238,6 +238,22 @@ def test_every_objective_trains_on_records_of_mixed_levels(trainer: Trainer, tmp
     assert all(math.isfinite(s.metrics["loss"]) for s in steps)
 
 
+@pytest.mark.parametrize(("objective", "read"), [("sft", 1), ("dpo", 2), ("hscr", 4)])
+def test_only_the_answers_that_the_objective_reads_are_scored(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, read: int
+) -> None:
+    """The richest record has three levels: supervision scores y_w alone, DPO one pair."""
+    stock, scored = hscr.optimize.packed_logits, []
+
+    def counted(vlm: VLM, prompts: Any, answers: Any) -> Any:
+        scored.extend(len(group) for group in answers)
+        return stock(vlm, prompts, answers)
+
+    monkeypatch.setattr(hscr.optimize, "packed_logits", counted)
+    trainer.run(tmp_path / "out", replace(CONFIG, objective=objective, epochs=1))
+    assert max(scored) == read
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_the_run_and_no_checkpoint_holds_it(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float

@@ -1,6 +1,12 @@
 """The reproduction: its plan as data, its measures on known answers, and a run in miniature that resumes."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +155,29 @@ def test_a_run_in_miniature_resumes_and_its_tables_stand_on_what_was_said(tmp_pa
     assert [p for p, t in files.items() if p.stat().st_mtime_ns != t] == [lost]
     for base in scale.arms:
         assert [r.get("gain") for r in again["rows"][base]] == [r.get("gain") for r in summary["rows"][base]]
+
+
+_POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from hscr.reproduction.run import _start
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 120).result()
+"""
+
+
+def test_a_killed_reproduction_leaves_no_pool_at_work(tmp_path):
+    """The pool is in the middle of a cell: without a thread that follows the parent it would finish it, and those that wait."""
+    script = tmp_path / "pool.py"
+    script.write_text(_POOL)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the pool's process outlived its parent by ten seconds")
