@@ -18,6 +18,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "dataset_not_found": (404, "No such data set"),
     "job_not_found": (404, "No such job"),
     "report_not_found": (404, "This job has no report"),
+    "preferences_not_found": (404, "This job has no preference records yet"),
     "adapter_not_found": (404, "No such adapter"),
     "version_not_found": (404, "No such adapter version"),
     "alias_not_found": (404, "No such alias"),
