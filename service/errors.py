@@ -33,6 +33,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "invalid_archive": (422, "The archive is refused"),
     "dataset_empty": (422, "The data set has no usable record"),
     "invalid_image": (422, "The image is refused"),
+    "one_image_only": (422, "The model takes one image a question"),
     "model_not_served": (422, "This service serves another base model"),
     "idempotency_mismatch": (422, "This Idempotency-Key was used with another body"),
     "internal": (500, "The service failed"),

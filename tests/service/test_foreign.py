@@ -119,7 +119,11 @@ BAD: dict[str, tuple[bytes, dict[str, str], str]] = {
         "plain data",
     ),
     "damaged parquet": (b"PAR1 nonsense", {}, "damaged"),
-    "too many rows": (zip_of({"t.csv": b"image,question,answer\n" + b"a.png,b,c\n" * 60, "a.png": png()}), {}, "rows"),
+    "too many rows": (
+        zip_of({"t.csv": b"image,question,answer\n" + b"a.png,b,c\n" + b"gone.png,b,c\n" * 60, "a.png": png()}),
+        {},
+        "rows",
+    ),
     "too many bytes": (
         parquet(
             {
