@@ -199,8 +199,8 @@ async def _read(request: Request) -> tuple[Parameters, list[bytes]]:
     try:
         if kind == "application/json":
             body = VQARequest.model_validate_json(await request.body())
-            given: list[InlineImage | None] = [*(body.images or [body.image])]
-            return body, [base64.b64decode(i.base64, validate=True) for i in given if i is not None]
+            given = body.images or ([body.image] if body.image else [])
+            return body, [base64.b64decode(i.base64, validate=True) for i in given]
         if kind == "multipart/form-data":
             return await _read_form(request)
     except ValidationError as error:
