@@ -114,7 +114,9 @@ def _generating(
         return
     if data.given is not None:  # the data set brings its graded answers along: nothing is generated
         run.start(stage, inputs)
-        shutil.copyfile(data.given, final)
+        partial_file = run.path / "preferences.partial.jsonl"  # the service may read `final` as soon as it is there
+        shutil.copyfile(data.given, partial_file)
+        partial_file.rename(final)
         run.finish(stage, [final.name])
         yield Stage(stage, "skipped")
         yield Warning_("given_levels", "the data set brings its own graded answers: none were generated")

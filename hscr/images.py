@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,21 @@ def decode_image(data: bytes | Path, limits: ImageLimits = ImageLimits()) -> Ima
         return _to_rgb(image)
     except Exception:
         raise ImageError("the image is damaged") from None
+
+
+def decode_images(several: Sequence[bytes], limits: ImageLimits = ImageLimits()) -> tuple[Image.Image, ...]:
+    """The images of one question, which share the limit of pixels: together they cost no more memory than one may. Raises ImageError."""
+    images: list[Image.Image] = []
+    left = limits.pixels
+    for number, data in enumerate(several, 1):
+        try:
+            images.append(decode_image(data, replace(limits, pixels=left)))
+        except ImageError as error:
+            if len(several) == 1:
+                raise
+            raise ImageError(f"image {number}: {error} (all images together: {limits.pixels} pixels)") from None
+        left -= images[-1].width * images[-1].height
+    return tuple(images)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -33,6 +33,26 @@ class Place:
     answer: str
 
 
+@dataclass(frozen=True)
+class ImportLimits:
+    """Most rows read, and most bytes of images written."""
+
+    rows: int
+    image_bytes: int
+
+
+class TooLarge(ValueError):
+    """The source is beyond the limits that the import was given."""
+
+
+class NoUsableRow(ValueError):
+    """Every row was rejected; `rejected` says why."""
+
+    def __init__(self, message: str, rejected: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rejected = rejected
+
+
 @dataclass
 class ImportReport:
     """What import.json says. `rejected`: file, line, reason. `contradictions` and `duplicates`: the places of records with one image and
@@ -46,12 +66,19 @@ class ImportReport:
 
 
 def import_data(
-    source: Path, out: Path, *, layout: str = "auto", split: str | None = None, languages: Sequence[str] = ("en",)
+    source: Path,
+    out: Path,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    languages: Sequence[str] = ("en",),
+    limits: ImportLimits | None = None,
 ) -> ImportReport:
     """Read SOURCE and write the data set OUT, whole or not at all.
 
     `split` keeps only the parts of that split (train, valid, test), `languages` the rows that say one of these or none.
-    Raises ValueError: OUT is not empty, the layout is not recognised or has no such split, a file is damaged, no row is usable.
+    Raises ValueError: OUT is not empty, the layout is not recognised or has no such split, a file is damaged, no row is usable
+    (NoUsableRow), the source is beyond `limits` (TooLarge).
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out.name} is there and not empty; choose another folder")
@@ -65,12 +92,12 @@ def import_data(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        taken = _Taken(partial, tuple(languages))
+        taken = _Taken(partial, tuple(languages), limits)
         for part in parts:
             taken.take(part, kind.rows(part))
         if not taken.records:
             reasons = "; ".join(f"{r['file']} {r['line']}: {r['reason']}" for r in taken.rejected[:3])
-            raise ValueError(f"{source.name}: no usable row" + (f" ({reasons})" if reasons else ""))
+            raise NoUsableRow(f"{source.name}: no usable row" + (f" ({reasons})" if reasons else ""), taken.rejected)
         report = taken.report({"name": source.name, "format": kind.name, "split": split}, parts)
         write_json(partial / "import.json", asdict(report))
         if out.exists():
@@ -84,8 +111,9 @@ def import_data(
 class _Taken:
     """What was taken so far, row by row."""
 
-    def __init__(self, folder: Path, languages: tuple[str, ...]) -> None:
-        self.folder, self.languages = folder, languages
+    def __init__(self, folder: Path, languages: tuple[str, ...], limits: ImportLimits | None) -> None:
+        self.folder, self.languages, self.limits = folder, languages, limits
+        self.image_bytes = 0
         self.records: dict[str, VQARecord] = {}
         self.levels: dict[str, list[str]] = {}  # by record id, for a preference set
         self.rejected: list[dict[str, Any]] = []
@@ -98,10 +126,14 @@ class _Taken:
     def take(self, part: Part, rows: Iterable[Found | RejectedRow]) -> None:
         for row in rows:
             self.rows += 1
+            if self.limits is not None and self.rows > self.limits.rows:
+                raise TooLarge(f"has more than {self.limits.rows} rows")
             try:
                 if isinstance(row, RejectedRow):
                     raise ValueError(row.reason)
                 self._add(part, row)
+            except TooLarge:
+                raise
             except ValueError as error:
                 self.rejected.append({"file": part.file.name, "line": row.line, "reason": str(error)})
 
@@ -140,6 +172,7 @@ class _Taken:
             target = f"images/{digest.removeprefix('sha256:')[:32]}{suffix}"
             if target not in self._digests:
                 _check_image(row.image)
+                self._count(len(row.image))
                 (self.folder / "images").mkdir(exist_ok=True)
                 (self.folder / target).write_bytes(row.image)
                 self._digests[target] = digest
@@ -157,11 +190,18 @@ class _Taken:
         target = row.record.image
         if self._digests.setdefault(target, known) != known:
             raise ValueError("image: another image of the source has this name")
+        if not (self.folder / target).exists():
+            self._count(row.image.stat().st_size)
         try:
             link_or_copy(row.image, self.folder / target)
         except (FileExistsError, NotADirectoryError, IsADirectoryError):  # "a" and "a/b.png"
             raise ValueError("image: another image of the source has this name") from None
         return target, known
+
+    def _count(self, n_bytes: int) -> None:
+        self.image_bytes += n_bytes
+        if self.limits is not None and self.image_bytes > self.limits.image_bytes:
+            raise TooLarge(f"has images of more than {self.limits.image_bytes} bytes")
 
     def report(self, source: dict[str, Any], parts: list[Part]) -> ImportReport:
         """Write the records, and say what was found."""

@@ -250,11 +250,16 @@ def preference_record(row: dict[str, Any]) -> PreferenceRecord:
 
 def read_preferences(path: Path) -> Iterator[PreferenceRecord]:
     """Preference records of a JSONL file; a torn last line (a writer that was killed) ends the reading."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                return
-            yield preference_record(json.loads(line))
+    with path.open("rb") as lines:
+        yield from preference_records(lines)
+
+
+def preference_records(lines: Iterable[bytes]) -> Iterator[PreferenceRecord]:
+    """Preference records of a file that is already open, from where it stands; a torn last line ends the reading here too."""
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return
+        yield preference_record(json.loads(line))
 
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:

@@ -110,13 +110,27 @@ def grounded_words(prediction: str, grounded: Sequence[GroundedWord]) -> list[bo
 def caption_scores(prediction: str, reference: str) -> dict[str, float]:
     """BLEU-4 (sacrebleu's sentence BLEU, effective order) and ROUGE-L (F1, stemmed), both in [0, 1].
 
-    They are means over captions, as paired intervals need; a corpus BLEU is another number. Raises ValueError where the extra is missing.
+    They are means over captions, as paired intervals need; `corpus_bleu` is another number. Raises ValueError where the extra is missing.
     """
     bleu, rouge = _caption_libraries()
     return {
         "caption/bleu": bleu.sentence_score(prediction, [reference]).score / 100,
         "caption/rouge_l": rouge.score(reference, prediction)["rougeL"].fmeasure,
     }
+
+
+def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU-4 of a whole set of captions (sacrebleu's corpus BLEU: counts are added before they are divided), in [0, 1].
+
+    It is what papers print; it is no mean over captions, so the paired intervals are those of `caption_scores`. There is no METEOR: nltk's
+    needs WordNet, which is a download. Raises ValueError where the extra is missing, or for no or unpaired captions.
+    """
+    if not predictions or len(predictions) != len(references):
+        raise ValueError("captions: must be one or more, each with its reference")
+    _caption_libraries()
+    from sacrebleu.metrics import BLEU
+
+    return float(BLEU().corpus_score(list(predictions), [list(references)]).score) / 100
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Unpacking an uploaded zip of a data set: everything is checked before the first byte is written, and counted while it is.
 
 Refused: too many or too large entries, links, encrypted entries, paths that leave the folder or carry control characters, two of one name.
-Only .jsonl files and images are written; whatever else lies in the archive (a README, a .DS_Store) is left out.
+Only files of labels and images are written; whatever else lies in the archive (a README, a .DS_Store) is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import IO
 
 from service.errors import Problem
 
-_KEPT = {".jsonl", ".png", ".jpg", ".jpeg", ".webp"}
+_KEPT = {".jsonl", ".json", ".csv", ".parquet", ".pkl", ".png", ".jpg", ".jpeg", ".webp"}
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _RATIO_MAX = 200  # deflate reaches 1032; text of real records stays far below this, a bomb does not
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 from sqlalchemy import func, insert, select
@@ -19,11 +19,12 @@ from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest, json_digest
 from hscr.images import ImageError, decode_image
-from hscr.records import RejectedRow, VQARecord, read_records, records_file, to_json, write_jsonl
+from hscr.records import RejectedRow, VQARecord, read_preferences, read_records, records_file, to_json, write_jsonl
 from service.adapters import sync_tree
 from service.archive import ArchiveLimits, discard, flatten, unpack
 from service.db import Database
 from service.errors import Problem
+from service.foreign import Reading, convert, is_ours
 from service.models import Dataset, DatasetRecord, new_id
 
 REJECTED_KEPT = 1000
@@ -34,29 +35,61 @@ class Content:
     """What an archive held: good records, rejected rows, and the digest of the stored folder."""
 
     records: list[VQARecord]
-    rejected: list[RejectedRow]
+    rejected: list[dict[str, Any]]  # line, reason, and of a foreign layout the file
     images: dict[str, str]  # path -> digest
     digest: str
+    format: str = "hscr"
+    given: bool = False  # an imported preference set brings its levels in preferences.jsonl
 
 
 def folder(data_dir: Path, digest: str) -> Path:
     return data_dir / "datasets" / digest.replace(":", "-")
 
 
-def import_zip(
-    database: Database, data_dir: Path, file: IO[bytes], name: str, limits: ArchiveLimits, rows_max: int
+def import_upload(
+    database: Database,
+    data_dir: Path,
+    file: IO[bytes],
+    name: str,
+    limits: ArchiveLimits,
+    rows_max: int,
+    reading: Reading = Reading(),
 ) -> tuple[Dataset, bool]:
-    """Check, unpack and register an archive; the data set and whether it is new (equal content under one name is not). Raises Problem."""
+    """Check, unpack and register a zip or a parquet file; the data set and whether it is new (equal content under one name is not).
+
+    Raises Problem.
+    """
     incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
-    incoming.mkdir(parents=True)
+    upload, imported = incoming / "upload", incoming / "imported"
+    upload.mkdir(parents=True)
     try:
-        unpack(file, incoming, limits)
-        content = _read(flatten(incoming), rows_max)
-        _store(flatten(incoming), content, folder(data_dir, content.digest))
+        if file.read(4) == b"PAR1":  # a parquet file holds its images itself
+            file.seek(0)
+            with (upload / "data.parquet").open("wb") as out:
+                shutil.copyfileobj(file, out, 2**20)
+        else:
+            file.seek(0)
+            unpack(file, upload, limits)
+        source = flatten(upload)
+        if reading.layout == "hscr" or (reading.layout == "auto" and is_ours(source)):
+            content = _read(source, rows_max)
+        else:
+            report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
+            source = imported
+            content = _imported(_read(source, rows_max), source, report)
+        _store(source, content, folder(data_dir, content.digest))
     finally:
         discard(incoming)
     with database.write() as session:
         return _register(session, name, content)
+
+
+def _imported(content: Content, source: Path, report: dict[str, Any]) -> Content:
+    """An imported data set as our own reading found it, with the rows that the import left out, and its levels where it has any."""
+    rows = [{**row, "reason": row["reason"][:300]} for row in report["rejected"]] + content.rejected
+    given = source / "preferences.jsonl"
+    digest = json_digest([content.digest, file_digest(given)]) if given.is_file() else content.digest
+    return replace(content, rejected=rows, digest=digest, format=report["source"]["format"], given=given.is_file())
 
 
 def _read(source: Path, rows_max: int) -> Content:
@@ -94,7 +127,8 @@ def _read(source: Path, rows_max: int) -> Content:
         )
     used = {image for record in kept for image in record.images}  # a good image beside a bad one has no record left
     images = {image: digest for image, digest in images.items() if image in used}
-    return Content(kept, rejected, images, json_digest([[to_json(r) for r in kept], sorted(images.items())]))
+    told = [asdict(row) for row in rejected]
+    return Content(kept, told, images, json_digest([[to_json(r) for r in kept], sorted(images.items())]))
 
 
 def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
@@ -116,6 +150,10 @@ def _store(source: Path, content: Content, final: Path) -> None:
             (whole / image).parent.mkdir(parents=True, exist_ok=True)
             (source / image).rename(whole / image)
         write_jsonl(whole / "records.jsonl", content.records)
+        if content.given:
+            ids = {r.id for r in content.records}
+            levels = (p for p in read_preferences(source / "preferences.jsonl") if p.record.id in ids)
+            write_jsonl(whole / "preferences.jsonl", levels)
         sync_tree(whole)
         try:
             whole.rename(final)
@@ -137,12 +175,12 @@ def _register(session: Session, name: str, content: Content) -> tuple[Dataset, b
         id=new_id("ds"),
         name=name,
         version=latest + 1,
-        format="hscr",
+        format=content.format,
         digest=content.digest,
         n_records=len(content.records),
         n_images=len(content.images),
         n_rejected=len(content.rejected),
-        rejected=[asdict(row) for row in content.rejected[:REJECTED_KEPT]],
+        rejected=content.rejected[:REJECTED_KEPT],
     )
     session.add(dataset)
     session.flush()

@@ -26,7 +26,7 @@ log = logging.getLogger("hscr.engine")
 class Question:
     """One question with everything resolved: the adapter is a digest and the folder that it names."""
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     text: str
     adapter_digest: str | None
     adapter_folder: Path | None
@@ -46,6 +46,7 @@ class LocalEngine:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.model_digest: str | None = None
+        self.several_images = False  # whether the model's family takes several images a prompt; known after `load`
         self._answerer: Answerer | None = None
         self._loaded: OrderedDict[str, None] = OrderedDict()
 
@@ -60,6 +61,7 @@ class LocalEngine:
         vlm = load_model(s.model_path, dtype=s.dtype, device=s.device, revision=s.model_revision)
         self._answerer = Answerer(vlm)
         self.model_digest = vlm.digest
+        self.several_images = vlm.family.several_images
         log.info("model %s loaded, digest %s", s.model_id, vlm.digest)
 
     def answer(self, questions: list[Question]) -> list[Answer | Exception]:
@@ -82,7 +84,7 @@ class LocalEngine:
 
         assert self._answerer is not None
         requests = [
-            AnswerRequest(q.image, q.text, q.adapter_digest, q.max_tokens, q.temperature, q.seed, q.grounding)
+            AnswerRequest(q.images, q.text, q.adapter_digest, q.max_tokens, q.temperature, q.seed, q.grounding)
             for q in questions.values()
         ]
         try:

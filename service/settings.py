@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     upload_unpacked_max_bytes: int = 16 * 2**30
     upload_entries_max: int = 200_000
     record_rows_max: int = 500_000
+    import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout
+    import_max_s: float = Field(default=3600.0, gt=0)
 
     @field_validator("run_command", mode="before")
     @classmethod

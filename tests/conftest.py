@@ -191,10 +191,10 @@ def dataset_zip(n: int = 3) -> bytes:
 def dataset(database: Database, settings: Settings) -> Any:
     """A stored data set of three records."""
     from service.archive import ArchiveLimits
-    from service.datasets import import_zip
+    from service.datasets import import_upload
 
     limits = ArchiveLimits(2**20, 100)
-    return import_zip(database, settings.data_dir, io.BytesIO(dataset_zip()), "three", limits, 100)[0]
+    return import_upload(database, settings.data_dir, io.BytesIO(dataset_zip()), "three", limits, 100)[0]
 
 
 @pytest.fixture

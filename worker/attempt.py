@@ -7,20 +7,19 @@ that outlives its supervisor blocks the next attempt instead of writing beside i
 from __future__ import annotations
 
 import fcntl
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_ATTEMPT = re.compile(r"^attempt-(\d+)$")
+from service import runs
 
 
 class JobFolder:
     """Everything a job has on disk."""
 
     def __init__(self, data_dir: Path, job_id: str) -> None:
-        self.path = data_dir / "runs" / job_id
+        self.path = runs.folder(data_dir, job_id)
         self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -31,8 +30,7 @@ class JobFolder:
 
     def attempts(self) -> list[Path]:
         """Attempt folders, oldest first."""
-        found = [(int(m[1]), p) for p in self.path.iterdir() if (m := _ATTEMPT.match(p.name))]
-        return [path for _, path in sorted(found)]
+        return runs.attempts(self.path)
 
     def begin(self, fence: int) -> Path:
         """This attempt's folder: a copy of the last one, so that the run goes on from there; older ones are removed. Needs the lock."""

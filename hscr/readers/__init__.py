@@ -14,6 +14,10 @@ from hscr.readers.rows import Found, Part
 from hscr.records import RejectedRow
 
 
+class UnknownLayout(ValueError):
+    """The source has none of the known layouts, or not the named one."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one kind of source is found and read; `looks_like` is told to who gave a source that is none of them."""
@@ -39,7 +43,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def detect(source: Path, name: str = "auto") -> tuple[Layout, list[Part]]:
-    """The layout of a file or folder and its parts. ValueError where it is none, or not the named one."""
+    """The layout of a file or folder and its parts. UnknownLayout where it is none, or not the named one."""
     if not source.exists():
         raise ValueError(f"{source.name}: no such file or folder")
     if name != "auto" and name not in LAYOUTS:
@@ -49,4 +53,4 @@ def detect(source: Path, name: str = "auto") -> tuple[Layout, list[Part]]:
             return layout, found
     wanted = LAYOUTS.values() if name == "auto" else (LAYOUTS[name],)
     known = "; ".join(f"{layout.name}: {layout.looks_like}" for layout in wanted)
-    raise ValueError(f"{source.name or 'source'}: its layout is not recognised. Known here: {known}")
+    raise UnknownLayout(f"{source.name or 'source'}: its layout is not recognised. Known here: {known}")

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Path, Response, UploadFile
 from fastapi.responses import FileResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from service import datasets
 from service.archive import ArchiveLimits
 from service.errors import Problem
+from service.foreign import Reading
 from service.models import Dataset, DatasetRecord
 from service.pages import After, AfterNumber, Limit, Page, page
 from service.state import Service
@@ -22,6 +23,7 @@ DatasetId = Annotated[str, Path(max_length=40, examples=["ds_019ab2c4d5e6f708192
 
 
 class RejectedView(BaseModel):
+    file: str | None = Field(None, description="Of a foreign layout: which file of labels.")
     line: int
     reason: str
 
@@ -48,18 +50,30 @@ class RecordView(BaseModel):
     image_url: str
 
 
-@router.post("", status_code=201, summary="Upload a data set")
+Layout = Literal["auto", "hscr", "vqa-rad", "slake", "pathvqa", "llava", "trl", "hf-parquet", "table"]
+
+
+@router.post("", status_code=201, summary="Upload a data set", response_model_exclude_none=True)
 def upload(
     state: Service,
     response: Response,
-    file: Annotated[UploadFile, File(description="A zip of records.jsonl and its images.")],
+    file: Annotated[UploadFile, File(description="A zip of a data set with its images, or one parquet file.")],
     name: Annotated[str, Form(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\- ]{0,99}$")] = "dataset",
-    format: Annotated[Literal["hscr"], Form(description="`hscr`: one JSON record a line.")] = "hscr",
+    format: Annotated[
+        Layout, Form(description="`hscr`: records.jsonl; the others as `hscr import` reads them.")
+    ] = "auto",
+    split: Annotated[
+        Literal["train", "valid", "test"] | None, Form(description="Of a foreign layout: only it.")
+    ] = None,
+    languages: Annotated[str, Form(pattern=r"^[A-Za-z-]{1,20}(,[A-Za-z-]{1,20}){0,20}$")] = "en",
 ) -> DatasetDetail:
     """201 with counts and the rejected rows. The same content under the same name is the same version: 200 with what is there."""
     s = state.settings
+    reading = Reading(format, split, tuple(languages.split(",")), s.import_memory_max_bytes, s.import_max_s)
     limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
-    dataset, new = datasets.import_zip(state.database, s.data_dir, file.file, name, limits, s.record_rows_max)
+    dataset, new = datasets.import_upload(
+        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading
+    )
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/datasets/{dataset.id}"
     return _detail(dataset)
@@ -73,7 +87,7 @@ def index(state: Service, limit: Limit = 50, after: After = None) -> Page[Datase
     return Page(**page(rows, limit, _view, lambda row: row.id))
 
 
-@router.get("/{dataset_id}", summary="One data set")
+@router.get("/{dataset_id}", summary="One data set", response_model_exclude_none=True)
 def show(state: Service, dataset_id: DatasetId) -> DatasetDetail:
     with state.database.read() as session:
         return _detail(datasets.get(session, dataset_id))

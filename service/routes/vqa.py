@@ -1,6 +1,6 @@
-"""POST /vqa: one question on one image, as JSON or multipart; the answer with how far the image carries it.
+"""POST /vqa: one question on one image or several, as JSON or multipart; the answer with how far the image carries it.
 
-The adapter is resolved to an immutable version first; from there on only its digest counts. The image is data, never an address.
+The adapter is resolved to an immutable version first; from there on only its digest counts. Images are data, never addresses.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from hscr.images import ImageError, decode_image
+from hscr.images import ImageError, decode_images
+from hscr.records import MAX_IMAGES
 from service import adapters
 from service.adapters import Resolved
 from service.batcher import Batcher, Closed, Full
@@ -52,7 +53,16 @@ class InlineImage(BaseModel):
 
 
 class VQARequest(Parameters):
-    image: InlineImage
+    image: InlineImage | None = None
+    images: Annotated[list[InlineImage], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+        None, description="In place of `image`, in order, where the model's family takes several (docs/families.md)."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> VQARequest:
+        if (self.image is None) == (self.images is None):
+            raise ValueError("give image or images, not both")
+        return self
 
 
 class ModelRef(BaseModel):
@@ -107,9 +117,16 @@ class VQAResponse(BaseModel):
 _SCHEMA = VQARequest.model_json_schema(ref_template="#/components/schemas/{model}")
 _INLINE = _SCHEMA.pop("$defs")["InlineImage"]
 _SCHEMA["properties"]["image"] = _INLINE
+_SCHEMA["properties"]["images"] = {"type": "array", "items": _INLINE, "minItems": 1, "maxItems": MAX_IMAGES}
+_SCHEMA["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]
 _FORM = Parameters.model_json_schema()
-_FORM["properties"] = {"image": {"type": "string", "format": "binary"}, **_FORM["properties"]}
-_FORM["required"] = ["image", "question"]
+_FILE = {"type": "string", "format": "binary"}
+_FORM["properties"] = {
+    "image": _FILE,
+    "images": {"type": "array", "items": _FILE, "minItems": 1, "maxItems": MAX_IMAGES},
+    **_FORM["properties"],
+}
+_FORM["oneOf"] = _SCHEMA["oneOf"]
 _EXAMPLE = {
     "image": {"base64": "iVBORw0KGgo…"},
     "question": "Which lobe holds the lesion?",
@@ -133,10 +150,12 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
     begin = time.perf_counter()
     batcher = _ready(state)
     parameters, data = await _read(request)
-    image = await asyncio.to_thread(_decode, data)
+    if len(data) > 1 and not (state.engine is not None and state.engine.several_images):
+        raise Problem("one_image_only", "Ask with one image; docs/families.md lists the models that take several.")
+    images = await asyncio.to_thread(_decode, data)
     resolved = await asyncio.to_thread(_resolve, state, parameters.adapter)
     question = Question(
-        image=image,
+        images=images,
         text=parameters.question,
         adapter_digest=resolved.digest if resolved else None,
         adapter_folder=adapters.folder(state.settings.data_dir, resolved.digest) if resolved else None,
@@ -174,13 +193,14 @@ def _ready(state: State) -> Batcher:
     return state.batcher
 
 
-async def _read(request: Request) -> tuple[Parameters, bytes]:
+async def _read(request: Request) -> tuple[Parameters, list[bytes]]:
     """Parameters and image bytes from either form. Raises Problem."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
             body = VQARequest.model_validate_json(await request.body())
-            return body, base64.b64decode(body.image.base64, validate=True)
+            given = body.images or ([body.image] if body.image else [])
+            return body, [base64.b64decode(i.base64, validate=True) for i in given]
         if kind == "multipart/form-data":
             return await _read_form(request)
     except ValidationError as error:
@@ -190,18 +210,19 @@ async def _read(request: Request) -> tuple[Parameters, bytes]:
     raise Problem("unsupported_media_type", "Send application/json or multipart/form-data.")
 
 
-async def _read_form(request: Request) -> tuple[Parameters, bytes]:
-    async with request.form(max_files=1, max_fields=16, max_part_size=64 * 1024) as form:
-        file = form.get("image")
-        if not isinstance(file, UploadFile):
-            raise Problem("invalid_request", "Send the image as the file part `image`.")
-        fields = {name: value for name, value in form.multi_items() if name != "image"}
-        return Parameters.model_validate(fields), await file.read()
+async def _read_form(request: Request) -> tuple[Parameters, list[bytes]]:
+    async with request.form(max_files=MAX_IMAGES, max_fields=16, max_part_size=64 * 1024) as form:
+        one, several = form.getlist("image"), form.getlist("images")
+        files = [f for f in one or several if isinstance(f, UploadFile)]
+        if bool(one) == bool(several) or len(one) > 1 or len(files) != len(one or several):
+            raise Problem("invalid_request", "Send one file part `image`, or several named `images`.")
+        fields = {name: value for name, value in form.multi_items() if name not in ("image", "images")}
+        return Parameters.model_validate(fields), [await file.read() for file in files]
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(several: list[bytes]) -> tuple[Image.Image, ...]:
     try:
-        return decode_image(data)
+        return decode_images(several)
     except ImageError as error:
         raise Problem("invalid_image", f"{error}.") from None
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hscr.images import ImageError, ImageLimits, decode_image
+from hscr.images import ImageError, ImageLimits, decode_image, decode_images
 from tests.hscr.tiny import picture
 
 
@@ -123,3 +123,13 @@ def test_a_palettes_transparent_colour_lies_on_black() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
 def test_one_pixel_is_an_image(mode: str) -> None:
     assert decode_image(encoded(Image.new(mode, (1, 1)))).size == (1, 1)
+
+
+def test_the_images_of_a_question_share_the_limit_of_pixels() -> None:
+    """Two of 100 pixels fit into 200, the third does not; alone each would."""
+    out = io.BytesIO()
+    Image.new("RGB", (10, 10)).save(out, "PNG")
+    data = out.getvalue()
+    assert len(decode_images([data] * 2, ImageLimits(pixels=200))) == 2
+    with pytest.raises(ImageError, match=r"image 3: .*all images together: 200 pixels"):
+        decode_images([data] * 3, ImageLimits(pixels=200))

@@ -128,3 +128,21 @@ def test_an_adapter_that_names_the_data_set_is_not_evaluated_on_it(tmp_path: Pat
     (tmp_path / "hscr.json").unlink()
     refuse_own_data(tmp_path, digest)
     shutil.rmtree(tmp_path / "a")
+
+
+def test_a_leak_through_a_further_image_is_told_by_its_record(tmp_path: Path) -> None:
+    """Two records of two pictures each on either side; only the second pictures of 1 (left) and 2 (right) are the same."""
+    sides = []
+    for name, seeds in (("a", [(0, 1), (2, 3)]), ("b", [(10, 11), (12, 1)])):
+        folder = tmp_path / name
+        (folder / "images").mkdir(parents=True)
+        rows = []
+        for n, pair in enumerate(seeds):
+            for seed in pair:
+                picture(seed).save(folder / "images" / f"{seed}.png")
+            row = {"id": f"r{n}", "images": [f"images/{s}.png" for s in pair], "question": "Where?", "answer": "left"}
+            rows.append(json.dumps(row) + "\n")
+        (folder / "records.jsonl").write_text("".join(rows))
+        sides.append(DataSet(folder))
+    with pytest.raises(ValueError, match=r"1 of 2 evaluation records.*pairs of record numbers: 1 and 2\."):
+        list(check_evaluation(RunDir(tmp_path / "run"), *sides, allow=False))

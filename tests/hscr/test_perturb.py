@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,12 @@ import pytest
 import torch
 
 from hscr.config import PERTURBATIONS
-from hscr.model import VLM, encode_answer, encode_prompts
+from hscr.model import VLM, encode_answer, encode_prompts, load_model
 from hscr.perturb import masked_image, perturbed
 from hscr.reward import Branches, contrast, token_rewards
-from hscr.visual_tokens import Prompt, derived_seed, dropout_mask
+from hscr.visual_tokens import FeatureCache, Prompt, derived_seed, dropout_mask
 from tests.hscr.tiny import picture
+from tests.hscr.tiny_families import save_tiny
 
 QUESTIONS = ["Where is the lesion?", "Which plane is shown?"]
 ANSWER = "There is a large bright lesion in the left frontal lobe."
@@ -139,3 +142,20 @@ def test_masked_pictures_stay_out_of_the_feature_cache(pair: Pair) -> None:
 def test_an_unknown_perturbation_is_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match="perturbation: must be one of token_dropout, latent_mask"):
         pair.hide("blur", 0.7)
+
+
+@pytest.mark.parametrize("kind", ["patch_mask", "pixel_mask"])
+def test_each_of_several_images_has_its_own_mask(tmp_path: Path, kind: str) -> None:
+    """The same picture twice: masked by hand, the first with the record's seed and the second with one derived from it."""
+    vlm = load_model(save_tiny("internvl", tmp_path / "model"), device="cpu")
+    image = picture(0).point(lambda v: max(v, 1))
+    prompts = encode_prompts(vlm, [[image, image]], QUESTIONS[:1])
+    (cut,) = perturbed(vlm, prompts, [[image, image]], QUESTIONS[:1], ["1/a"], kind=kind, ratio=0.7, mask=0)
+    seed = derived_seed("1/a", 0)
+    n = int((prompts[0].input_ids == prompts[0].image_token_id).sum())
+    side = round((n / 2) ** 0.5) if kind == "patch_mask" else None
+    by_hand = [masked_image(image, 0.7, s, side=side) for s in (seed, derived_seed(seed, 1))]
+    assert not np.array_equal(*map(np.array, by_hand))
+    expected = encode_prompts(dataclasses.replace(vlm, features=FeatureCache(max_bytes=0)), [by_hand], QUESTIONS[:1])
+    assert torch.equal(features(cut), features(expected[0]))
+    assert torch.equal(cut.input_ids, prompts[0].input_ids)

@@ -123,3 +123,23 @@ def test_bad_shares_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--shares"):
         parse_shares(text)
     assert parse_shares("train=.8, valid=.1,test=.1") == {"train": 0.8, "valid": 0.1, "test": 0.1}
+
+
+def test_records_of_several_images_stay_with_whoever_shows_one_of_them(tmp_path: Path) -> None:
+    """Twelve chains of three records: the first's second picture is the second's first, whose group the third names."""
+    data, rows = tmp_path / "d", []
+    (data / "images").mkdir(parents=True)
+    for n in range(12):
+        for seed in (3 * n, 3 * n + 1, 3 * n + 2):
+            picture(seed).save(data / "images" / f"{seed}.png")
+        a, b, c = (f"images/{3 * n + k}.png" for k in range(3))
+        for name, shown, group in (("a", [a, b], None), ("b", [b], f"g{n}"), ("c", [c], f"g{n}")):
+            row = {"id": f"{n}{name}", "images": shown, "question": "Where?", "answer": "left"}
+            rows.append(json.dumps(row | ({"group": group} if group else {})) + "\n")
+    (data / "records.jsonl").write_text("".join(rows))
+    split_data(data, tmp_path / "out", SHARES, 0)
+    parts = ids(tmp_path / "out")
+    assert all(any({f"{n}{x}" for x in "abc"} <= found for found in parts.values()) for n in range(12))
+    files = [sorted((tmp_path / "out" / name / "images").iterdir()) for name in ("train", "test")]
+    assert find_leaks(*files) == []
+    assert sum(map(len, files)) == 36

@@ -19,6 +19,7 @@ WEB = {"fastapi", "starlette", "uvicorn"}
         ("service.db service.models service.jobs service.adapters service.datasets service.queue", HEAVY | WEB),
         ("worker.tasks worker.supervise worker.sweep worker.health", HEAVY | WEB),
         ("service.app service.serve service.up service.engine service.batcher", HEAVY),
+        ("service.import_child hscr.importing hscr.readers", HEAVY | WEB | {"sqlalchemy", "celery"}),
         ("service.cli", HEAVY | WEB | {"sqlalchemy", "celery"}),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
+from hscr.align import DataSet
 from service.app import create_app
 from service.db import Database, upgrade
 from service.settings import Settings
@@ -57,6 +58,15 @@ def test_align_through_the_service_and_ask_base_and_adapter(tmp_path: Path, monk
         stages = [e["data"]["stage"] for e in events if e["type"] == "stage" and e["data"]["status"] == "started"]
         assert stages == ["generating", "optimizing", "evaluating", "reporting", "publishing"]
         assert client.get(f"/jobs/{job_id}/report").status_code == 200
+        levels = client.get(f"/jobs/{job_id}/preferences").json()["data"]
+        assert [p["record"]["id"] for p in levels] == [f"r{n}" for n in range(8)]
+        assert any(p["levels"] for p in levels)
+        assert all(p["words"] for p in levels)
+        again_folder = tmp_path / "again"
+        export = client.get(f"/jobs/{job_id}/preferences/export", params={"format": "hscr"}).content
+        zipfile.ZipFile(io.BytesIO(export)).extractall(again_folder)
+        assert len(DataSet(again_folder).records) == 8
+        assert DataSet(again_folder).given == again_folder / "preferences.jsonl"
 
         wait_for(lambda: client.get("/readyz").status_code == 200, 60, "the model is loaded")
         ask = {

@@ -39,7 +39,7 @@ class Echo(LocalEngine):
     def _echo(self, q: Question) -> Any:
         token = SimpleNamespace(text="a", logprob=-0.1, logprob_without_image=-2.1, reward=2.0, is_content=True)
         return SimpleNamespace(
-            text=f"{q.text}|{q.image.size}|{q.adapter_digest}|{q.max_tokens}|{q.seed}",
+            text=f"{q.text}|{'+'.join(str(i.size) for i in q.images)}|{q.adapter_digest}|{q.max_tokens}|{q.seed}",
             token_ids=[1],
             tokens=[token] if q.grounding == "tokens" else None,
             score=None if q.grounding == "none" else 2.0,
@@ -146,6 +146,36 @@ def test_a_threshold_of_another_dropout_ratio_flags_nothing(
         run_job(database, settings, new_job(config={"preference": {"dropout_ratio": ratio}}), lambda: False)
         grounding = asker.post("/vqa", json=body(adapter="brain", grounding="summary")).json()["grounding"]
         assert grounding["threshold"] == threshold
+
+
+def test_several_images_are_asked_in_order_in_both_forms(asker: TestClient, engine: Echo) -> None:
+    engine.several_images = True
+    pictures = [png(), png(200)]
+    inline = [{"base64": base64.b64encode(p).decode()} for p in pictures]
+    answer = asker.post("/vqa", json={"images": inline, "question": "Where?"})
+    form = asker.post("/vqa", files=[("images", p) for p in pictures], data={"question": "Where?"})
+    assert answer.status_code == form.status_code == 200, answer.text + form.text
+    assert answer.json()["answer"] == form.json()["answer"] == "Where?|(8, 8)+(8, 8)|None|64|0"
+    assert [[i.getpixel((0, 0))[0] for i in q.images] for q in engine.asked] == [[0, 200]] * 2
+
+
+def test_several_images_are_refused_where_the_family_takes_one(asker: TestClient, engine: Echo) -> None:
+    image = body()["image"]
+    answer = asker.post("/vqa", json={"images": [image] * 2, "question": "Where?"})
+    assert (answer.status_code, answer.json()["code"], engine.asked) == (422, "one_image_only", [])
+    assert asker.post("/vqa", json={"images": [image], "question": "Where?"}).status_code == 200
+
+
+@pytest.mark.parametrize("n", [0, 17])
+def test_neither_both_nor_too_many_images_are_taken(asker: TestClient, engine: Echo, n: int) -> None:
+    engine.several_images = True
+    image = body()["image"]
+    for request in (body(images=[image]), {"question": "Where?"}, {"images": [image] * n, "question": "Where?"}):
+        answer = asker.post("/vqa", json=request)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    for parts in ([("image", png()), ("images", png())], [("image", png())] * 2, [("images", png())] * n):
+        if parts:
+            assert asker.post("/vqa", files=parts, data={"question": "Where?"}).status_code in (400, 422)
 
 
 @pytest.mark.parametrize(
