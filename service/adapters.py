@@ -83,7 +83,7 @@ def publish(
     report: str | None,
 ) -> AdapterVersion:
     """In one transaction: the job succeeds, its version exists, its last event says so. Raises jobs.Superseded."""
-    seq = jobs.succeed(session, mine, result, metrics=metrics, report=report, stage="publishing")
+    seq = jobs.succeed(session, mine, metrics=metrics, report=report, stage="publishing")
     job = session.get_one(Job, mine.job_id, populate_existing=True)
     dataset = session.get_one(Dataset, job.dataset_id)
     version = AdapterVersion(

@@ -25,7 +25,7 @@ from service.db import Database
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.metrics import Metrics
-from service.routes import adapters, align, datasets, health, jobs, vqa
+from service.routes import adapters, align, datasets, health, job_requests, jobs, metrics, vqa
 from service.settings import Settings
 from service.state import State
 
@@ -44,8 +44,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     check_settings(settings)
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
-    metrics = Metrics()
-    state = State(settings, Database(settings.database), metrics, engine, None)
+    counters = Metrics()
+    state = State(settings, Database(settings.database), counters, engine, None)
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,
@@ -57,11 +57,11 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     )
     app.state.hscr = state
     problems.install(app)
-    for module in (datasets, align, jobs, adapters, vqa, health):
+    for module in (datasets, align, jobs, job_requests, metrics, adapters, vqa, health):
         app.include_router(module.router)
     _documentation(app)
     app.add_middleware(Auth, settings=settings)
-    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    app.add_middleware(Edge, settings=settings, metrics=counters)
     return app
 
 

@@ -89,18 +89,25 @@ class Job(Base):
             "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)", name="ended_has_time"
         ),
         Index("ix_jobs_status_lease", "status", "lease_until"),
+        Index("ix_jobs_status_queued", "status", "queued_at"),
+        Index("ix_jobs_owner_status", "owner", "status"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     status: Mapped[str] = mapped_column(String(20))
     stage: Mapped[str | None] = mapped_column(String(20))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    pause_requested: Mapped[bool] = mapped_column(default=False)
+    review: Mapped[bool] = mapped_column(default=False)  # stop after generation until somebody approves
+    approved_at: Mapped[datetime | None]
+    owner: Mapped[str] = mapped_column(String(40), default="local")  # id of the key that asked for it
     dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
     evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"))
     adapter_name: Mapped[str]
     model: Mapped[str] = mapped_column(Text)
     config: Mapped[dict[str, Any]]
     meta: Mapped[dict[str, Any]]
+    deadline_s: Mapped[float | None]
     deadline_at: Mapped[datetime | None]
 
     fence: Mapped[int] = mapped_column(default=0)
@@ -110,10 +117,12 @@ class Job(Base):
     high_water: Mapped[int] = mapped_column(BigInteger, default=-1)  # the furthest point any attempt reached
     crash_water: Mapped[int] = mapped_column(BigInteger, default=-1)  # high_water at the last crash
     last_seq: Mapped[int] = mapped_column(default=0)
+    queued_at: Mapped[datetime] = mapped_column(default=now)  # its place in the queue, anew each time it comes back
     rung_at: Mapped[datetime | None]
 
     progress: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    stage_seconds: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # time spent, over all attempts
     error_code: Mapped[str | None] = mapped_column(String(80))
     error_message: Mapped[str | None] = mapped_column(Text)
     report: Mapped[str | None] = mapped_column(String(80))  # name of the published report's folder

@@ -51,6 +51,10 @@ class Settings(BaseSettings):
     max_crashes: int = Field(default=3, ge=1)
     sweep_interval_s: float = Field(default=1.0, gt=0)
     ring_after_s: float = Field(default=5.0, gt=0)
+    key_waiting_max: int | None = Field(
+        default=1000, ge=0
+    )  # jobs of one key that wait (queued, paused, awaiting review)
+    key_running_max: int | None = Field(default=None, ge=1)  # jobs of one key that run at once
 
     body_max_bytes: int = 32 * 2**20
     upload_max_bytes: int = 4 * 2**30

@@ -24,7 +24,7 @@ from service.models import Dataset, Job
 from service.settings import Settings
 from worker.attempt import JobFolder, try_lock
 from worker.reports import store_report
-from worker.run import BAD_INPUT, DONE, Run
+from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
@@ -37,7 +37,7 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
     busy = True  # before the claim: a SIGTERM from here on hands the job back instead of ending the process
     try:
         with database.write() as session:
-            mine = jobs.claim(session, job_id, settings.lease_s)
+            mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
         if mine is None:
             return
         log.info("job %s attempt %d: claimed", job_id, mine.fence)
@@ -50,7 +50,7 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
 
 @dataclass
 class _Asked:
-    """Why the run is being stopped: cancel, stop (the worker leaves), deadline."""
+    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline."""
 
     reason: str
     kill_at: float
@@ -63,12 +63,17 @@ class _Attempt:
     mine: jobs.Claim
     should_stop: Callable[[], bool]
     metrics: dict[str, Any] = field(default_factory=dict)
+    stage: str | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    for_review: bool = False  # the run was told to stop after generation
+    generated: bool = False
     pending: list[RunEvent] = field(default_factory=list)
     result: ResultEvent | None = None
     error: ErrorEvent | None = None
     asked: _Asked | None = None
     _renewed: float = field(default_factory=time.monotonic)
-    _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, None))
+    _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, False, None))
+    _timed: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
         folder = JobFolder(self.settings.data_dir, self.mine.job_id)
@@ -113,7 +118,8 @@ class _Attempt:
             job = session.get_one(Job, self.mine.job_id)
             data = session.get_one(Dataset, job.dataset_id).digest
             other = session.get_one(Dataset, job.evaluation_dataset_id).digest if job.evaluation_dataset_id else None
-        self.metrics = dict(job.metrics)
+        self.metrics, self.stage_seconds = dict(job.metrics), dict(job.stage_seconds)
+        self.for_review = job.review and job.approved_at is None
         write_json(folder.path / "config.json", job.config)
         place = self.settings.data_dir.resolve()
         command = [*self.settings.run_command, str(datasets.folder(place, data)), "--model", self.settings.model_path]
@@ -125,7 +131,8 @@ class _Attempt:
             "--events",
             "json",
         ]
-        return command + (["--eval", str(datasets.folder(place, other))] if other else [])
+        command += ["--eval", str(datasets.folder(place, other))] if other else []
+        return command + (["--stop-after", "generating"] if self.for_review else [])
 
     def _follow(self, run: Run) -> int:
         """Relay the run's events until it has ended; its exit status."""
@@ -153,6 +160,8 @@ class _Attempt:
                 self.asked = _Asked("cancel", 0)
             elif self._pulse.deadline_at is not None and now() > self._pulse.deadline_at:
                 self.asked = _Asked("deadline", 0)
+            elif self._pulse.pause_requested:
+                self.asked = _Asked("pause", 0)
             elif self.should_stop():
                 self.asked = _Asked("stop", 0)
 
@@ -168,7 +177,22 @@ class _Attempt:
             else:
                 if isinstance(event, MetricsEvent):
                     self.metrics[event.stage] = {"step": event.step, **event.values}
+                if isinstance(event, StageEvent):
+                    self._enter(event)
                 self.pending.append(event)
+
+    def _enter(self, event: StageEvent) -> None:
+        self._time_stage()
+        self.stage = event.stage if event.status == "started" else None
+        self.generated |= event.stage == "generating" and event.status != "started"
+
+    def _time_stage(self) -> None:
+        """Book the time since the last look to the stage that is under way."""
+        instant = time.monotonic()
+        if self.stage is not None:
+            spent = self.stage_seconds.get(self.stage, 0.0) + instant - self._timed
+            self.stage_seconds[self.stage] = round(spent, 3)
+        self._timed = instant
 
     @staticmethod
     def _same_progress(last: RunEvent, event: ProgressEvent) -> bool:
@@ -197,6 +221,7 @@ class _Attempt:
             e.stage for e in self.pending if isinstance(e, (StageEvent, ProgressEvent, CheckpointEvent, MetricsEvent))
         ]
         shown = [e for e in self.pending if isinstance(e, ProgressEvent)]
+        self._time_stage()
         return jobs.heartbeat(
             session,
             self.mine,
@@ -205,6 +230,7 @@ class _Attempt:
             stage=stages[-1] if stages else None,
             progress=shown[-1].model_dump(include={"stage", "done", "total", "rate", "eta_s"}) if shown else None,
             metrics=self.metrics if any(isinstance(e, MetricsEvent) for e in self.pending) else None,
+            stage_seconds=self.stage_seconds or None,
         )
 
     def _conclude(self, status: int | None, work: Path | None) -> None:
@@ -220,8 +246,10 @@ class _Attempt:
         elif status == BAD_INPUT:
             error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
-        elif asked == "stop":
-            self._finish(lambda s: jobs.hand_back(s, self.mine, "worker_stopping"))
+        elif status == STOPPED and self.for_review and self.generated:
+            self._finish(lambda s: jobs.await_review(s, self.mine))
+        elif asked in ("stop", "pause"):
+            self._finish(lambda s: jobs.hand_back(s, self.mine, "worker_stopping" if asked == "stop" else "resumed"))
         elif status == DONE:
             self._crash("no_result", "the run ended without a result")
         else:

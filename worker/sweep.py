@@ -55,7 +55,7 @@ def ring_again(database: Database, celery: Celery, after_s: float) -> int:
     )
     with database.read() as session:
         ids = session.scalars(
-            select(Job.id).where(Job.status == "queued", forgotten).order_by(Job.id).limit(BATCH)
+            select(Job.id).where(Job.status == "queued", forgotten).order_by(Job.queued_at).limit(BATCH)
         ).all()
     if not ids or waiting_bells(celery) > 0:
         return 0
@@ -67,12 +67,13 @@ def ring_again(database: Database, celery: Celery, after_s: float) -> int:
 
 
 def reap(database: Database, max_crashes: int) -> int:
-    """Queue again (or fail) the jobs whose lease ran out, and fail those that missed their deadline in the queue; how many."""
+    """Queue again (or fail) the jobs whose lease ran out, and fail those that still waited at their deadline; how many."""
     with database.read() as session:
         lost = session.scalars(
             select(Job.id).where(Job.status == "running", Job.lease_until < now()).limit(BATCH)
         ).all()
-        late = session.scalars(select(Job.id).where(Job.status == "queued", Job.deadline_at < now()).limit(BATCH)).all()
+        waiting = Job.status.in_(jobs.WAITING)
+        late = session.scalars(select(Job.id).where(waiting, Job.deadline_at < now()).limit(BATCH)).all()
     for job_id in lost:
         with database.write() as session:
             status = jobs.reap(session, job_id, max_crashes)

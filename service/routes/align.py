@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
 from hscr.config import AlignConfig, preset
-from service import datasets, jobs
+from service import datasets, job_requests, jobs
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
@@ -59,6 +59,9 @@ class AlignRequest(BaseModel):
     deadline_s: float | None = Field(
         None, gt=0, le=30 * 86400, allow_inf_nan=False, description="Fail the job after this time."
     )
+    review: bool = Field(
+        False, description="Stop after generation, until somebody has looked and calls POST /jobs/{id}/approve."
+    )
     metadata: dict[
         Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
     ] = Field(default_factory=dict, max_length=32)
@@ -82,6 +85,7 @@ def align(
         for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
             if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
                 raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
+        job_requests.check_room(session, jobs.LOCAL, state.settings.key_waiting_max)
         job = jobs.create(
             session,
             dataset_id=request.dataset,
@@ -90,6 +94,7 @@ def align(
             model=state.settings.model_id,
             config=config.to_dict(),
             deadline_s=request.deadline_s,
+            review=request.review,
             meta=request.metadata,
         )
         return job.id, job_view(session, job).model_dump(mode="json")

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
+from service import job_requests, jobs
 from service.db import Database, alembic_config, now
 from service.models import AdapterVersion, Alias, Base, Job, new_id
 
@@ -25,6 +27,32 @@ def test_down_to_nothing_and_up_again(database_url: str, database: Database) -> 
     assert set(inspect(database.engine).get_table_names()) == {"alembic_version", *Base.metadata.tables}
     command.upgrade(config, "head")
     command.check(config)
+
+
+def test_rows_live_through_every_revision(database_url: str, database: Database, dataset: Any, new_job: Any) -> None:
+    """Down one revision at a time and up again with a job, its events and its bell in the tables: nothing of them is lost."""
+    paused, queued = new_job(), new_job()
+    with database.write() as session:
+        job_requests.pause(session, paused)
+    config = alembic_config(database_url)
+    revisions = [r.revision for r in ScriptDirectory.from_config(config).walk_revisions()]
+    assert revisions[-1] == "0001"
+    for revision in revisions[1:]:
+        command.downgrade(config, revision)
+        with database.read() as session:
+            assert session.scalar(text("SELECT count(*) FROM jobs")) == 2
+            assert session.scalar(text("SELECT count(*) FROM job_events")) == 3
+            assert session.scalar(text("SELECT count(*) FROM dataset_records")) == 3
+    with database.read() as session:
+        statuses = dict(session.execute(text("SELECT id, status FROM jobs")).all())
+    assert statuses == {paused: "cancelled", queued: "queued"}, "the first service knows no way out of paused"
+    command.upgrade(config, "head")
+    command.check(config)
+    with database.write() as session:
+        again = jobs.get(session, queued)
+        assert (again.owner, again.queued_at, again.stage_seconds) == ("local", again.created_at, {})
+        assert jobs.claim(session, queued, 10, running_max=1) is not None
+        assert jobs.get(session, paused).status == "cancelled"
 
 
 def job(dataset: Any, **changes: Any) -> Job:
