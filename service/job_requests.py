@@ -71,6 +71,8 @@ def approve(session: Session, job_id: str) -> Job:
 def retry(session: Session, job_id: str, waiting_max: int | None) -> Job:
     """A failed job is queued again and goes on from its last checkpoint; its deadline and its count of crashes begin anew."""
     job = jobs.get(session, job_id)
+    if job.deleted_at is not None:
+        raise Problem("job_deleted", "A deleted job cannot be retried; POST /align starts a new one.")
     if job.status == "failed":
         check_room(session, job.owner, waiting_max)
         deadline = now() + timedelta(seconds=job.deadline_s) if job.deadline_s else None

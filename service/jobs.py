@@ -119,7 +119,7 @@ def move(
     the event to the caller.
     """
     allowed = [s for s, targets in TRANSITIONS.items() if to in targets and (only_from is None or s in only_from)]
-    where = [Job.id == job_id, Job.status.in_(allowed)]
+    where = [Job.id == job_id, Job.status.in_(allowed), Job.deleted_at.is_(None)]
     if held_by is not None:
         where += [Job.status == "running", Job.fence == held_by]
     row = session.execute(
@@ -150,6 +150,7 @@ def _entering(status: str) -> dict[str, Any]:
         return left | {"finished_at": now()}
     # The fence is bumped here already, not only by the next claim: from now on the old attempt can write nothing.
     left |= {"fence": Job.fence + 1, "finished_at": None, "error_code": None, "error_message": None}
+    left |= {"files_removed_at": None}
     return left | ({"queued_at": now(), "rung_at": None} if status == "queued" else {})
 
 

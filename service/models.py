@@ -91,6 +91,7 @@ class Job(Base):
         Index("ix_jobs_status_lease", "status", "lease_until"),
         Index("ix_jobs_status_queued", "status", "queued_at"),
         Index("ix_jobs_owner_status", "owner", "status"),
+        Index("ix_jobs_files_finished", "files_removed_at", "finished_at"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -129,6 +130,8 @@ class Job(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]  # its words and events are gone; the row stays for what it made
+    files_removed_at: Mapped[datetime | None]  # DATA/runs/<id>/ is gone
 
 
 class JobEvent(Base):
@@ -219,6 +222,7 @@ class IdempotencyKey(Base):
     """What a caller's Idempotency-Key was answered with; only digests of key and body are kept."""
 
     __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("ix_idempotency_keys_created", "created_at"),)
 
     key_digest: Mapped[str] = mapped_column(String(80), primary_key=True)
     body_digest: Mapped[str] = mapped_column(String(80))

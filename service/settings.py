@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     )  # jobs of one key that wait (queued, paused, awaiting review)
     key_running_max: int | None = Field(default=None, ge=1)  # jobs of one key that run at once
 
+    keep_runs_s: float | None = Field(default=30 * 86400, ge=0)  # the folders of ended jobs; None: until deleted
+    keep_idempotency_s: float = Field(default=7 * 86400, ge=0)
+    clean_interval_s: float = Field(default=60.0, gt=0)
+
     body_max_bytes: int = 32 * 2**20
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30

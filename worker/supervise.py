@@ -21,8 +21,10 @@ from service import adapters, datasets, jobs
 from service.db import Database, now
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
 from service.models import Dataset, Job
+from service.retention import artifacts_held
+from service.run_folders import try_lock
 from service.settings import Settings
-from worker.attempt import JobFolder, try_lock
+from worker.attempt import JobFolder
 from worker.reports import store_report
 from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
@@ -67,6 +69,7 @@ class _Attempt:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     for_review: bool = False  # the run was told to stop after generation
     generated: bool = False
+    over: bool = False  # the job will not go on: succeeded or cancelled
     pending: list[RunEvent] = field(default_factory=list)
     result: ResultEvent | None = None
     error: ErrorEvent | None = None
@@ -91,6 +94,8 @@ class _Attempt:
                     )
                 )
                 self._conclude(status, work)
+                if self.over:
+                    folder.trim()
         except jobs.Superseded:
             raise
         except Exception as error:
@@ -239,6 +244,7 @@ class _Attempt:
         log.info("job %s attempt %d: run ended with %s, asked: %s", self.mine.job_id, self.mine.fence, status, asked)
         if asked == "cancel":
             self._finish(lambda s: jobs.cancelled(s, self.mine))
+            self.over = True
         elif status == DONE and self.result is not None and work is not None:
             self._publish(work, self.result)
         elif asked == "deadline":
@@ -259,17 +265,19 @@ class _Attempt:
     def _publish(self, work: Path, result: ResultEvent) -> None:
         """Artifacts first, whole and under their digests; then one transaction makes them known."""
         self._store_now([StageEvent(stage="publishing", status="started")])
-        try:
-            adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
-        except ValueError:
-            self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
-            return
-        report = store_report(self.settings.data_dir, work)
-        self._finish(
-            lambda s: adapters.publish(
-                s, self.mine, digest=result.digest, metrics=self.metrics, result=result.metrics, report=report
+        with artifacts_held(self.settings.data_dir):
+            try:
+                adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
+            except ValueError:
+                self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
+                return
+            report = store_report(self.settings.data_dir, work)
+            self._finish(
+                lambda s: adapters.publish(
+                    s, self.mine, digest=result.digest, metrics=self.metrics, result=result.metrics, report=report
+                )
             )
-        )
+        self.over = True
         log.info("job %s: published", self.mine.job_id)
 
     def _crash(self, code: str, message: str) -> None:

@@ -1,10 +1,10 @@
-"""What may be asked of a job: cancel, pause, resume, approve, retry. Asking twice is harmless."""
+"""What may be asked of a job: cancel, pause, resume, approve, retry, delete. Asking twice is harmless."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service import job_requests
+from service import job_requests, retention
 from service.routes.jobs import JobId, JobView, job_view
 from service.state import Service
 
@@ -44,3 +44,13 @@ def retry(state: Service, job_id: JobId) -> JobView:
     """It is queued again and goes on from its last checkpoint, while that is kept; a deadline begins anew."""
     with state.database.write() as session:
         return job_view(session, job_requests.retry(session, job_id, state.settings.key_waiting_max))
+
+
+@router.delete("/{job_id}", status_code=204, summary="Delete an ended job")
+def delete(state: Service, job_id: JobId) -> None:
+    """Its events, report, checkpoints and whatever else it has on disk. A version that it published stays, and what it was made from."""
+    with state.database.write() as session:
+        retention.delete_job(session, job_id)
+    # Where a dying run still holds the folder, the sweep frees it.
+    retention.free(state.database, state.settings.data_dir, job_id)
+    retention.collect(state.database, state.settings.data_dir)

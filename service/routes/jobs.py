@@ -93,6 +93,7 @@ class JobView(BaseModel):
     started_at: datetime | None
     finished_at: datetime | None
     deadline_at: datetime | None
+    deleted_at: datetime | None = None
 
 
 class EventView(BaseModel):
@@ -106,7 +107,7 @@ class EventView(BaseModel):
 def index(
     state: Service, limit: Limit = 50, after: After = None, status: Annotated[Status | None, Query()] = None
 ) -> Page[JobView]:
-    query = select(Job).order_by(Job.id.desc()).limit(limit + 1)
+    query = select(Job).where(Job.deleted_at.is_(None)).order_by(Job.id.desc()).limit(limit + 1)
     query = query.where(Job.id < after) if after else query
     query = query.where(Job.status == status) if status else query
     with state.database.read() as session:
@@ -195,6 +196,7 @@ def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobV
         started_at=job.started_at,
         finished_at=job.finished_at,
         deadline_at=job.deadline_at,
+        deleted_at=job.deleted_at,
     )
 
 
@@ -241,4 +243,4 @@ def _over(state: State, job_id: str, after: int) -> bool:
     """True where the caller has the last event of an ended job. An earlier ending is not the last where the job was retried."""
     with state.database.read() as session:
         job = jobs.get(session, job_id)
-        return job.status in jobs.ENDED and after >= job.last_seq
+        return job.status in jobs.ENDED and (after >= job.last_seq or job.deleted_at is not None)
