@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from hscr.artifacts import verify_manifest
 from hscr.config import PreferenceConfig
-from service import jobs
+from service import audit, jobs
 from service.db import now
 from service.errors import Problem
 from service.models import Adapter, AdapterVersion, Alias, AliasMove, Dataset, Job
@@ -100,7 +100,7 @@ def publish(
     session.add(version)
     what = {"name": version.adapter_name, "version": version.version, "digest": digest}
     jobs.add_event(session, job.id, seq, mine.fence, "status", {"status": "succeeded", "adapter": what})
-    session.flush()
+    audit.record(session, "worker", "version.publish", f"{what['name']}:{what['version']}", digest=digest, job=job.id)
     return version
 
 

@@ -25,7 +25,7 @@ from service.db import Database
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.metrics import Metrics
-from service.routes import adapters, align, datasets, health, job_requests, jobs, metrics, vqa
+from service.routes import adapters, align, datasets, health, job_requests, jobs, keys, metrics, vqa
 from service.settings import Settings
 from service.state import State
 
@@ -57,10 +57,10 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     )
     app.state.hscr = state
     problems.install(app)
-    for module in (datasets, align, jobs, job_requests, metrics, adapters, vqa, health):
+    for module in (datasets, align, jobs, job_requests, metrics, adapters, vqa, keys, health):
         app.include_router(module.router)
     _documentation(app)
-    app.add_middleware(Auth, settings=settings)
+    app.add_middleware(Auth, settings=settings, database=state.database)
     app.add_middleware(Edge, settings=settings, metrics=counters)
     return app
 
@@ -71,7 +71,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: State = app.state.hscr
     settings = state.settings
     if settings.api_key is None:
-        logging.getLogger("hscr").warning("no HSCR_API_KEY: open to everybody on this machine, and to nobody else")
+        logging.getLogger("hscr").warning(
+            "no HSCR_API_KEY: until a key is made, open to everybody on this machine, and to nobody else"
+        )
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         state.batcher = Batcher(

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from hscr.artifacts import file_digest, json_digest
 from hscr.images import ImageError, decode_image
 from hscr.records import RejectedRow, VQARecord, read_records, records_file, to_json, write_jsonl
+from service import audit
 from service.adapters import sync_tree
 from service.archive import ArchiveLimits, discard, flatten, unpack
 from service.db import Database
@@ -44,7 +45,13 @@ def folder(data_dir: Path, digest: str) -> Path:
 
 
 def import_zip(
-    database: Database, data_dir: Path, file: IO[bytes], name: str, limits: ArchiveLimits, rows_max: int
+    database: Database,
+    data_dir: Path,
+    file: IO[bytes],
+    name: str,
+    limits: ArchiveLimits,
+    rows_max: int,
+    actor: str = "local",
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register an archive; the data set and whether it is new (equal content under one name is not). Raises Problem."""
     incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
@@ -56,7 +63,10 @@ def import_zip(
     finally:
         discard(incoming)
     with database.write() as session:
-        return _register(session, name, content)
+        dataset, new = _register(session, name, content)
+        if new:
+            audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
+        return dataset, new
 
 
 def _read(source: Path, rows_max: int) -> Content:

@@ -16,16 +16,18 @@ from service import jobs
 from service.db import lock, now
 from service.errors import Problem
 from service.jobs import ENDED, WAITING, move
-from service.models import Job
+from service.models import ApiKey, Job
 
 
 def check_room(session: Session, owner: str, waiting_max: int | None) -> None:
-    """Refuse one more waiting job than an owner may have. The owner's lock is held to the transaction's end. Raises Problem."""
-    if waiting_max is None:
+    """Refuse one more waiting job than an owner's key, else `waiting_max`, allows. Raises Problem."""
+    key = session.get(ApiKey, owner)
+    most = waiting_max if key is None or key.waiting_max is None else key.waiting_max
+    if most is None:
         return
     lock(session, f"waiting:{owner}")
-    if jobs.count(session, owner, WAITING) >= waiting_max:
-        detail = f"At most {waiting_max} jobs of one key wait at a time. Cancel one, or try again when one has started."
+    if jobs.count(session, owner, WAITING) >= most:
+        detail = f"At most {most} jobs of one key wait at a time. Cancel one, or try again when one has started."
         raise Problem("too_many_jobs", detail, headers={"Retry-After": "30"})
 
 

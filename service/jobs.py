@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from service.db import lock, now
 from service.errors import Problem
 from service.events import RunEvent, water
-from service.models import Job, JobEvent, Outbox, new_id
+from service.models import ApiKey, Job, JobEvent, Outbox, new_id
 
 TRANSITIONS: dict[str, frozenset[str]] = {
     "queued": frozenset({"running", "paused", "cancelled", "failed"}),
@@ -157,14 +157,16 @@ def _entering(status: str) -> dict[str, Any]:
 def claim(session: Session, job_id: str, lease_s: float, running_max: int | None = None) -> Claim | None:
     """Take a queued job; None where there is nothing to take (unknown id, somebody has it, it ended): a bell too many.
 
-    None too where the job's owner has `running_max` jobs running already; the sweep rings again.
+    None too where the job's owner has as many running jobs as its key, else `running_max`, allows; the sweep rings again.
     """
-    if running_max is not None:
-        owner = session.scalar(select(Job.owner).where(Job.id == job_id, Job.status == "queued"))
-        if owner is None:
-            return None
-        lock(session, f"running:{owner}")  # two claims at once must not both see the last free place
-        if count(session, owner, ("running",)) >= running_max:
+    asked = select(Job.owner, ApiKey.running_max).outerjoin(ApiKey, ApiKey.id == Job.owner)
+    by = session.execute(asked.where(Job.id == job_id, Job.status == "queued")).one_or_none()
+    if by is None:
+        return None
+    most = running_max if by.running_max is None else by.running_max
+    if most is not None:
+        lock(session, f"running:{by.owner}")  # two claims at once must not both see the last free place
+        if count(session, by.owner, ("running",)) >= most:
             return None
     moved = move(session, job_id, "running", silent=True, lease_until=_lease(lease_s))
     if moved is None:

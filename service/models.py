@@ -231,6 +231,53 @@ class IdempotencyKey(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class ApiKey(Base):
+    """A key by its digest. `previous_digest` opens it too until `previous_until`, after a rotation. Rows stay when a key is revoked."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (UniqueConstraint("digest"), UniqueConstraint("previous_digest"))
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str]
+    shown: Mapped[str] = mapped_column(String(20))
+    digest: Mapped[str] = mapped_column(String(80))
+    previous_digest: Mapped[str | None] = mapped_column(String(80))
+    previous_until: Mapped[datetime | None]
+    scopes: Mapped[list[Any]]
+    waiting_max: Mapped[int | None]  # its own limits of jobs; None: the service's
+    running_max: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class AuditEntry(Base):
+    """One change that somebody asked for. The database refuses to change or remove a row (triggers); service/audit.py chains them."""
+
+    __tablename__ = "audit"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    actor: Mapped[str] = mapped_column(String(40))
+    action: Mapped[str] = mapped_column(String(40))
+    subject: Mapped[str] = mapped_column(index=True)
+    data: Mapped[dict[str, Any]]
+    previous: Mapped[str] = mapped_column(String(80))
+    digest: Mapped[str] = mapped_column(String(80))
+
+
+class AuditHead(Base):
+    """The end of the chain: one row, whose lock orders the entries."""
+
+    __tablename__ = "audit_head"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(80))
+
+
 def new_id(prefix: str) -> str:
     """An id that sorts by its time of birth, so that a list's cursor is its last id."""
     return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"

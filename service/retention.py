@@ -25,8 +25,8 @@ from service.settings import Settings
 BATCH = 100
 
 
-def delete_job(session: Session, job_id: str) -> Job:
-    """Forget an ended job: its events, its words and, by `free`, its files. Raises Problem.
+def delete_job(session: Session, job_id: str) -> bool:
+    """Forget an ended job: its events, its words and, by `free`, its files; False where it is forgotten already. Raises Problem.
 
     Its row stays, without what the caller wrote: versions, data sets and the audit lead to it.
     """
@@ -35,11 +35,13 @@ def delete_job(session: Session, job_id: str) -> Job:
         raise Problem("job_not_found", "No job has this id; GET /jobs lists them.")
     if job.status not in jobs.ENDED:
         raise Problem("job_not_ended", "Cancel the job first: POST /jobs/{id}/cancel.")
-    if job.deleted_at is None:
-        job.deleted_at, job.meta, job.report, job.progress = now(), {}, None, None
-        for table in (JobEvent, IdempotencyKey, Outbox):
-            session.execute(delete(table).where(table.job_id == job_id))
-    return job
+    if job.deleted_at is not None:
+        return False
+    job.deleted_at, job.meta, job.report, job.progress = now(), {}, None, None
+    for table in (JobEvent, IdempotencyKey, Outbox):
+        session.execute(delete(table).where(table.job_id == job_id))
+    session.flush()
+    return True
 
 
 def free(database: Database, data_dir: Path, job_id: str) -> bool:

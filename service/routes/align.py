@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
 from hscr.config import AlignConfig, preset
-from service import datasets, job_requests, jobs
+from service import audit, datasets, job_requests, jobs
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
 from service.routes.jobs import JobView, job_view
-from service.state import Service
+from service.state import Service, Who
 
 router = APIRouter(tags=["align"])
 
@@ -70,6 +70,7 @@ class AlignRequest(BaseModel):
 @router.post("/align", status_code=202, summary="Start an align job")
 def align(
     state: Service,
+    who: Who,
     response: Response,
     request: Annotated[AlignRequest, Body(openapi_examples=EXAMPLES)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -85,7 +86,7 @@ def align(
         for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
             if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
                 raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
-        job_requests.check_room(session, jobs.LOCAL, state.settings.key_waiting_max)
+        job_requests.check_room(session, who.id, state.settings.key_waiting_max)
         job = jobs.create(
             session,
             dataset_id=request.dataset,
@@ -95,8 +96,10 @@ def align(
             config=config.to_dict(),
             deadline_s=request.deadline_s,
             review=request.review,
+            owner=who.id,
             meta=request.metadata,
         )
+        audit.record(session, who.id, "job.create", job.id, dataset=request.dataset, adapter=request.adapter)
         return job.id, job_view(session, job).model_dump(mode="json")
 
     body, replayed = once(state.database, state.in_flight, idempotency_key, request.model_dump(mode="json"), make)

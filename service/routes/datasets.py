@@ -15,7 +15,7 @@ from service.archive import ArchiveLimits
 from service.errors import Problem
 from service.models import Dataset, DatasetRecord
 from service.pages import After, AfterNumber, Limit, Page, page
-from service.state import Service
+from service.state import Service, Who
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 DatasetId = Annotated[str, Path(max_length=40, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
@@ -51,6 +51,7 @@ class RecordView(BaseModel):
 @router.post("", status_code=201, summary="Upload a data set")
 def upload(
     state: Service,
+    who: Who,
     response: Response,
     file: Annotated[UploadFile, File(description="A zip of records.jsonl and its images.")],
     name: Annotated[str, Form(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\- ]{0,99}$")] = "dataset",
@@ -59,7 +60,7 @@ def upload(
     """201 with counts and the rejected rows. The same content under the same name is the same version: 200 with what is there."""
     s = state.settings
     limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
-    dataset, new = datasets.import_zip(state.database, s.data_dir, file.file, name, limits, s.record_rows_max)
+    dataset, new = datasets.import_zip(state.database, s.data_dir, file.file, name, limits, s.record_rows_max, who.id)
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/datasets/{dataset.id}"
     return _detail(dataset)

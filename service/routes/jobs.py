@@ -72,6 +72,7 @@ class JobView(BaseModel):
     stage: str | None
     cancel_requested: bool
     pause_requested: bool = False
+    owner: str = Field(jobs.LOCAL, description="Id of the key that asked for it; `env` or `local` without one.")
     review: bool = Field(False, description="Stops after generation until POST /jobs/{id}/approve.")
     approved_at: datetime | None = None
     queue: QueueView = QueueView()
@@ -171,6 +172,7 @@ def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobV
         stage=job.stage,
         cancel_requested=job.cancel_requested,
         pause_requested=job.pause_requested,
+        owner=job.owner,
         review=job.review,
         approved_at=job.approved_at,
         queue=QueueView(position=ahead.position, starts_in_s=ahead.starts_in_s),
