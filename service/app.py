@@ -25,7 +25,7 @@ from service.db import Database
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.metrics import Metrics
-from service.routes import adapters, align, datasets, health, job_requests, jobs, keys, metrics, vqa
+from service.routes import adapters, aliases, align, datasets, health, job_requests, jobs, keys, lineage, metrics, vqa
 from service.settings import Settings
 from service.state import State
 
@@ -57,7 +57,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     )
     app.state.hscr = state
     problems.install(app)
-    for module in (datasets, align, jobs, job_requests, metrics, adapters, vqa, keys, health):
+    for module in (datasets, align, jobs, job_requests, metrics, adapters, aliases, lineage, vqa, keys, health):
         app.include_router(module.router)
     _documentation(app)
     app.add_middleware(Auth, settings=settings, database=state.database)

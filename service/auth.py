@@ -33,6 +33,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "align": (("align",), ("align",)),
     "jobs": (("align",), ("align",)),
     "adapters": (("vqa", "align"), ("align",)),
+    "lineage": (("vqa", "align"), ()),
     "metrics": (SCOPES, ()),
     "docs": (SCOPES, ()),
     "openapi.json": (SCOPES, ()),

@@ -102,8 +102,8 @@ class Job(Base):
     review: Mapped[bool] = mapped_column(default=False)  # stop after generation until somebody approves
     approved_at: Mapped[datetime | None]
     owner: Mapped[str] = mapped_column(String(40), default="local")  # id of the key that asked for it
-    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
-    evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"))
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
+    evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
     adapter_name: Mapped[str]
     model: Mapped[str] = mapped_column(Text)
     config: Mapped[dict[str, Any]]
@@ -182,9 +182,29 @@ class AdapterVersion(Base):
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"))
     dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
     dataset_digest: Mapped[str] = mapped_column(String(80))
+    preferences_digest: Mapped[str | None] = mapped_column(
+        String(80)
+    )  # of the preferences.jsonl that it was optimised on
     config: Mapped[dict[str, Any]]
     metrics: Mapped[dict[str, Any]]
+    notes: Mapped[str | None] = mapped_column(Text)  # with the tags all of a version that may change
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class VersionTag(Base):
+    """A word on a version, for people to find it by."""
+
+    __tablename__ = "version_tags"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["adapter_name", "version"], ["adapter_versions.adapter_name", "adapter_versions.version"]
+        ),
+        Index("ix_version_tags_tag", "adapter_name", "tag"),
+    )
+
+    adapter_name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tag: Mapped[str] = mapped_column(String(64), primary_key=True)
 
 
 class Alias(Base):
@@ -204,7 +224,7 @@ class Alias(Base):
 
 
 class AliasMove(Base):
-    """When an alias moved, from where, to where and why. Append-only."""
+    """When an alias moved, from where, to where, who moved it and why. A rollback is a move that undoes another. Append-only."""
 
     __tablename__ = "alias_history"
     __table_args__ = (Index("ix_alias_history_adapter_alias", "adapter_name", "alias"),)
@@ -215,6 +235,8 @@ class AliasMove(Base):
     from_version: Mapped[int | None]
     to_version: Mapped[int]
     reason: Mapped[str | None] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(String(40), default="local")
+    rollback: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 

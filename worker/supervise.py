@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import write_json
+from hscr.artifacts import file_digest, write_json
 from service import adapters, datasets, jobs
 from service.db import Database, now
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
@@ -272,11 +272,14 @@ class _Attempt:
                 self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
                 return
             report = store_report(self.settings.data_dir, work)
-            self._finish(
-                lambda s: adapters.publish(
-                    s, self.mine, digest=result.digest, metrics=self.metrics, result=result.metrics, report=report
-                )
-            )
+            learnt = work / "preferences.jsonl"
+            made: dict[str, Any] = {
+                "digest": result.digest,
+                "result": result.metrics,
+                "report": report,
+                "preferences_digest": file_digest(learnt) if learnt.is_file() else None,
+            }
+            self._finish(lambda s: adapters.publish(s, self.mine, metrics=self.metrics, **made))
         self.over = True
         log.info("job %s: published", self.mine.job_id)
 

@@ -52,8 +52,8 @@ def opens(scope: str, method: str, path: str) -> bool:
     if top in ("/docs", "/openapi.json", "/metrics"):
         return method in ("GET", "HEAD")
     if scope == "vqa":
-        return top == "/vqa" or (top == "/adapters" and method in ("GET", "HEAD"))
-    return top in ("/datasets", "/align", "/jobs", "/adapters")
+        return top == "/vqa" or (top in ("/adapters", "/lineage") and method in ("GET", "HEAD"))
+    return top in ("/datasets", "/align", "/jobs", "/adapters", "/lineage")
 
 
 @pytest.mark.parametrize("scope", ["vqa", "align"])
