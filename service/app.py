@@ -25,9 +25,23 @@ from service.db import Database
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.metrics import Metrics
-from service.routes import adapters, aliases, align, datasets, health, job_requests, jobs, keys, lineage, metrics, vqa
+from service.routes import (
+    adapters,
+    aliases,
+    align,
+    datasets,
+    health,
+    job_requests,
+    jobs,
+    keys,
+    lineage,
+    metrics,
+    vqa,
+    webhooks,
+)
 from service.settings import Settings
 from service.state import State
+from service.webhooks import check_settings as check_webhooks
 
 DESCRIPTION = """
 Align a medical vision-language model on your own data and ask it, on your own machines.
@@ -42,6 +56,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     """The application. Raises ValueError where it would be open to others. `engine` is for tests."""
     settings = settings or Settings()
     check_settings(settings)
+    check_webhooks(settings)
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
     counters = Metrics()
@@ -57,7 +72,20 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     )
     app.state.hscr = state
     problems.install(app)
-    for module in (datasets, align, jobs, job_requests, metrics, adapters, aliases, lineage, vqa, keys, health):
+    for module in (
+        datasets,
+        align,
+        jobs,
+        job_requests,
+        metrics,
+        webhooks,
+        adapters,
+        aliases,
+        lineage,
+        vqa,
+        keys,
+        health,
+    ):
         app.include_router(module.router)
     _documentation(app)
     app.add_middleware(Auth, settings=settings, database=state.database)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import case, func, select, update
 from sqlalchemy.orm import Session
 
+from service import webhooks
 from service.db import lock, now
 from service.errors import Problem
 from service.events import RunEvent, water
@@ -74,6 +75,7 @@ def create(
     deadline_s: float | None = None,
     review: bool = False,
     owner: str = LOCAL,
+    webhook: str | None = None,
     meta: dict[str, Any] | None = None,
 ) -> Job:
     """A queued job, its first event and its bell, in the caller's transaction."""
@@ -90,6 +92,7 @@ def create(
         deadline_at=now() + timedelta(seconds=deadline_s) if deadline_s else None,
         review=review,
         owner=owner,
+        webhook=webhook,
         queued_at=now(),
         last_seq=1,
         fence=0,
@@ -113,7 +116,7 @@ def move(
     silent: bool = False,
     **values: Any,
 ) -> Moved | None:
-    """One transition that the table allows, as one compare-and-set, with its event and its bell; None where the job is elsewhere.
+    """One transition that the table allows, as one compare-and-set, with its event, bell and webhook; None where the job is elsewhere.
 
     `held_by` is an attempt's fence: the job must be running under it. `say` stands beside the status in the event; `silent` leaves
     the event to the caller.
@@ -126,10 +129,12 @@ def move(
         update(Job)
         .where(*where)
         .values(status=to, last_seq=Job.last_seq + 1, **(_entering(to) | values))
-        .returning(Job.last_seq, Job.fence)
+        .returning(Job.last_seq, Job.fence, Job.webhook)
     ).one_or_none()
     if row is None:
         return None
+    if row.webhook is not None and to in webhooks.TOLD:
+        webhooks.enqueue(session, job_id, row.last_seq, row.webhook, to)
     if not silent:
         add_event(session, job_id, row.last_seq, row.fence, "status", {"status": to} | (say or {}))
     if to == "queued":

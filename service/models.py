@@ -108,6 +108,7 @@ class Job(Base):
     model: Mapped[str] = mapped_column(Text)
     config: Mapped[dict[str, Any]]
     meta: Mapped[dict[str, Any]]
+    webhook: Mapped[str | None] = mapped_column(Text)  # told when the job ends or awaits review
     deadline_s: Mapped[float | None]
     deadline_at: Mapped[datetime | None]
 
@@ -156,6 +157,30 @@ class Outbox(Base):
 
     id: Mapped[int] = mapped_column(_RowId, primary_key=True, autoincrement=True)
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class WebhookDelivery(Base):
+    """One thing to tell a job's webhook, and how telling it went. `tries` counts since it was last asked for, `attempts` all."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        UniqueConstraint("job_id", "seq"),
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status_known"),
+        Index("ix_webhook_deliveries_status_next", "status", "next_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
+    seq: Mapped[int]  # of the job's event
+    event: Mapped[str] = mapped_column(String(40))
+    url: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(20))
+    attempts: Mapped[int] = mapped_column(default=0)
+    tries: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]
+    log: Mapped[list[Any]] = mapped_column(JSON, default=list)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 

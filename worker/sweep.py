@@ -1,5 +1,5 @@
 """The sweep: its own small process that rings the bells of new jobs, rings again for forgotten ones, takes jobs back from the dead, and
-removes what is no longer kept.
+removes what is no longer kept. A thread of it sends webhooks.
 
 `python -m worker.sweep`. Everything it does may be done twice, so a second sweep is harmless. No torch.
 """
@@ -29,6 +29,7 @@ from service.lifeline import watch_parent
 from service.models import Job, Outbox
 from service.queue import make_celery, ring, waiting_bells
 from service.settings import Settings
+from worker import webhooks
 
 log = logging.getLogger("hscr.sweep")
 BATCH = 100
@@ -126,6 +127,8 @@ def main() -> int:
     database, celery = Database(settings.database), make_celery(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     log.info("sweep %d started", os.getpid())
+    if settings.webhook_hosts:
+        webhooks.start(database, settings, stop)
     cleaned = 0.0
     while not stop.is_set():
         due = time.monotonic() - cleaned > settings.clean_interval_s

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
 from hscr.config import AlignConfig, preset
-from service import audit, datasets, job_requests, jobs
+from service import audit, datasets, job_requests, jobs, webhooks
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
@@ -62,6 +62,10 @@ class AlignRequest(BaseModel):
     review: bool = Field(
         False, description="Stop after generation, until somebody has looked and calls POST /jobs/{id}/approve."
     )
+    webhook: Annotated[str, StringConstraints(max_length=webhooks.URL_MAX)] | None = Field(
+        None,
+        description="Told (signed, Standard Webhooks) when the job ends or awaits review. An operator allows its host.",
+    )
     metadata: dict[
         Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
     ] = Field(default_factory=dict, max_length=32)
@@ -82,6 +86,9 @@ def align(
             "model_not_served", f"This service serves {state.settings.model_id}; leave `model` out or name it."
         )
 
+    if request.webhook is not None:
+        webhooks.check_url(request.webhook, state.settings)
+
     def make(session: Session) -> tuple[str, dict[str, Any]]:
         for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
             if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
@@ -97,6 +104,7 @@ def align(
             deadline_s=request.deadline_s,
             review=request.review,
             owner=who.id,
+            webhook=request.webhook,
             meta=request.metadata,
         )
         audit.record(session, who.id, "job.create", job.id, dataset=request.dataset, adapter=request.adapter)

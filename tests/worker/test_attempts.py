@@ -369,7 +369,7 @@ def test_run_dies_with_its_supervisor(
 def test_runs_environment_holds_no_secret(
     database: Database, settings: Settings, new_job: NewJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HSCR_API_KEY", "DATABASE_URL", "REDIS_URL"):
+    for name in ("HSCR_API_KEY", "HSCR_WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL"):
         monkeypatch.setenv(name, "canary")
     out = tmp_path / "environment"
     code = f"import os; open({str(out)!r},'w').write(repr(dict(os.environ)))"
