@@ -78,7 +78,7 @@ def retry(session: Session, job_id: str, waiting_max: int | None) -> Job:
     if job.status == "failed":
         check_room(session, job.owner, waiting_max)
         deadline = now() + timedelta(seconds=job.deadline_s) if job.deadline_s else None
-        fresh: dict[str, Any] = {"crashes": 0, "crash_water": -1, "cancel_requested": False, "deadline_at": deadline}
+        fresh: dict[str, Any] = {"crashes": 0, "cancel_requested": False, "deadline_at": deadline}
         move(session, job_id, "queued", only_from=("failed",), say={"reason": "retried"}, **fresh)
         job = jobs.get(session, job_id)
     if job.status not in ("queued", "running"):

@@ -110,7 +110,9 @@ def align(
         audit.record(session, who.id, "job.create", job.id, dataset=request.dataset, adapter=request.adapter)
         return job.id, job_view(session, job).model_dump(mode="json")
 
-    body, replayed = once(state.database, state.in_flight, idempotency_key, request.model_dump(mode="json"), make)
+    # Each key has its own Idempotency-Keys: nobody gets another one's answer, whatever they send.
+    key = f"{who.id}:{idempotency_key}" if idempotency_key is not None else None
+    body, replayed = once(state.database, state.in_flight, key, request.model_dump(mode="json"), make)
     response.headers["Location"] = f"/jobs/{body['id']}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"

@@ -176,6 +176,17 @@ def test_keys_own_limits_come_before_the_services(guarded: TestClient, database:
         assert jobs.claim(session, second["id"], 60) is None
 
 
+def test_idempotency_keys_are_each_callers_own(guarded: TestClient, database: Database, dataset: Any) -> None:
+    """Two callers that happen to use one Idempotency-Key for one body: two jobs, and neither sees the other's."""
+    secrets = [new_key(database, "align")[1] for _ in range(2)]
+    body = {"dataset": dataset.id, "adapter": "brain"}
+    sent = [guarded.post("/align", json=body, headers=bearer(s) | {"Idempotency-Key": "k"}) for s in secrets * 2]
+    ids = [a.json()["id"] for a in sent]
+    assert ids[:2] == ids[2:]
+    assert ids[0] != ids[1]
+    assert ["idempotent-replayed" in a.headers for a in sent] == [False, False, True, True]
+
+
 @pytest.mark.parametrize(
     "body",
     [{}, {"name": "x", "scopes": []}, {"name": "x", "scopes": ["root"]}, {"name": "", "scopes": ["vqa"]},

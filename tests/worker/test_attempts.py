@@ -430,6 +430,24 @@ def test_failed_job_is_retried_from_its_checkpoint(
     assert_whole(database, job_id)
 
 
+def test_retried_job_has_all_its_attempts_again(
+    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
+) -> None:
+    """A cancel that came too late for the failure is forgotten with it, too."""
+    stand_in(crash_at=2)
+    settings.max_crashes = 2
+    job_id = new_job()
+    for expected in ("queued", "failed"):
+        run_job(database, settings, job_id, never)
+        assert job_of(database, job_id).status == expected
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(cancel_requested=True))
+        job_requests.retry(session, job_id, None)
+    for expected in ("queued", "failed"):
+        run_job(database, settings, job_id, never)
+        assert job_of(database, job_id).status == expected
+
+
 def test_job_for_review_stops_after_generation_until_it_is_approved(
     database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
 ) -> None:
