@@ -82,13 +82,19 @@ def align(
     config: AlignConfig,
     *,
     evaluation_data: DataSet | None = None,
+    stop_after: str | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
-    """Run all stages in `out`; yields events, the last is a Result. Raises Stopped after `should_stop()`, ValueError for bad input.
+    """Run all stages in `out`; yields events, the last is a Result. ValueError for bad input.
+
+    Raises Stopped after `should_stop()`, and after the generation where `stop_after` is "generating": its preferences.jsonl can be looked
+    at, and the same call without it goes on.
 
     Afterwards `out` holds config.json, preferences.jsonl, adapter/ (a PEFT folder), predictions.jsonl, evaluation.json, report.html and
     report.json, and manifest.json with the digests of every stage's inputs and outputs.
     """
+    if stop_after not in (None, "generating"):
+        raise ValueError("--stop-after: only `generating` can be looked at before the run goes on")
     check_scorable(evaluation_data.records if evaluation_data else ())
     require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
     run = RunDir(out)
@@ -98,6 +104,8 @@ def align(
         if evaluation_data is not None and config.evaluation.max_records:
             yield from check_evaluation(run, data, evaluation_data, allow=config.evaluation.allow_leak)
         yield from _generating(vlm, data, run, config, should_stop)
+        if stop_after == "generating":
+            raise Stopped(stop_after)
         yield from _optimizing(vlm, data, run, config, lineage, should_stop)
         yield from _evaluating(vlm, evaluation_data, run, config, should_stop)
         yield from _reporting(run, data, evaluation_data)

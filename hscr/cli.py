@@ -167,6 +167,10 @@ def align(
     device: Device = "auto",
     revision: Revision = None,
     quantize: Quantize = None,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(help="generating: look at preferences.jsonl first; the same command without it goes on."),
+    ] = None,
     events: Events = "progress",
 ) -> None:
     """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
@@ -179,7 +183,10 @@ def align(
         console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
     vlm = _load(model, dtype, device, revision, quantize)
     with _stoppable() as stop:
-        _show(run(vlm, data_set, out, settings, evaluation_data=evaluation, should_stop=stop.is_set), events)
+        made = run(
+            vlm, data_set, out, settings, evaluation_data=evaluation, stop_after=stop_after, should_stop=stop.is_set
+        )
+        _show(made, events)
     if events == "progress":
         console.print(f"adapter: [bold]{out / 'adapter'}[/]   report: [bold]{out / 'report.html'}[/]")
         if (out / "evaluation.json").is_file():

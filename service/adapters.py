@@ -1,4 +1,4 @@
-"""The registry: adapter names, immutable versions by digest, and aliases with their history.
+"""The registry: adapter names, immutable versions by digest, and what a reference means. Aliases move in service/aliases.py.
 
 An adapter's folder is stored once under its digest; a row points at it only when it is whole. No torch and no web framework here.
 """
@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import verify_manifest
 from hscr.config import PreferenceConfig
-from service import jobs
-from service.db import now
+from service import audit, jobs
 from service.errors import Problem
-from service.models import Adapter, AdapterVersion, Alias, AliasMove, Dataset, Job
+from service.models import Adapter, AdapterVersion, Alias, Dataset, Job, VersionTag
 
 NAME = r"^[a-z0-9][a-z0-9._\-]{0,63}$"
 CHAMPION = "champion"
@@ -81,9 +80,10 @@ def publish(
     metrics: dict[str, Any],
     result: dict[str, Any],
     report: str | None,
+    preferences_digest: str | None = None,
 ) -> AdapterVersion:
     """In one transaction: the job succeeds, its version exists, its last event says so. Raises jobs.Superseded."""
-    seq = jobs.succeed(session, mine, result, metrics=metrics, report=report, stage="publishing")
+    seq = jobs.succeed(session, mine, metrics=metrics, report=report, stage="publishing")
     job = session.get_one(Job, mine.job_id, populate_existing=True)
     dataset = session.get_one(Dataset, job.dataset_id)
     version = AdapterVersion(
@@ -94,13 +94,14 @@ def publish(
         job_id=job.id,
         dataset_id=dataset.id,
         dataset_digest=dataset.digest,
+        preferences_digest=preferences_digest,
         config=job.config,
         metrics=result,
     )
     session.add(version)
     what = {"name": version.adapter_name, "version": version.version, "digest": digest}
     jobs.add_event(session, job.id, seq, mine.fence, "status", {"status": "succeeded", "adapter": what})
-    session.flush()
+    audit.record(session, "worker", "version.publish", f"{what['name']}:{what['version']}", digest=digest, job=job.id)
     return version
 
 
@@ -168,21 +169,23 @@ def flag(version: AdapterVersion) -> dict[str, float | None]:
     }
 
 
-def set_alias(session: Session, name: str, alias: str, number: int, reason: str | None) -> Alias:
-    """Point an alias at a version and note the move. Pointing it where it is changes nothing."""
-    session.get(Adapter, name, with_for_update=True)  # one move of this adapter's aliases at a time
-    get_version(session, name, number)
-    row = session.get(Alias, (name, alias))
-    before = row.version if row else None
-    if row is None:
-        row = Alias(adapter_name=name, alias=alias, version=number)
-        session.add(row)
-    if before != number:
-        row.version, row.updated_at = number, now()
-        session.add(AliasMove(adapter_name=name, alias=alias, from_version=before, to_version=number, reason=reason))
+def tags(session: Session, version: AdapterVersion) -> list[str]:
+    return list(session.scalars(select(VersionTag.tag).where(*_tags_of(version)).order_by(VersionTag.tag)))
+
+
+def annotate(session: Session, version: AdapterVersion, tags_: list[str] | None, notes: str | None) -> bool:
+    """Set a version's tags and its notes, each unless None; whether anything changed."""
+    session.get(Adapter, version.adapter_name, with_for_update=True)  # one after the other
+    before = (tags(session, version), version.notes)
+    if tags_ is not None:
+        session.execute(delete(VersionTag).where(*_tags_of(version)))
+        for tag in set(tags_):
+            session.add(VersionTag(adapter_name=version.adapter_name, version=version.version, tag=tag))
+    if notes is not None:
+        version.notes = notes or None
     session.flush()
-    return row
+    return before != (tags(session, version), version.notes)
 
 
-def aliases(session: Session, name: str) -> list[Alias]:
-    return list(session.scalars(select(Alias).where(Alias.adapter_name == name).order_by(Alias.alias)))
+def _tags_of(version: AdapterVersion) -> tuple[Any, Any]:
+    return VersionTag.adapter_name == version.adapter_name, VersionTag.version == version.version

@@ -25,9 +25,24 @@ from service.db import Database
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.metrics import Metrics
-from service.routes import adapters, align, datasets, health, jobs, preferences, vqa
+from service.routes import (
+    adapters,
+    aliases,
+    align,
+    datasets,
+    health,
+    job_requests,
+    jobs,
+    keys,
+    lineage,
+    metrics,
+    preferences,
+    vqa,
+    webhooks,
+)
 from service.settings import Settings
 from service.state import State
+from service.webhooks import check_settings as check_webhooks
 
 DESCRIPTION = """
 Align a medical vision-language model on your own data and ask it, on your own machines.
@@ -42,10 +57,11 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     """The application. Raises ValueError where it would be open to others. `engine` is for tests."""
     settings = settings or Settings()
     check_settings(settings)
+    check_webhooks(settings)
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
-    metrics = Metrics()
-    state = State(settings, Database(settings.database), metrics, engine, None)
+    counters = Metrics()
+    state = State(settings, Database(settings.database), counters, engine, None)
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,
@@ -57,11 +73,25 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     )
     app.state.hscr = state
     problems.install(app)
-    for module in (datasets, align, jobs, preferences, adapters, vqa, health):
+    for module in (
+        datasets,
+        align,
+        jobs,
+        job_requests,
+        metrics,
+        preferences,
+        webhooks,
+        adapters,
+        aliases,
+        lineage,
+        vqa,
+        keys,
+        health,
+    ):
         app.include_router(module.router)
     _documentation(app)
-    app.add_middleware(Auth, settings=settings)
-    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    app.add_middleware(Auth, settings=settings, database=state.database)
+    app.add_middleware(Edge, settings=settings, metrics=counters)
     return app
 
 
@@ -71,7 +101,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: State = app.state.hscr
     settings = state.settings
     if settings.api_key is None:
-        logging.getLogger("hscr").warning("no HSCR_API_KEY: open to everybody on this machine, and to nobody else")
+        logging.getLogger("hscr").warning(
+            "no HSCR_API_KEY: until a key is made, open to everybody on this machine, and to nobody else"
+        )
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         state.batcher = Batcher(

@@ -1,22 +1,43 @@
-"""Who may call: one key from the environment guards every route but the health checks.
+"""Who may call, and what: an API key with scopes guards every route but the health checks.
 
-Without a key the service answers on loopback only, and there it checks Host and Origin, for a web page may point its own name at 127.0.0.1
-(DNS rebinding). /metrics is open where the service is bound to loopback.
+Keys are HSCR_API_KEY (every scope) and those of service/keys.py. Where no key exists at all the service answers on loopback only, and there
+it checks Host and Origin, for a web page may point its own name at 127.0.0.1 (DNS rebinding). /metrics is open where the service is bound
+to loopback. A route that no rule names needs the scope `admin`.
 """
 
 from __future__ import annotations
 
 import hmac
+import logging
 from hashlib import sha256
 from urllib.parse import urlsplit
 
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import DBAPIError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service import keys
+from service.db import Database
 from service.errors import Problem
+from service.keys import ANYBODY, ENV, SCOPES, Caller
 from service.problems import problem_response
 from service.settings import Settings, is_loopback
 
+log = logging.getLogger("hscr.auth")
 OPEN = ("/healthz", "/readyz")
+READ = ("GET", "HEAD")
+# By the first part of the path: the scopes that may read, and those that may change. `admin` may do everything.
+RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "vqa": (("vqa",), ("vqa",)),
+    "datasets": (("align",), ("align",)),
+    "align": (("align",), ("align",)),
+    "jobs": (("align",), ("align",)),
+    "adapters": (("vqa", "align"), ("align",)),
+    "lineage": (("vqa", "align"), ()),
+    "metrics": (SCOPES, ()),
+    "docs": (SCOPES, ()),
+    "openapi.json": (SCOPES, ()),
+}
 NO_KEY = (
     "HSCR_API_KEY is not set, and the service would listen on {host}, which others can reach. "
     "Set HSCR_API_KEY to a long random text, or listen on 127.0.0.1."
@@ -30,30 +51,78 @@ def check_settings(settings: Settings) -> None:
 
 
 class Auth:
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app = app
+    """Puts the Caller into the request's state, or answers in the application's place."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, database: Database) -> None:
+        self.app, self._database = app, database
         key = _key(settings)
         self._digest = sha256(key.encode()).digest() if key else None
         self._open = (*OPEN, "/metrics") if settings.on_loopback else OPEN
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = self._refusal(scope) if scope["type"] == "http" else None
-        if problem is None:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        try:
+            caller = await self._caller(scope)
+            if scope["path"] not in self._open and not caller.may(allowed := _allowed(scope)):
+                detail = (
+                    f"This needs a key with the scope {' or '.join(allowed) or 'admin'}; hscr keys create makes one."
+                )
+                raise Problem("scope_missing", detail)
+            scope["state"]["caller"] = caller
+        except Problem as refusal:
+            await problem_response(refusal, scope["state"]["request_id"])(scope, receive, send)
+        except DBAPIError:
+            away = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
+            await problem_response(away, scope["state"]["request_id"])(scope, receive, send)
         else:
-            await problem_response(problem, scope["state"]["request_id"])(scope, receive, send)
+            await self.app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Problem | None:
+    async def _caller(self, scope: Scope) -> Caller:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if self._digest is None:
-            return _stranger(scope, headers)
-        if scope["path"] in self._open:
-            return None
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(sha256(given.strip().encode()).digest(), self._digest):
+        given = given.strip() if scheme.lower() == "bearer" else ""
+        if self._digest is not None and scope["path"] in self._open:
+            return ANYBODY
+        if self._digest is not None and hmac.compare_digest(sha256(given.encode()).digest(), self._digest):
+            return ENV
+        if given.startswith(keys.PREFIX):
+            caller = await run_in_threadpool(self._look_up, given)
+            if caller is not None:
+                return caller
+        if self._digest is not None:
+            raise _unauthorized()
+        if problem := _stranger(scope, headers):
+            raise problem
+        if scope["path"] not in self._open and await run_in_threadpool(self._keys_are_asked_for):
+            raise _unauthorized()
+        return ANYBODY
+
+    def _look_up(self, secret: str) -> Caller | None:
+        with self._database.read() as session:
+            key = keys.find(session, secret)
+        if key is None:
             return None
-        detail = "Send the header Authorization: Bearer <key>; the key is the service's HSCR_API_KEY."
-        return Problem("unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
+        try:
+            keys.touch(self._database, key)
+        except DBAPIError as error:  # when it was last used is not worth a refusal
+            log.warning("the use of a key was not noted: %s", type(error).__name__)
+        return Caller(key.id, frozenset(key.scopes))
+
+    def _keys_are_asked_for(self) -> bool:
+        with self._database.read() as session:
+            return keys.any_at_all(session)
+
+
+def _allowed(scope: Scope) -> tuple[str, ...]:
+    read, change = RULES.get(scope["path"].split("/")[1] if "/" in scope["path"] else "", ((), ()))
+    return read if scope["method"] in READ else change
+
+
+def _unauthorized() -> Problem:
+    detail = "Send the header Authorization: Bearer <key>; the key is one of `hscr keys create`, or the service's HSCR_API_KEY."
+    return Problem("unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _stranger(scope: Scope, headers: dict[bytes, str]) -> Problem | None:

@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 from hscr.cli import app, run_app
+from service.cli_admin import audit_app, keys_app
+
+app.add_typer(keys_app, name="keys")
+app.add_typer(audit_app, name="audit")
 
 
 @app.command()

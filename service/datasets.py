@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from hscr.artifacts import file_digest, json_digest
 from hscr.images import ImageError, decode_image
 from hscr.records import RejectedRow, VQARecord, read_preferences, read_records, records_file, to_json, write_jsonl
+from service import audit
 from service.adapters import sync_tree
 from service.archive import ArchiveLimits, discard, flatten, unpack
 from service.db import Database
@@ -54,6 +55,7 @@ def import_upload(
     limits: ArchiveLimits,
     rows_max: int,
     reading: Reading = Reading(),
+    actor: str = "local",
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register a zip or a parquet file; the data set and whether it is new (equal content under one name is not).
 
@@ -81,7 +83,10 @@ def import_upload(
     finally:
         discard(incoming)
     with database.write() as session:
-        return _register(session, name, content)
+        dataset, new = _register(session, name, content)
+        if new:
+            audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
+        return dataset, new
 
 
 def _imported(content: Content, source: Path, report: dict[str, Any]) -> Content:

@@ -89,18 +89,27 @@ class Job(Base):
             "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)", name="ended_has_time"
         ),
         Index("ix_jobs_status_lease", "status", "lease_until"),
+        Index("ix_jobs_status_queued", "status", "queued_at"),
+        Index("ix_jobs_owner_status", "owner", "status"),
+        Index("ix_jobs_files_finished", "files_removed_at", "finished_at"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     status: Mapped[str] = mapped_column(String(20))
     stage: Mapped[str | None] = mapped_column(String(20))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
-    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
-    evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"))
+    pause_requested: Mapped[bool] = mapped_column(default=False)
+    review: Mapped[bool] = mapped_column(default=False)  # stop after generation until somebody approves
+    approved_at: Mapped[datetime | None]
+    owner: Mapped[str] = mapped_column(String(40), default="local")  # id of the key that asked for it
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
+    evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
     adapter_name: Mapped[str]
     model: Mapped[str] = mapped_column(Text)
     config: Mapped[dict[str, Any]]
     meta: Mapped[dict[str, Any]]
+    webhook: Mapped[str | None] = mapped_column(Text)  # told when the job ends or awaits review
+    deadline_s: Mapped[float | None]
     deadline_at: Mapped[datetime | None]
 
     fence: Mapped[int] = mapped_column(default=0)
@@ -110,16 +119,20 @@ class Job(Base):
     high_water: Mapped[int] = mapped_column(BigInteger, default=-1)  # the furthest point any attempt reached
     crash_water: Mapped[int] = mapped_column(BigInteger, default=-1)  # high_water at the last crash
     last_seq: Mapped[int] = mapped_column(default=0)
+    queued_at: Mapped[datetime] = mapped_column(default=now)  # its place in the queue, anew each time it comes back
     rung_at: Mapped[datetime | None]
 
     progress: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    stage_seconds: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # time spent, over all attempts
     error_code: Mapped[str | None] = mapped_column(String(80))
     error_message: Mapped[str | None] = mapped_column(Text)
     report: Mapped[str | None] = mapped_column(String(80))  # name of the published report's folder
     created_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]  # its words and events are gone; the row stays for what it made
+    files_removed_at: Mapped[datetime | None]  # DATA/runs/<id>/ is gone
 
 
 class JobEvent(Base):
@@ -147,6 +160,30 @@ class Outbox(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class WebhookDelivery(Base):
+    """One thing to tell a job's webhook, and how telling it went. `tries` counts since it was last asked for, `attempts` all."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        UniqueConstraint("job_id", "seq"),
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status_known"),
+        Index("ix_webhook_deliveries_status_next", "status", "next_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
+    seq: Mapped[int]  # of the job's event
+    event: Mapped[str] = mapped_column(String(40))
+    url: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(20))
+    attempts: Mapped[int] = mapped_column(default=0)
+    tries: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]
+    log: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Adapter(Base):
     """A name under which versions gather. One adapter has one base model."""
 
@@ -170,9 +207,29 @@ class AdapterVersion(Base):
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"))
     dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
     dataset_digest: Mapped[str] = mapped_column(String(80))
+    preferences_digest: Mapped[str | None] = mapped_column(
+        String(80)
+    )  # of the preferences.jsonl that it was optimised on
     config: Mapped[dict[str, Any]]
     metrics: Mapped[dict[str, Any]]
+    notes: Mapped[str | None] = mapped_column(Text)  # with the tags all of a version that may change
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class VersionTag(Base):
+    """A word on a version, for people to find it by."""
+
+    __tablename__ = "version_tags"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["adapter_name", "version"], ["adapter_versions.adapter_name", "adapter_versions.version"]
+        ),
+        Index("ix_version_tags_tag", "adapter_name", "tag"),
+    )
+
+    adapter_name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tag: Mapped[str] = mapped_column(String(64), primary_key=True)
 
 
 class Alias(Base):
@@ -192,7 +249,7 @@ class Alias(Base):
 
 
 class AliasMove(Base):
-    """When an alias moved, from where, to where and why. Append-only."""
+    """When an alias moved, from where, to where, who moved it and why. A rollback is a move that undoes another. Append-only."""
 
     __tablename__ = "alias_history"
     __table_args__ = (Index("ix_alias_history_adapter_alias", "adapter_name", "alias"),)
@@ -203,6 +260,8 @@ class AliasMove(Base):
     from_version: Mapped[int | None]
     to_version: Mapped[int]
     reason: Mapped[str | None] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(String(40), default="local")
+    rollback: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -210,12 +269,60 @@ class IdempotencyKey(Base):
     """What a caller's Idempotency-Key was answered with; only digests of key and body are kept."""
 
     __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("ix_idempotency_keys_created", "created_at"),)
 
     key_digest: Mapped[str] = mapped_column(String(80), primary_key=True)
     body_digest: Mapped[str] = mapped_column(String(80))
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
     response: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class ApiKey(Base):
+    """A key by its digest. `previous_digest` opens it too until `previous_until`, after a rotation. Rows stay when a key is revoked."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (UniqueConstraint("digest"), UniqueConstraint("previous_digest"))
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str]
+    shown: Mapped[str] = mapped_column(String(20))
+    digest: Mapped[str] = mapped_column(String(80))
+    previous_digest: Mapped[str | None] = mapped_column(String(80))
+    previous_until: Mapped[datetime | None]
+    scopes: Mapped[list[Any]]
+    waiting_max: Mapped[int | None]  # its own limits of jobs; None: the service's
+    running_max: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class AuditEntry(Base):
+    """One change that somebody asked for. The database refuses to change or remove a row (triggers); service/audit.py chains them."""
+
+    __tablename__ = "audit"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    actor: Mapped[str] = mapped_column(String(40))
+    action: Mapped[str] = mapped_column(String(40))
+    subject: Mapped[str] = mapped_column(index=True)
+    data: Mapped[dict[str, Any]]
+    previous: Mapped[str] = mapped_column(String(80))
+    digest: Mapped[str] = mapped_column(String(80))
+
+
+class AuditHead(Base):
+    """The end of the chain: one row, whose lock orders the entries."""
+
+    __tablename__ = "audit_head"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(80))
 
 
 def new_id(prefix: str) -> str:

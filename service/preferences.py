@@ -13,7 +13,7 @@ from typing import IO
 
 from hscr.export import export_lines
 from hscr.records import PreferenceRecord, preference_records
-from service import runs
+from service import run_folders
 from service.bundle import CHUNK_BYTES, blocks, zipped
 from service.errors import Problem
 
@@ -22,15 +22,15 @@ FILE = "preferences.jsonl"
 
 def opened(data_dir: Path, job_id: str) -> IO[bytes]:
     """The whole file of the job's newest attempt (a run renames it there when it has all records). Raises Problem where there is none."""
-    place = runs.folder(data_dir, job_id)
+    place = run_folders.folder(data_dir, job_id)
     while True:
-        found = runs.attempts(place)
+        found = run_folders.attempts(place)
         for attempt in reversed(found):
             try:
                 return (attempt / FILE).open("rb")
             except FileNotFoundError:
                 continue
-        if runs.attempts(place) == found:  # else another attempt took over while this one was looked at
+        if run_folders.attempts(place) == found:  # else another attempt took over while this one was looked at
             raise Problem("preferences_not_found", "A job has its preference records when generation has ended.")
 
 

@@ -51,6 +51,28 @@ class Settings(BaseSettings):
     max_crashes: int = Field(default=3, ge=1)
     sweep_interval_s: float = Field(default=1.0, gt=0)
     ring_after_s: float = Field(default=5.0, gt=0)
+    key_waiting_max: int | None = Field(
+        default=1000, ge=0
+    )  # jobs of one key that wait (queued, paused, awaiting review)
+    key_running_max: int | None = Field(default=None, ge=1)  # jobs of one key that run at once
+
+    keep_runs_s: float | None = Field(default=30 * 86400, ge=0)  # the folders of ended jobs; None: until deleted
+    keep_idempotency_s: float = Field(default=7 * 86400, ge=0)
+    clean_interval_s: float = Field(default=60.0, gt=0)
+
+    webhook_hosts: Annotated[list[str], NoDecode] = []  # origins that may be called: https://host, http://host:port
+    webhook_secret: SecretStr | None = None  # whsec_…; several with spaces between, while it is being changed
+    webhook_timeout_s: float = Field(default=10.0, gt=0)
+    webhook_pauses_s: list[float] = [
+        5,
+        30,
+        120,
+        600,
+        1800,
+        7200,
+        21600,
+        43200,
+    ]  # after each failed attempt, then given up
 
     body_max_bytes: int = 32 * 2**20
     upload_max_bytes: int = 4 * 2**30
@@ -67,6 +89,12 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return json.loads(value) if value.lstrip().startswith("[") else shlex.split(value)
         return value
+
+    @field_validator("webhook_hosts", mode="before")
+    @classmethod
+    def _origins(cls, value: Any) -> Any:
+        """A list with commas or spaces between."""
+        return value.replace(",", " ").split() if isinstance(value, str) else value
 
     @property
     def database(self) -> str:

@@ -12,6 +12,7 @@ from service.batcher import Batcher
 from service.db import Database
 from service.engine import LocalEngine
 from service.idempotency import InFlight
+from service.keys import Caller
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -31,4 +32,9 @@ def _state(request: Request) -> State:
     return request.app.state.hscr
 
 
+def _caller(request: Request) -> Caller:
+    return request.state.caller  # put there by service/auth.py
+
+
 Service = Annotated[State, Depends(_state)]
+Who = Annotated[Caller, Depends(_caller)]

@@ -6,31 +6,30 @@ that outlives its supervisor blocks the next attempt instead of writing beside i
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service import runs
+from service import run_folders
 
 
 class JobFolder:
     """Everything a job has on disk."""
 
     def __init__(self, data_dir: Path, job_id: str) -> None:
-        self.path = runs.folder(data_dir, job_id)
+        self.path = run_folders.folder(data_dir, job_id)
         self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def lock_file(self) -> Iterator[int]:
         """The open lock file, not yet locked; closing it gives up this process's hold only."""
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / run_folders.LOCK).open("w") as file:
             yield file.fileno()
 
     def attempts(self) -> list[Path]:
         """Attempt folders, oldest first."""
-        return runs.attempts(self.path)
+        return run_folders.attempts(self.path)
 
     def begin(self, fence: int) -> Path:
         """This attempt's folder: a copy of the last one, so that the run goes on from there; older ones are removed. Needs the lock."""
@@ -48,10 +47,10 @@ class JobFolder:
             final.mkdir()
         return final
 
-
-def try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def trim(self) -> None:
+        """Keep of a job that will not go on what people look at: not its checkpoints, not a second copy of its adapter. Needs the lock."""
+        for leftover in self.path.glob(".attempt-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for attempt in self.attempts():
+            for folder in (p for p in attempt.iterdir() if p.is_dir()):
+                shutil.rmtree(folder, ignore_errors=True)

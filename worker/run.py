@@ -17,7 +17,7 @@ from service.events import LINE_MAX_BYTES, RunEvent, parse_run_event
 from service.lifeline import PARENT_VARIABLE, die_with_parent
 
 DONE, BAD_INPUT, STOPPED = 0, 2, 75
-_SECRETS = ("HSCR_API_KEY", "DATABASE_URL", "REDIS_URL", "HSCR_DATABASE_URL", "HSCR_REDIS_URL")
+_SECRETS = ("HSCR_API_KEY", "HSCR_WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", "HSCR_DATABASE_URL", "HSCR_REDIS_URL")
 
 
 class Run:

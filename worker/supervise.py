@@ -16,15 +16,17 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import write_json
+from hscr.artifacts import file_digest, write_json
 from service import adapters, datasets, jobs
 from service.db import Database, now
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
 from service.models import Dataset, Job
+from service.retention import artifacts_held
+from service.run_folders import try_lock
 from service.settings import Settings
-from worker.attempt import JobFolder, try_lock
+from worker.attempt import JobFolder
 from worker.reports import store_report
-from worker.run import BAD_INPUT, DONE, Run
+from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
@@ -37,7 +39,7 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
     busy = True  # before the claim: a SIGTERM from here on hands the job back instead of ending the process
     try:
         with database.write() as session:
-            mine = jobs.claim(session, job_id, settings.lease_s)
+            mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
         if mine is None:
             return
         log.info("job %s attempt %d: claimed", job_id, mine.fence)
@@ -50,7 +52,7 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
 
 @dataclass
 class _Asked:
-    """Why the run is being stopped: cancel, stop (the worker leaves), deadline."""
+    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline."""
 
     reason: str
     kill_at: float
@@ -63,12 +65,18 @@ class _Attempt:
     mine: jobs.Claim
     should_stop: Callable[[], bool]
     metrics: dict[str, Any] = field(default_factory=dict)
+    stage: str | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    for_review: bool = False  # the run was told to stop after generation
+    generated: bool = False
+    over: bool = False  # the job will not go on: succeeded or cancelled
     pending: list[RunEvent] = field(default_factory=list)
     result: ResultEvent | None = None
     error: ErrorEvent | None = None
     asked: _Asked | None = None
     _renewed: float = field(default_factory=time.monotonic)
-    _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, None))
+    _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, False, None))
+    _timed: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
         folder = JobFolder(self.settings.data_dir, self.mine.job_id)
@@ -86,6 +94,8 @@ class _Attempt:
                     )
                 )
                 self._conclude(status, work)
+                if self.over:
+                    folder.trim()
         except jobs.Superseded:
             raise
         except Exception as error:
@@ -113,7 +123,8 @@ class _Attempt:
             job = session.get_one(Job, self.mine.job_id)
             data = session.get_one(Dataset, job.dataset_id).digest
             other = session.get_one(Dataset, job.evaluation_dataset_id).digest if job.evaluation_dataset_id else None
-        self.metrics = dict(job.metrics)
+        self.metrics, self.stage_seconds = dict(job.metrics), dict(job.stage_seconds)
+        self.for_review = job.review and job.approved_at is None
         write_json(folder.path / "config.json", job.config)
         place = self.settings.data_dir.resolve()
         command = [*self.settings.run_command, str(datasets.folder(place, data)), "--model", self.settings.model_path]
@@ -125,7 +136,8 @@ class _Attempt:
             "--events",
             "json",
         ]
-        return command + (["--eval", str(datasets.folder(place, other))] if other else [])
+        command += ["--eval", str(datasets.folder(place, other))] if other else []
+        return command + (["--stop-after", "generating"] if self.for_review else [])
 
     def _follow(self, run: Run) -> int:
         """Relay the run's events until it has ended; its exit status."""
@@ -153,6 +165,8 @@ class _Attempt:
                 self.asked = _Asked("cancel", 0)
             elif self._pulse.deadline_at is not None and now() > self._pulse.deadline_at:
                 self.asked = _Asked("deadline", 0)
+            elif self._pulse.pause_requested:
+                self.asked = _Asked("pause", 0)
             elif self.should_stop():
                 self.asked = _Asked("stop", 0)
 
@@ -168,7 +182,22 @@ class _Attempt:
             else:
                 if isinstance(event, MetricsEvent):
                     self.metrics[event.stage] = {"step": event.step, **event.values}
+                if isinstance(event, StageEvent):
+                    self._enter(event)
                 self.pending.append(event)
+
+    def _enter(self, event: StageEvent) -> None:
+        self._time_stage()
+        self.stage = event.stage if event.status == "started" else None
+        self.generated |= event.stage == "generating" and event.status != "started"
+
+    def _time_stage(self) -> None:
+        """Book the time since the last look to the stage that is under way."""
+        instant = time.monotonic()
+        if self.stage is not None:
+            spent = self.stage_seconds.get(self.stage, 0.0) + instant - self._timed
+            self.stage_seconds[self.stage] = round(spent, 3)
+        self._timed = instant
 
     @staticmethod
     def _same_progress(last: RunEvent, event: ProgressEvent) -> bool:
@@ -197,6 +226,7 @@ class _Attempt:
             e.stage for e in self.pending if isinstance(e, (StageEvent, ProgressEvent, CheckpointEvent, MetricsEvent))
         ]
         shown = [e for e in self.pending if isinstance(e, ProgressEvent)]
+        self._time_stage()
         return jobs.heartbeat(
             session,
             self.mine,
@@ -205,6 +235,7 @@ class _Attempt:
             stage=stages[-1] if stages else None,
             progress=shown[-1].model_dump(include={"stage", "done", "total", "rate", "eta_s"}) if shown else None,
             metrics=self.metrics if any(isinstance(e, MetricsEvent) for e in self.pending) else None,
+            stage_seconds=self.stage_seconds or None,
         )
 
     def _conclude(self, status: int | None, work: Path | None) -> None:
@@ -213,6 +244,7 @@ class _Attempt:
         log.info("job %s attempt %d: run ended with %s, asked: %s", self.mine.job_id, self.mine.fence, status, asked)
         if asked == "cancel":
             self._finish(lambda s: jobs.cancelled(s, self.mine))
+            self.over = True
         elif status == DONE and self.result is not None and work is not None:
             self._publish(work, self.result)
         elif asked == "deadline":
@@ -220,8 +252,10 @@ class _Attempt:
         elif status == BAD_INPUT:
             error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
-        elif asked == "stop":
-            self._finish(lambda s: jobs.hand_back(s, self.mine, "worker_stopping"))
+        elif status == STOPPED and self.for_review and self.generated:
+            self._finish(lambda s: jobs.await_review(s, self.mine))
+        elif asked in ("stop", "pause"):
+            self._finish(lambda s: jobs.hand_back(s, self.mine, "worker_stopping" if asked == "stop" else "resumed"))
         elif status == DONE:
             self._crash("no_result", "the run ended without a result")
         else:
@@ -231,17 +265,22 @@ class _Attempt:
     def _publish(self, work: Path, result: ResultEvent) -> None:
         """Artifacts first, whole and under their digests; then one transaction makes them known."""
         self._store_now([StageEvent(stage="publishing", status="started")])
-        try:
-            adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
-        except ValueError:
-            self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
-            return
-        report = store_report(self.settings.data_dir, work)
-        self._finish(
-            lambda s: adapters.publish(
-                s, self.mine, digest=result.digest, metrics=self.metrics, result=result.metrics, report=report
-            )
-        )
+        with artifacts_held(self.settings.data_dir):
+            try:
+                adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
+            except ValueError:
+                self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
+                return
+            report = store_report(self.settings.data_dir, work)
+            learnt = work / "preferences.jsonl"
+            made: dict[str, Any] = {
+                "digest": result.digest,
+                "result": result.metrics,
+                "report": report,
+                "preferences_digest": file_digest(learnt) if learnt.is_file() else None,
+            }
+            self._finish(lambda s: adapters.publish(s, self.mine, metrics=self.metrics, **made))
+        self.over = True
         log.info("job %s: published", self.mine.job_id)
 
     def _crash(self, code: str, message: str) -> None:

@@ -1,4 +1,5 @@
-"""The sweep: its own small process that rings the bells of new jobs, rings again for forgotten ones, and takes jobs back from the dead.
+"""The sweep: its own small process that rings the bells of new jobs, rings again for forgotten ones, takes jobs back from the dead, and
+removes what is no longer kept. A thread of it sends webhooks.
 
 `python -m worker.sweep`. Everything it does may be done twice, so a second sweep is harmless. No torch.
 """
@@ -22,12 +23,13 @@ from redis.exceptions import RedisError
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.exc import DBAPIError
 
-from service import jobs
+from service import jobs, retention
 from service.db import Database, now
 from service.lifeline import watch_parent
 from service.models import Job, Outbox
 from service.queue import make_celery, ring, waiting_bells
 from service.settings import Settings
+from worker import webhooks
 
 log = logging.getLogger("hscr.sweep")
 BATCH = 100
@@ -55,7 +57,7 @@ def ring_again(database: Database, celery: Celery, after_s: float) -> int:
     )
     with database.read() as session:
         ids = session.scalars(
-            select(Job.id).where(Job.status == "queued", forgotten).order_by(Job.id).limit(BATCH)
+            select(Job.id).where(Job.status == "queued", forgotten).order_by(Job.queued_at).limit(BATCH)
         ).all()
     if not ids or waiting_bells(celery) > 0:
         return 0
@@ -67,12 +69,13 @@ def ring_again(database: Database, celery: Celery, after_s: float) -> int:
 
 
 def reap(database: Database, max_crashes: int) -> int:
-    """Queue again (or fail) the jobs whose lease ran out, and fail those that missed their deadline in the queue; how many."""
+    """Queue again (or fail) the jobs whose lease ran out, and fail those that still waited at their deadline; how many."""
     with database.read() as session:
         lost = session.scalars(
             select(Job.id).where(Job.status == "running", Job.lease_until < now()).limit(BATCH)
         ).all()
-        late = session.scalars(select(Job.id).where(Job.status == "queued", Job.deadline_at < now()).limit(BATCH)).all()
+        waiting = Job.status.in_(jobs.WAITING)
+        late = session.scalars(select(Job.id).where(waiting, Job.deadline_at < now()).limit(BATCH)).all()
     for job_id in lost:
         with database.write() as session:
             status = jobs.reap(session, job_id, max_crashes)
@@ -83,18 +86,23 @@ def reap(database: Database, max_crashes: int) -> int:
     return len(lost) + len(late)
 
 
-def sweep_once(database: Database, celery: Celery, settings: Settings) -> None:
-    """One round. What fails is logged by its kind and tried again in the next round; one step's failure does not stop the others."""
+def sweep_once(database: Database, celery: Celery, settings: Settings, *, clean: bool = False) -> None:
+    """One round, with `clean` a thorough one.
+
+    What fails is logged by its kind and tried again in the next round; one step's failure does not stop the others.
+    """
     steps: list[Callable[[], int]] = [
         lambda: reap(database, settings.max_crashes),
         lambda: relay(database, celery),
         lambda: ring_again(database, celery, settings.ring_after_s),
     ]
+    if clean:
+        steps.append(lambda: retention.clean(database, settings))
     for step in steps:
         try:
             step()
         except (BrokerError, RedisError, OSError) as error:
-            log.warning("the broker does not answer: %s", type(error).__name__)
+            log.warning("the broker or the disk does not answer: %s", type(error).__name__)
         except DBAPIError as error:
             log.warning("the database does not answer: %s", type(error).__name__)
 
@@ -119,8 +127,13 @@ def main() -> int:
     database, celery = Database(settings.database), make_celery(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     log.info("sweep %d started", os.getpid())
+    if settings.webhook_hosts:
+        webhooks.start(database, settings, stop)
+    cleaned = 0.0
     while not stop.is_set():
-        sweep_once(database, celery, settings)
+        due = time.monotonic() - cleaned > settings.clean_interval_s
+        sweep_once(database, celery, settings, clean=due)
+        cleaned = time.monotonic() if due else cleaned
         alive.touch()
         stop.wait(settings.sweep_interval_s)
     database.close()

@@ -1,4 +1,4 @@
-"""Adapters: names, immutable versions, aliases, download."""
+"""Adapters: names, immutable versions with their tags and notes, download."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from datetime import datetime
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Query
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
 from hscr.artifacts import verify_manifest
-from service import adapters
+from service import adapters, aliases, audit
 from service.errors import Problem
-from service.models import Adapter, AdapterVersion, Alias, AliasMove
-from service.pages import After, AfterNumber, Limit, Page, page
-from service.state import Service
+from service.models import Adapter, AdapterVersion, Alias, VersionTag
+from service.pages import After, Limit, Page, page
+from service.state import Service, Who
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
-AliasName = Annotated[str, Path(pattern=adapters.NAME, examples=["champion"])]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
+TAG = r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}$"
+Tag = Annotated[str, StringConstraints(pattern=TAG)]
 
 
 class AdapterView(BaseModel):
@@ -65,26 +67,23 @@ class VersionView(BaseModel):
     config: dict[str, Any]
     metrics: dict[str, Any]
     grounding: FlagView
+    preferences_digest: str | None
+    tags: list[str]
+    notes: str | None
+    aliases: list[str] = Field(description="Those that point at it now.")
     download_url: str
     created_at: datetime
 
 
-class AliasRequest(BaseModel):
+class AnnotateRequest(BaseModel):
+    """What is left out stays as it is."""
+
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"version": 2, "reason": "better on chest CT"}]}
+        extra="forbid", json_schema_extra={"examples": [{"tags": ["approved"], "notes": "Read by Dr. N., 12 May."}]}
     )
 
-    version: int = Field(ge=1, le=2**31 - 1)
-    reason: str | None = Field(None, max_length=500)
-
-
-class MoveView(BaseModel):
-    id: int
-    alias: str
-    from_version: int | None
-    to_version: int
-    reason: str | None
-    created_at: datetime
+    tags: Annotated[list[Tag], Field(max_length=50)] | None = None
+    notes: Annotated[str, StringConstraints(max_length=10_000)] | None = None
 
 
 @router.get("", summary="Adapters by name")
@@ -104,7 +103,7 @@ def show(state: Service, name: Name) -> AdapterDetail:
             name=adapter.name,
             last_version=adapter.last_version,
             created_at=adapter.created_at,
-            aliases=[_alias(a) for a in adapters.aliases(session, name)],
+            aliases=[alias_view(a) for a in aliases.of(session, name)],
             versions=list(session.scalars(numbers.order_by(AdapterVersion.version.desc()).limit(100))),
         )
 
@@ -112,7 +111,37 @@ def show(state: Service, name: Name) -> AdapterDetail:
 @router.get("/{name}/versions/{version}", summary="One version: from its digest to its job and data")
 def show_version(state: Service, name: Name, version: Number) -> VersionView:
     with state.database.read() as session:
-        return _version(adapters.get_version(session, name, version))
+        return _version(session, adapters.get_version(session, name, version))
+
+
+@router.get("/{name}/versions", summary="An adapter's versions, newest first")
+def index_versions(
+    state: Service,
+    name: Name,
+    limit: Limit = 50,
+    after: Annotated[int | None, Query(ge=1, le=2**31 - 1, description="The `next` of the page before.")] = None,
+    tag: Annotated[str | None, Query(pattern=TAG, description="Only versions with this tag.")] = None,
+) -> Page[VersionView]:
+    query = select(AdapterVersion).where(AdapterVersion.adapter_name == name)
+    query = query.where(AdapterVersion.version < after) if after else query
+    if tag is not None:
+        tagged = select(VersionTag.version).where(VersionTag.adapter_name == name, VersionTag.tag == tag)
+        query = query.where(AdapterVersion.version.in_(tagged))
+    with state.database.read() as session:
+        adapters.get(session, name)
+        rows = session.scalars(query.order_by(AdapterVersion.version.desc()).limit(limit + 1)).all()
+        return Page(**page(rows, limit, lambda row: _version(session, row), lambda row: row.version))
+
+
+@router.patch("/{name}/versions/{version}", summary="Set a version's tags and notes")
+def annotate(state: Service, who: Who, name: Name, version: Number, request: AnnotateRequest) -> VersionView:
+    """All else of a version is immutable."""
+    with state.database.write() as session:
+        row = adapters.get_version(session, name, version)
+        if adapters.annotate(session, row, request.tags, request.notes):
+            fields = sorted(request.model_fields_set)
+            audit.record(session, who.id, "version.annotate", f"{name}:{version}", fields=fields)
+        return _version(session, row)
 
 
 @router.get("/{name}/versions/{version}/download", summary="The PEFT folder as a zip", response_class=FileResponse)
@@ -135,27 +164,11 @@ def download(state: Service, name: Name, version: Number) -> FileResponse:
     )
 
 
-@router.put("/{name}/aliases/{alias}", summary="Point an alias at a version")
-def move(state: Service, name: Name, alias: AliasName, request: AliasRequest) -> AliasView:
-    """Moves are kept; moving it back is a rollback."""
-    with state.database.write() as session:
-        return _alias(adapters.set_alias(session, name, alias, request.version, request.reason))
-
-
-@router.get("/{name}/aliases/{alias}/history", summary="An alias's moves, oldest first")
-def history(state: Service, name: Name, alias: AliasName, limit: Limit = 50, after: AfterNumber = 0) -> Page[MoveView]:
-    query = select(AliasMove).where(AliasMove.adapter_name == name, AliasMove.alias == alias, AliasMove.id > after)
-    with state.database.read() as session:
-        adapters.get(session, name)
-        rows = session.scalars(query.order_by(AliasMove.id).limit(limit + 1)).all()
-    return Page(**page(rows, limit, lambda r: MoveView.model_validate(r, from_attributes=True), lambda r: r.id))
-
-
-def _alias(row: Alias) -> AliasView:
+def alias_view(row: Alias) -> AliasView:
     return AliasView.model_validate(row, from_attributes=True)
 
 
-def _version(row: AdapterVersion) -> VersionView:
+def _version(session: Session, row: AdapterVersion) -> VersionView:
     return VersionView(
         name=row.adapter_name,
         version=row.version,
@@ -167,6 +180,10 @@ def _version(row: AdapterVersion) -> VersionView:
         config=row.config,
         metrics=row.metrics,
         grounding=FlagView(**adapters.flag(row)),
+        preferences_digest=row.preferences_digest,
+        tags=adapters.tags(session, row),
+        notes=row.notes,
+        aliases=[a.alias for a in aliases.of(session, row.adapter_name, row.version)],
         download_url=f"/adapters/{row.adapter_name}/versions/{row.version}/download",
         created_at=row.created_at,
     )

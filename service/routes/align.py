@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
 from hscr.config import AlignConfig, preset
-from service import datasets, jobs
+from service import audit, datasets, job_requests, jobs, webhooks
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
 from service.routes.jobs import JobView, job_view
-from service.state import Service
+from service.state import Service, Who
 
 router = APIRouter(tags=["align"])
 
@@ -59,6 +59,13 @@ class AlignRequest(BaseModel):
     deadline_s: float | None = Field(
         None, gt=0, le=30 * 86400, allow_inf_nan=False, description="Fail the job after this time."
     )
+    review: bool = Field(
+        False, description="Stop after generation, until somebody has looked and calls POST /jobs/{id}/approve."
+    )
+    webhook: Annotated[str, StringConstraints(max_length=webhooks.URL_MAX)] | None = Field(
+        None,
+        description="Told (signed, Standard Webhooks) when the job ends or awaits review. An operator allows its host.",
+    )
     metadata: dict[
         Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
     ] = Field(default_factory=dict, max_length=32)
@@ -67,6 +74,7 @@ class AlignRequest(BaseModel):
 @router.post("/align", status_code=202, summary="Start an align job")
 def align(
     state: Service,
+    who: Who,
     response: Response,
     request: Annotated[AlignRequest, Body(openapi_examples=EXAMPLES)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -78,10 +86,14 @@ def align(
             "model_not_served", f"This service serves {state.settings.model_id}; leave `model` out or name it."
         )
 
+    if request.webhook is not None:
+        webhooks.check_url(request.webhook, state.settings)
+
     def make(session: Session) -> tuple[str, dict[str, Any]]:
         for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
             if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
                 raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
+        job_requests.check_room(session, who.id, state.settings.key_waiting_max)
         job = jobs.create(
             session,
             dataset_id=request.dataset,
@@ -90,11 +102,17 @@ def align(
             model=state.settings.model_id,
             config=config.to_dict(),
             deadline_s=request.deadline_s,
+            review=request.review,
+            owner=who.id,
+            webhook=request.webhook,
             meta=request.metadata,
         )
+        audit.record(session, who.id, "job.create", job.id, dataset=request.dataset, adapter=request.adapter)
         return job.id, job_view(session, job).model_dump(mode="json")
 
-    body, replayed = once(state.database, state.in_flight, idempotency_key, request.model_dump(mode="json"), make)
+    # Each key has its own Idempotency-Keys: nobody gets another one's answer, whatever they send.
+    key = f"{who.id}:{idempotency_key}" if idempotency_key is not None else None
+    body, replayed = once(state.database, state.in_flight, key, request.model_dump(mode="json"), make)
     response.headers["Location"] = f"/jobs/{body['id']}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"

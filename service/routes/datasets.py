@@ -16,7 +16,7 @@ from service.errors import Problem
 from service.foreign import Reading
 from service.models import Dataset, DatasetRecord
 from service.pages import After, AfterNumber, Limit, Page, page
-from service.state import Service
+from service.state import Service, Who
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 DatasetId = Annotated[str, Path(max_length=40, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
@@ -56,6 +56,7 @@ Layout = Literal["auto", "hscr", "vqa-rad", "slake", "pathvqa", "llava", "trl", 
 @router.post("", status_code=201, summary="Upload a data set", response_model_exclude_none=True)
 def upload(
     state: Service,
+    who: Who,
     response: Response,
     file: Annotated[UploadFile, File(description="A zip of a data set with its images, or one parquet file.")],
     name: Annotated[str, Form(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\- ]{0,99}$")] = "dataset",
@@ -72,7 +73,7 @@ def upload(
     reading = Reading(format, split, tuple(languages.split(",")), s.import_memory_max_bytes, s.import_max_s)
     limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
     dataset, new = datasets.import_upload(
-        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading
+        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading, who.id
     )
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/datasets/{dataset.id}"

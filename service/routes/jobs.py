@@ -1,4 +1,4 @@
-"""Jobs: look, follow (pages or server-sent events), cancel, read the report."""
+"""Jobs: look, follow (pages or server-sent events), read the report. What changes a job is job_requests.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service import jobs
 from service.errors import Problem
 from service.models import AdapterVersion, Dataset, Job, JobEvent
+from service.outlook import Ahead, Outlook
 from service.pages import After, AfterNumber, Limit, Page, page
 from service.reports import folder as report_folder
 from service.state import Service, State
@@ -58,17 +59,33 @@ class Lineage(BaseModel):
     adapter: VersionRef | None
 
 
+class QueueView(BaseModel):
+    position: Annotated[int | None, Field(description="Place among the queued jobs, from 1; null: not queued.")] = None
+    starts_in_s: Annotated[float | None, Field(description="An estimate from finished jobs; null: not known.")] = None
+
+
 class JobView(BaseModel):
+    """Fields with a default came later than the first release: an answer stored for a replay may lack them."""
+
     id: str
     status: Status
     stage: str | None
     cancel_requested: bool
+    pause_requested: bool = False
+    owner: str = Field(jobs.LOCAL, description="Id of the key that asked for it; `env` or `local` without one.")
+    review: bool = Field(False, description="Stops after generation until POST /jobs/{id}/approve.")
+    approved_at: datetime | None = None
+    queue: QueueView = QueueView()
+    remaining_s: float | None = Field(
+        None, description="Until it ends, waiting included; an estimate. Null: not known."
+    )
     adapter: str
     model: str
     config: dict[str, Any]
     metadata: dict[str, Any]
     progress: Progress | None
     metrics: dict[str, Any]
+    stage_seconds: dict[str, float] = {}
     error: JobError | None
     attempts: int
     lineage: Lineage
@@ -77,6 +94,7 @@ class JobView(BaseModel):
     started_at: datetime | None
     finished_at: datetime | None
     deadline_at: datetime | None
+    deleted_at: datetime | None = None
 
 
 class EventView(BaseModel):
@@ -90,12 +108,12 @@ class EventView(BaseModel):
 def index(
     state: Service, limit: Limit = 50, after: After = None, status: Annotated[Status | None, Query()] = None
 ) -> Page[JobView]:
-    query = select(Job).order_by(Job.id.desc()).limit(limit + 1)
+    query = select(Job).where(Job.deleted_at.is_(None)).order_by(Job.id.desc()).limit(limit + 1)
     query = query.where(Job.id < after) if after else query
     query = query.where(Job.status == status) if status else query
     with state.database.read() as session:
-        rows = session.scalars(query).all()
-        return Page(**page(rows, limit, lambda row: job_view(session, row), lambda row: row.id))
+        rows, outlook = session.scalars(query).all(), Outlook(session)
+        return Page(**page(rows, limit, lambda row: job_view(session, row, outlook), lambda row: row.id))
 
 
 @router.get("/{job_id}", summary="One job")
@@ -119,7 +137,7 @@ async def events(
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
 ) -> Any:
-    """With `Accept: text/event-stream` a stream that ends after the job's last event; reconnect with Last-Event-ID and nothing is lost."""
+    """With `Accept: text/event-stream` a stream that ends with the job; reconnect with Last-Event-ID and nothing is lost."""
     await asyncio.to_thread(_exists, state, job_id)
     if "text/event-stream" in accept:
         start = after if last_event_id is None else last_event_id
@@ -129,13 +147,6 @@ async def events(
         )
     rows = await asyncio.to_thread(_rows, state, job_id, after, limit + 1)
     return Page(**page(rows, limit, _event, lambda row: row.seq))
-
-
-@router.post("/{job_id}/cancel", status_code=202, summary="Cancel")
-def cancel(state: Service, job_id: JobId) -> JobView:
-    """A queued job is cancelled at once, a running one within seconds (its run gets TERM, then KILL). Cancelling twice changes nothing."""
-    with state.database.write() as session:
-        return job_view(session, jobs.request_cancel(session, job_id))
 
 
 @router.get("/{job_id}/report", summary="The run's report", response_class=Response)
@@ -151,20 +162,28 @@ def report(state: Service, job_id: JobId, accept: Annotated[str, Header()] = "")
     return FileResponse(path, headers={"Content-Security-Policy": policy})
 
 
-def job_view(session: Session, job: Job) -> JobView:
+def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobView:
     """The public form of a job. Also the body that POST /align stores for replays."""
+    ahead = Ahead() if job.status in jobs.ENDED else (outlook or Outlook(session)).of(job)
     version = session.scalar(select(AdapterVersion).where(AdapterVersion.job_id == job.id))
     return JobView(
         id=job.id,
         status=job.status,  # type: ignore[arg-type]  # the table's check constraint is the same list
         stage=job.stage,
         cancel_requested=job.cancel_requested,
+        pause_requested=job.pause_requested,
+        owner=job.owner,
+        review=job.review,
+        approved_at=job.approved_at,
+        queue=QueueView(position=ahead.position, starts_in_s=ahead.starts_in_s),
+        remaining_s=ahead.remaining_s,
         adapter=job.adapter_name,
         model=job.model,
         config=job.config,
         metadata=job.meta,
         progress=Progress(**job.progress) if job.progress else None,
         metrics=job.metrics,
+        stage_seconds=job.stage_seconds,
         error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
         attempts=job.attempts,
         lineage=Lineage(
@@ -179,6 +198,7 @@ def job_view(session: Session, job: Job) -> JobView:
         started_at=job.started_at,
         finished_at=job.finished_at,
         deadline_at=job.deadline_at,
+        deleted_at=job.deleted_at,
     )
 
 
@@ -210,21 +230,19 @@ async def _stream(state: State, request: Request, job_id: str, after: int) -> As
             body = json.dumps(_event(row).model_dump(mode="json"))
             yield f"id: {row.seq}\nevent: {row.type}\ndata: {body}\n\n"
             after = row.seq
-            if row.type == "status" and row.data.get("status") in jobs.ENDED:
-                return
         if rows:
             spoke = time.monotonic()
-            continue
         if time.monotonic() - spoke > HEARTBEAT_S:
             spoke = time.monotonic()
             yield ": still here\n\n"
         if await asyncio.to_thread(_over, state, job_id, after):
             return
-        await asyncio.sleep(POLL_S)
+        if not rows:
+            await asyncio.sleep(POLL_S)
 
 
 def _over(state: State, job_id: str, after: int) -> bool:
-    """True where the caller already has the last event of an ended job (a Last-Event-ID at or past the end)."""
+    """True where the caller has the last event of an ended job. An earlier ending is not the last where the job was retried."""
     with state.database.read() as session:
         job = jobs.get(session, job_id)
-        return job.status in jobs.ENDED and after >= job.last_seq
+        return job.status in jobs.ENDED and (after >= job.last_seq or job.deleted_at is not None)

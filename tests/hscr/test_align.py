@@ -312,6 +312,23 @@ def test_a_stopped_generation_goes_on_with_the_whole_data_set_in_sight(finished:
     assert (tmp_path / "cut" / "preferences.jsonl").read_bytes() == whole
 
 
+def test_a_run_for_review_stops_after_generation_and_goes_on_to_the_same_bytes(
+    finished: Finished, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        run(finished.model, finished.data, out, stop_after="generating")
+    assert (out / "preferences.jsonl").read_bytes() == (finished.out / "preferences.jsonl").read_bytes()
+    assert not (out / "steps.jsonl").exists()
+    with pytest.raises(Stopped):
+        run(finished.model, finished.data, out, stop_after="generating")
+    events = run(finished.model, finished.data, out)
+    assert statuses(events)["generating"] == "skipped"
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == finished.weights
+    with pytest.raises(ValueError, match="only `generating`"):
+        run(finished.model, finished.data, tmp_path / "other", stop_after="optimizing")
+
+
 def test_a_wish_to_stop_that_comes_between_two_looks_still_writes_a_checkpoint(
     finished: Finished, tmp_path: Path
 ) -> None:

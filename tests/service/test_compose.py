@@ -48,6 +48,7 @@ def test_every_service_is_pinned_healthy_and_guarded(text: str, services: dict[s
         devices = services[name]["deploy"]["resources"]["reservations"]["devices"]
         assert devices[0]["capabilities"] == ["gpu"]
     assert [name for name, service in services.items() if "ports" in service] == ["api"]
+    assert "outside" in services["sweep"]["networks"], "the sweep sends webhooks"
     assert services["api"]["ports"][0].startswith("${HSCR_BIND:-127.0.0.1}")
 
 

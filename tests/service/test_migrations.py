@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
+from service import aliases, job_requests, jobs
 from service.db import Database, alembic_config, now
-from service.models import AdapterVersion, Alias, Base, Job, new_id
+from service.models import Adapter, AdapterVersion, Alias, Base, Job, new_id
 
 
 def test_history_and_models_agree(database_url: str) -> None:
@@ -25,6 +27,46 @@ def test_down_to_nothing_and_up_again(database_url: str, database: Database) -> 
     assert set(inspect(database.engine).get_table_names()) == {"alembic_version", *Base.metadata.tables}
     command.upgrade(config, "head")
     command.check(config)
+
+
+def test_rows_live_through_every_revision(database_url: str, database: Database, dataset: Any, new_job: Any) -> None:
+    """Down one revision at a time and up again with a job, its events and its bell in the tables: nothing of them is lost."""
+    paused, queued = new_job(), new_job()
+    with database.write() as session:
+        job_requests.pause(session, paused)
+        session.add_all([Adapter(name="a", last_version=1), version_of(dataset, queued)])
+        session.flush()
+        aliases.move(session, "local", "a", "champion", 1, "why")
+    config = alembic_config(database_url)
+    revisions = [r.revision for r in ScriptDirectory.from_config(config).walk_revisions()]
+    assert revisions[-1] == "0001"
+    for revision in revisions[1:]:
+        command.downgrade(config, revision)
+        with database.read() as session:
+            assert session.scalar(text("SELECT count(*) FROM jobs")) == 2
+            assert session.scalar(text("SELECT count(*) FROM job_events")) == 3
+            assert session.scalar(text("SELECT count(*) FROM dataset_records")) == 3
+            assert session.execute(text("SELECT a.version, h.reason FROM aliases a, alias_history h")).one() == (
+                1,
+                "why",
+            )
+    with database.read() as session:
+        statuses = dict(session.execute(text("SELECT id, status FROM jobs")).all())
+    assert statuses == {paused: "cancelled", queued: "queued"}, "the first service knows no way out of paused"
+    command.upgrade(config, "head")
+    command.check(config)
+    with database.write() as session:
+        again = jobs.get(session, queued)
+        assert (again.owner, again.queued_at, again.stage_seconds) == ("local", again.created_at, {})
+        assert jobs.claim(session, queued, 10, running_max=1) is not None
+        assert jobs.get(session, paused).status == "cancelled"
+
+
+def version_of(dataset: Any, job_id: str, number: int = 1) -> AdapterVersion:
+    return AdapterVersion(
+        adapter_name="a", version=number, digest="d", model="m", job_id=job_id, dataset_id=dataset.id,
+        dataset_digest="d", config={}, metrics={},
+    )  # fmt: skip
 
 
 def job(dataset: Any, **changes: Any) -> Job:
@@ -57,23 +99,15 @@ def test_rows_that_must_never_be_are_refused(database: Database, dataset: Any, w
 
 
 def test_job_publishes_at_most_one_version_and_an_alias_points_at_a_real_one(database: Database, dataset: Any) -> None:
-    from service.models import Adapter
-
     with database.write() as session:
         row = job(dataset)
         session.add_all([row, Adapter(name="a", last_version=2)])
         job_id = row.id
 
-    def version(number: int) -> AdapterVersion:
-        return AdapterVersion(
-            adapter_name="a", version=number, digest="d", model="m", job_id=job_id, dataset_id=dataset.id,
-            dataset_digest="d", config={}, metrics={},
-        )  # fmt: skip
-
     with database.write() as session:
-        session.add(version(1))
+        session.add(version_of(dataset, job_id))
     with pytest.raises(IntegrityError), database.write() as session:
-        session.add(version(2))
+        session.add(version_of(dataset, job_id, 2))
     with pytest.raises(IntegrityError), database.write() as session:
         session.add(Alias(adapter_name="a", alias="champion", version=2))
 

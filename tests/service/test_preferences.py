@@ -79,9 +79,9 @@ def test_an_attempt_that_gives_way_while_it_is_looked_at_is_no_lack_of_records(
     job: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker renames the copy and removes the old folder between the listing and the opening."""
-    from service import runs
+    from service import run_folders
 
-    listed = runs.attempts
+    listed = run_folders.attempts
 
     def then_replaced(place: Path) -> list[Path]:
         found = listed(place)
@@ -89,7 +89,7 @@ def test_an_attempt_that_gives_way_while_it_is_looked_at_is_no_lack_of_records(
             found[0].rename(place / "attempt-2")
         return found
 
-    monkeypatch.setattr(runs, "attempts", then_replaced)
+    monkeypatch.setattr(run_folders, "attempts", then_replaced)
     with preferences.opened(settings.data_dir, job) as file:
         assert len(preferences.some(file, 0, 10)) == 3
 

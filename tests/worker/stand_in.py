@@ -27,7 +27,7 @@ def say(kind: str, **values: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
-    for name in ("--model", "--config", "--eval", "--events"):
+    for name in ("--model", "--config", "--eval", "--events", "--stop-after"):
         parser.add_argument(name)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -58,6 +58,8 @@ def main() -> int:
     for stage in ("generating", "optimizing"):
         if stage == "generating" and (out / "preferences.jsonl").is_file():
             say("stage", stage=stage, status="skipped")
+            if arguments.stop_after == stage:
+                return 75
             continue
         say("stage", stage=stage, status="started")
         if stage == "generating":
@@ -84,6 +86,8 @@ def main() -> int:
                 say("progress", stage=stage, done=state["step"], total=told.get("steps", 5), rate=1.0, eta_s=0.0)
                 say("metrics", stage=stage, step=state["step"], values={"loss": 1 / state["step"]})
         say("stage", stage=stage, status="completed")
+        if arguments.stop_after == stage:
+            return 75
     adapter = out / "adapter"
     adapter.mkdir(exist_ok=True)
     write_json(adapter / "adapter_config.json", {"peft_type": "LORA"})

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
-from service import adapters, jobs
+from service import adapters, job_requests, jobs
 from service.db import Database, now
 from service.models import AdapterVersion, Job, JobEvent
 from service.settings import Settings
@@ -231,7 +231,7 @@ def test_cancel_stops_the_run_and_leaves_no_child(
     def cancel() -> bool:
         if len(events_of(database, job_id)) >= 5:
             with database.write() as session:
-                jobs.request_cancel(session, job_id)
+                job_requests.cancel(session, job_id)
         return False
 
     run_job(database, settings, job_id, cancel)
@@ -369,7 +369,7 @@ def test_run_dies_with_its_supervisor(
 def test_runs_environment_holds_no_secret(
     database: Database, settings: Settings, new_job: NewJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HSCR_API_KEY", "DATABASE_URL", "REDIS_URL"):
+    for name in ("HSCR_API_KEY", "HSCR_WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL"):
         monkeypatch.setenv(name, "canary")
     out = tmp_path / "environment"
     code = f"import os; open({str(out)!r},'w').write(repr(dict(os.environ)))"
@@ -377,3 +377,108 @@ def test_runs_environment_holds_no_secret(
     run_job(database, settings, new_job(), never)
     assert "canary" not in out.read_text()
     assert f"'HSCR_PARENT_PID': '{os.getpid()}'" in out.read_text()
+
+
+def test_paused_run_frees_its_device_and_goes_on_from_its_checkpoint(
+    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
+) -> None:
+    """Pause while it optimises: a checkpoint, no process left; after resume the next attempt ends with the uninterrupted run's adapter."""
+    whole = new_job()
+    stand_in(steps=100)
+    run_job(database, settings, whole, never)
+    job_id = new_job()
+    stand_in(steps=100, child=True)
+
+    def pause() -> bool:
+        if any(e.type == "metrics" for e in events_of(database, job_id)):
+            with database.write() as session:
+                job_requests.pause(session, job_id)
+        return False
+
+    run_job(database, settings, job_id, pause)
+    job = job_of(database, job_id)
+    assert (job.status, job.crashes, job.pause_requested, job.lease_until) == ("paused", 0, False, None)
+    assert not alive(int((settings.data_dir / "runs" / job_id / "grandchild.pid").read_text()))
+    run_job(database, settings, job_id, never)
+    assert job_of(database, job_id).status == "paused", "a bell does not wake it"
+    with database.write() as session:
+        job_requests.resume(session, job_id)
+    stand_in(steps=100)
+    run_job(database, settings, job_id, never)
+    assert (job_of(database, job_id).status, job_of(database, job_id).attempts) == ("succeeded", 2)
+    assert_whole(database, job_id)
+    with database.read() as session:
+        assert len(set(session.scalars(select(AdapterVersion.digest)))) == 1
+
+
+def test_failed_job_is_retried_from_its_checkpoint(
+    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
+) -> None:
+    stand_in(crash_at=4)
+    settings.max_crashes = 1
+    job_id = new_job()
+    run_job(database, settings, job_id, never)
+    assert job_of(database, job_id).status == "failed"
+    with database.write() as session:
+        job_requests.retry(session, job_id, None)
+    stand_in()
+    run_job(database, settings, job_id, never)
+    job = job_of(database, job_id)
+    assert (job.status, job.error_code, job.finished_at is not None) == ("succeeded", None, True)
+    steps = [e.data["step"] for e in events_of(database, job_id) if e.type == "metrics"]
+    assert steps == [1, 2, 3, 4, 5], "no step was taken twice"
+    assert_whole(database, job_id)
+
+
+def test_retried_job_has_all_its_attempts_again(
+    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
+) -> None:
+    """A cancel that came too late for the failure is forgotten with it, too."""
+    stand_in(crash_at=2)
+    settings.max_crashes = 2
+    job_id = new_job()
+    for expected in ("queued", "failed"):
+        run_job(database, settings, job_id, never)
+        assert job_of(database, job_id).status == expected
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(cancel_requested=True))
+        job_requests.retry(session, job_id, None)
+    for expected in ("queued", "failed"):
+        run_job(database, settings, job_id, never)
+        assert job_of(database, job_id).status == expected
+
+
+def test_job_for_review_stops_after_generation_until_it_is_approved(
+    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
+) -> None:
+    job_id = new_job(review=True)
+    run_job(database, settings, job_id, never)
+    job = job_of(database, job_id)
+    assert (job.status, job.lease_until, job.approved_at) == ("awaiting_review", None, None)
+    (folder,) = (settings.data_dir / "runs" / job_id).glob("attempt-*")
+    made = (folder / "preferences.jsonl").read_bytes()
+    assert not any(e.type == "metrics" for e in events_of(database, job_id))
+    run_job(database, settings, job_id, never)
+    assert job_of(database, job_id).status == "awaiting_review", "a bell does not approve it"
+    with database.write() as session:
+        job_requests.approve(session, job_id)
+    run_job(database, settings, job_id, never)
+    assert job_of(database, job_id).status == "succeeded"
+    (folder,) = (settings.data_dir / "runs" / job_id).glob("attempt-*")
+    assert (folder / "preferences.jsonl").read_bytes() == made, "what was approved is what was optimised on"
+    skipped = [e.data["stage"] for e in events_of(database, job_id) if e.data.get("status") == "skipped"]
+    assert skipped == ["generating"]
+    assert_whole(database, job_id)
+
+
+def test_time_of_stages_is_booked_over_all_attempts(
+    database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
+) -> None:
+    stand_in(steps=10, step_s=0.1, crash_at=6, crashes=1)
+    job_id = new_job()
+    run_job(database, settings, job_id, never)
+    first = job_of(database, job_id).stage_seconds["optimizing"]
+    run_job(database, settings, job_id, never)
+    total = job_of(database, job_id).stage_seconds["optimizing"]
+    assert 0.3 < first < total
+    assert 0.9 < total < 10

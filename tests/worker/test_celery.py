@@ -16,7 +16,7 @@ import pytest
 import redis
 from sqlalchemy import func, select
 
-from service import jobs
+from service import job_requests, jobs
 from service.db import Database
 from service.models import AdapterVersion, Job, Outbox
 from service.queue import QUEUE, TASK, make_celery, ring, waiting_bells
@@ -175,7 +175,7 @@ def test_running_job_is_cancelled_within_seconds(
     run = run_holds(gate)
     grandchild = int((Path(processes.environment["HSCR_DATA_DIR"]) / "runs" / job_id / "grandchild.pid").read_text())
     with database.write() as session:
-        jobs.request_cancel(session, job_id)
+        job_requests.cancel(session, job_id)
     wait_for(lambda: status(database, job_id) == "cancelled", 8)
     assert not alive(run)
     assert not alive(grandchild)
@@ -235,7 +235,7 @@ def test_sweep_rings_only_for_jobs_whose_bell_is_lost(
     assert sweep.ring_again(database, celery, 0) == 1
     assert waiting_bells(celery) == 1
     with database.write() as session:
-        jobs.request_cancel(session, job_id)
+        job_requests.cancel(session, job_id)
     with redis.Redis.from_url(valkey) as client:
         client.flushall()
     assert sweep.ring_again(database, celery, 0) == 0

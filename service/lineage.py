@@ -1,0 +1,47 @@
+"""Where a version came from and what came of a data set: answer → version → job → preferences → data set, and the way back.
+
+Answers name their version by digest (`adapter.digest`), so the way begins at a digest too. Rows only; files are named by their digests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from service import aliases
+from service.models import AdapterVersion, Dataset, Job
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Everything a version rests on, and the aliases that point at it now."""
+
+    version: AdapterVersion
+    job: Job
+    dataset: Dataset
+    evaluation_dataset: Dataset | None
+    aliases: list[str]
+
+
+def origin(session: Session, version: AdapterVersion) -> Origin:
+    job = session.get_one(Job, version.job_id)
+    tested = session.get_one(Dataset, job.evaluation_dataset_id) if job.evaluation_dataset_id else None
+    dataset = session.get_one(Dataset, version.dataset_id)
+    names = [a.alias for a in aliases.of(session, version.adapter_name, version.version)]
+    return Origin(version, job, dataset, tested, names)
+
+
+def versions_of_digest(session: Session, digest: str) -> list[AdapterVersion]:
+    """Equal weights have one digest, so that two jobs may lead to one."""
+    query = select(AdapterVersion).where(AdapterVersion.digest == digest)
+    return list(session.scalars(query.order_by(AdapterVersion.created_at)))
+
+
+def jobs_on(session: Session, dataset_id: str, after: str, limit: int) -> list[tuple[Job, AdapterVersion | None]]:
+    """The jobs that learnt from a data set or were evaluated on it, oldest first, each with the version that it published."""
+    uses = or_(Job.dataset_id == dataset_id, Job.evaluation_dataset_id == dataset_id)
+    query = select(Job, AdapterVersion).outerjoin(AdapterVersion, AdapterVersion.job_id == Job.id)
+    rows = session.execute(query.where(uses, Job.id > after).order_by(Job.id).limit(limit))
+    return [(job, version) for job, version in rows]

@@ -1,0 +1,116 @@
+"""What lies ahead of a job that is not over: its place in the queue, when it may start, and how long it may take.
+
+Times come from finished jobs of the same model: the median time a record that each stage took, times this job's records. Where too little
+is known there is no number rather than a guess. One Outlook is one look at the database; it answers for all jobs of a page.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from service.models import Dataset, Job
+
+STAGES = ("generating", "optimizing", "evaluating", "reporting")
+HISTORY, AHEAD_MAX = 20, 500
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """`position` counts from 1; `starts_in_s` and `remaining_s` are estimates, None where nothing is known."""
+
+    position: int | None = None
+    starts_in_s: float | None = None
+    remaining_s: float | None = None
+
+
+class Outlook:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._sizes: dict[str, int] = {}
+        self._rates: dict[str, dict[str, float]] = {}
+
+    def of(self, job: Job) -> Ahead:
+        if job.status == "running":
+            return Ahead(remaining_s=_rounded(self._left(job)))
+        if job.status != "queued":
+            return Ahead()
+        position = self._position(job)
+        before = [other for other in self._queued if (other.queued_at, other.id) < (job.queued_at, job.id)]
+        wait, own = self._wait(before) if position - 1 == len(before) else None, self._whole(job)
+        return Ahead(position, _rounded(wait), _rounded(None if wait is None or own is None else wait + own))
+
+    def _position(self, job: Job) -> int:
+        earlier = or_(Job.queued_at < job.queued_at, (Job.queued_at == job.queued_at) & (Job.id < job.id))
+        return 1 + (self._session.scalar(select(func.count()).where(Job.status == "queued", earlier)) or 0)
+
+    @cached_property
+    def _queued(self) -> list[Job]:
+        query = select(Job).where(Job.status == "queued").order_by(Job.queued_at, Job.id).limit(AHEAD_MAX)
+        return list(self._session.scalars(query))
+
+    @cached_property
+    def _running(self) -> list[Job]:
+        return list(self._session.scalars(select(Job).where(Job.status == "running").limit(AHEAD_MAX)))
+
+    def _wait(self, before: list[Job]) -> float | None:
+        """The work ahead, shared by as many devices as work now (at least one)."""
+        work = [self._left(job) for job in self._running] + [self._whole(job) for job in before]
+        known = [w for w in work if w is not None]
+        return sum(known) / max(1, len(self._running)) if len(known) == len(work) else None
+
+    def _whole(self, job: Job) -> float | None:
+        return self._sum(self._expected(job), STAGES)
+
+    def _left(self, job: Job) -> float | None:
+        """What is left of the running stage by the run's own word, and the stages after it by history."""
+        if job.stage not in STAGES:
+            return 0.0 if job.stage == "publishing" else self._whole(job)
+        later = self._sum(self._expected(job), STAGES[STAGES.index(job.stage) + 1 :])
+        progress = job.progress or {}
+        here = progress.get("eta_s") if progress.get("stage") == job.stage else self._expected(job).get(job.stage)
+        return None if later is None or here is None else here + later
+
+    @staticmethod
+    def _sum(expected: dict[str, float], stages: tuple[str, ...]) -> float | None:
+        return sum(expected[s] for s in stages) if all(s in expected for s in stages) else None
+
+    def _expected(self, job: Job) -> dict[str, float]:
+        units, rates = self._units(job), self._history(job.model)
+        return {s: units[s] * rates[s] for s in STAGES if s in rates} | {s: 0.0 for s in STAGES if units[s] == 0}
+
+    def _history(self, model: str) -> dict[str, float]:
+        """Seconds a unit of each stage, over the model's last jobs that succeeded."""
+        if model not in self._rates:
+            query = select(Job).where(Job.model == model, Job.status == "succeeded").order_by(Job.id.desc())
+            seen: dict[str, list[float]] = defaultdict(list)
+            for job in self._session.scalars(query.limit(HISTORY)):
+                units = self._units(job)
+                for stage in STAGES:
+                    if units[stage] and job.stage_seconds:
+                        seen[stage].append(job.stage_seconds.get(stage, 0.0) / units[stage])
+            self._rates[model] = {stage: median(values) for stage, values in seen.items()}
+        return self._rates[model]
+
+    def _units(self, job: Job) -> dict[str, float]:
+        """The size of each stage: records to generate for, records times epochs, records to evaluate on."""
+        epochs: Any = job.config.get("optimization", {}).get("epochs", 1)
+        n, limit = self._size(job.dataset_id), job.config.get("evaluation", {}).get("max_records")
+        tested = self._size(job.evaluation_dataset_id) if job.evaluation_dataset_id else 0
+        tested = tested if limit is None else min(tested, limit)
+        return {"generating": n, "optimizing": n * epochs, "evaluating": tested, "reporting": 1}
+
+    def _size(self, dataset_id: str) -> int:
+        if dataset_id not in self._sizes:
+            self._sizes[dataset_id] = self._session.get_one(Dataset, dataset_id).n_records
+        return self._sizes[dataset_id]
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)

@@ -1,0 +1,124 @@
+"""What is not kept for ever: deleted jobs, the folders of ended runs, old idempotency keys, artifacts that no row points at.
+
+Rows first, files after: whoever dies in between leaves files that the sweep's next round removes. Everything here may be done twice and by
+two processes at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
+
+from sqlalchemy import ColumnElement, delete, or_, select
+from sqlalchemy.orm import Session
+
+from service import jobs, run_folders
+from service.db import Database, now
+from service.errors import Problem
+from service.models import AdapterVersion, IdempotencyKey, Job, JobEvent, Outbox, WebhookDelivery
+from service.settings import Settings
+
+BATCH = 100
+
+
+def delete_job(session: Session, job_id: str) -> bool:
+    """Forget an ended job: its events, its words and, by `free`, its files; False where it is forgotten already. Raises Problem.
+
+    Its row stays, without what the caller wrote: versions, data sets and the audit lead to it.
+    """
+    job = session.get(Job, job_id, with_for_update=True, populate_existing=True)
+    if job is None:
+        raise Problem("job_not_found", "No job has this id; GET /jobs lists them.")
+    if job.status not in jobs.ENDED:
+        raise Problem("job_not_ended", "Cancel the job first: POST /jobs/{id}/cancel.")
+    if job.deleted_at is not None:
+        return False
+    job.deleted_at, job.meta, job.report, job.progress, job.webhook = now(), {}, None, None, None
+    for table in (JobEvent, IdempotencyKey, Outbox, WebhookDelivery):
+        session.execute(delete(table).where(table.job_id == job_id))
+    session.flush()
+    return True
+
+
+def free(database: Database, data_dir: Path, job_id: str) -> bool:
+    """Remove an ended job's folder; False where the job goes on or a process still holds the folder.
+
+    The rename happens under the row's lock, so that no retry comes in between.
+    """
+    with database.write() as session:
+        job = session.get(Job, job_id, with_for_update=True, populate_existing=True)
+        if job is None or job.status not in jobs.ENDED:
+            return False
+        try:
+            gone = run_folders.put_aside(data_dir, job_id)
+        except run_folders.Busy:
+            return False
+        job.files_removed_at = now()
+    run_folders.discard(gone)
+    return True
+
+
+def clean(database: Database, settings: Settings) -> int:
+    """One round of the sweep; how many things went."""
+    with database.read() as session:
+        due: ColumnElement[bool] = Job.deleted_at.is_not(None)
+        if settings.keep_runs_s is not None:
+            due = or_(due, Job.finished_at < now() - timedelta(seconds=settings.keep_runs_s))
+        query = select(Job.id).where(Job.files_removed_at.is_(None), Job.status.in_(jobs.ENDED), due)
+        ids = session.scalars(query.order_by(Job.finished_at).limit(BATCH)).all()
+    done = sum(free(database, settings.data_dir, job_id) for job_id in ids)
+    with database.write() as session:
+        old = IdempotencyKey.created_at < now() - timedelta(seconds=settings.keep_idempotency_s)
+        done += session.execute(delete(IdempotencyKey).where(old)).rowcount  # type: ignore[attr-defined]
+    return done + run_folders.clear_aside(settings.data_dir / "runs") + collect(database, settings.data_dir)
+
+
+@contextmanager
+def artifacts_held(data_dir: Path) -> Iterator[None]:
+    """While an artifact is stored and its row not yet committed: nothing is collected. Many may hold it together."""
+    with _lock_file(data_dir).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def collect(database: Database, data_dir: Path) -> int:
+    """Remove adapters and reports that no row points at: of deleted jobs, and of attempts that died before their rows; how many.
+
+    Does nothing while anybody publishes.
+    """
+    with _lock_file(data_dir).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0
+        gone = []
+        with database.read() as session:
+            for kind, column in (("adapters", AdapterVersion.digest), ("reports", Job.report)):
+                root = data_dir / "artifacts" / kind
+                run_folders.clear_aside(root)
+                names = {_row_name(kind, path): path for path in root.iterdir()} if root.is_dir() else {}
+                for some in (list(names)[i : i + 500] for i in range(0, len(names), 500)):
+                    kept = set(session.scalars(select(column).where(column.in_(some))))
+                    gone += [_put_aside(names[name]) for name in some if name not in kept]
+    for path in gone:
+        run_folders.discard(path)
+    return len(gone)
+
+
+def _row_name(kind: str, path: Path) -> str:
+    return path.name.replace("-", ":", 1) if kind == "adapters" else path.name
+
+
+def _put_aside(path: Path) -> Path:
+    """Renamed before it is removed: half an artifact must never lie under a digest's name."""
+    return path.rename(path.with_name(f".gone-{uuid4().hex}"))
+
+
+def _lock_file(data_dir: Path) -> Path:
+    path = data_dir / "artifacts" / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,125 @@
+"""Lineage, both ways: what an answer's version rests on, and what came of a data set."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from service import adapters, aliases, datasets, lineage
+from service.errors import Problem
+from service.models import Dataset, Job
+from service.pages import After, Limit, Page, page
+from service.routes.adapters import Name, Number
+from service.routes.datasets import DatasetId
+from service.routes.jobs import VersionRef
+from service.state import Service
+
+router = APIRouter(tags=["lineage"])
+Use = Literal["alignment", "evaluation"]
+
+
+class DataView(BaseModel):
+    id: str
+    name: str
+    version: int
+    digest: str
+    n_records: int
+    records_url: str
+
+
+class JobRef(BaseModel):
+    id: str
+    owner: str = Field(description="Id of the key that asked for it; `env` or `local` without one.")
+    created_at: datetime
+    deleted_at: datetime | None
+
+
+class OriginView(BaseModel):
+    """From a version to its rows."""
+
+    version: VersionRef
+    model: str
+    aliases: list[str] = Field(description="Those that point at it now.")
+    job: JobRef
+    preferences_digest: str | None = Field(description="Of the preference records that it was optimised on.")
+    dataset: DataView
+    evaluation_dataset: DataView | None
+
+
+class UseView(BaseModel):
+    """One job that used a data set."""
+
+    job_id: str
+    status: str
+    use: list[Use]
+    version: VersionRef | None
+    aliases: list[str]
+
+
+@router.get("/adapters/{name}/versions/{version}/lineage", summary="From a version back to its rows")
+def of_version(state: Service, name: Name, version: Number) -> OriginView:
+    with state.database.read() as session:
+        return _origin(lineage.origin(session, adapters.get_version(session, name, version)))
+
+
+@router.get("/lineage", summary="From an answer's adapter digest back to its rows")
+def of_digest(
+    state: Service, digest: Annotated[str, Query(pattern=r"^sha256:[0-9a-f]{64}$", description="`adapter.digest`.")]
+) -> list[OriginView]:
+    """One entry a version with these very weights; usually one."""
+    with state.database.read() as session:
+        found = [_origin(lineage.origin(session, v)) for v in lineage.versions_of_digest(session, digest)]
+    if not found:
+        raise Problem("version_not_found", "No version has this digest; answers name theirs in `adapter.digest`.")
+    return found
+
+
+@router.get("/datasets/{dataset_id}/lineage", summary="What came of a data set")
+def of_dataset(state: Service, dataset_id: DatasetId, limit: Limit = 50, after: After = None) -> Page[UseView]:
+    """The jobs that learnt from it or were evaluated on it, oldest first, with their versions and the aliases on them."""
+    with state.database.read() as session:
+        datasets.get(session, dataset_id)
+        rows = lineage.jobs_on(session, dataset_id, after or "", limit + 1)
+        views = [
+            UseView(
+                job_id=job.id,
+                status=job.status,
+                use=_use(job, dataset_id),
+                version=VersionRef(name=made.adapter_name, version=made.version, digest=made.digest) if made else None,
+                aliases=[a.alias for a in aliases.of(session, made.adapter_name, made.version)] if made else [],
+            )
+            for job, made in rows
+        ]
+    return Page(**page(views, limit, lambda view: view, lambda view: view.job_id))
+
+
+def _use(job: Job, dataset_id: str) -> list[Use]:
+    uses: dict[Use, str | None] = {"alignment": job.dataset_id, "evaluation": job.evaluation_dataset_id}
+    return [use for use, used in uses.items() if used == dataset_id]
+
+
+def _origin(found: lineage.Origin) -> OriginView:
+    version = found.version
+    return OriginView(
+        version=VersionRef(name=version.adapter_name, version=version.version, digest=version.digest),
+        model=version.model,
+        aliases=found.aliases,
+        job=JobRef.model_validate(found.job, from_attributes=True),
+        preferences_digest=version.preferences_digest,
+        dataset=_data(found.dataset),
+        evaluation_dataset=_data(found.evaluation_dataset) if found.evaluation_dataset else None,
+    )
+
+
+def _data(row: Dataset) -> DataView:
+    return DataView(
+        id=row.id,
+        name=row.name,
+        version=row.version,
+        digest=row.digest,
+        n_records=row.n_records,
+        records_url=f"/datasets/{row.id}/records",
+    )
