@@ -11,7 +11,7 @@ demo: $(READY)  ## the main job on the embedded default: data, service, align, a
 	@exec $(BIN)/hscr demo $(ARGS)
 
 test: $(READY)  ## all tests that CI runs
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-all: test  ## what takes longer: rebuilds the demo model from nothing and checks it
 	@$(BIN)/hscr demo-model --rebuild --out build/demo-model
