@@ -23,13 +23,14 @@ from hscr.evaluate import evaluate, plan, read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
 from hscr.leaks import check_evaluation
-from hscr.model import VLM, add_lora, require_images
+from hscr.model import VLM, add_lora, checkpoint_gradients, require_images
 from hscr.optimize import optimize
 from hscr.preferences import generate
 from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
 from hscr.similarity import load_similarity
+from hscr.token_budget import TokenBudget
 
 
 class DataSet:
@@ -137,9 +138,15 @@ def _generating(
     rate = Rate(stage, n, min(done, n))
     yield rate.at(min(done, n))
     similarity = load_similarity(config.preference.similarity)
-    made = generate(vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done)
+    budget = TokenBudget(config.preference.token_budget)
+    made = generate(
+        vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done, budget=budget
+    )
+    tokens = budget.tokens
     for number, record in enumerate(made, done + 1):
         partial.append([record])
+        if budget.tokens < tokens:
+            yield _out_of_memory("preference", tokens := budget.tokens)
         if number % size == 0 or number == n:
             yield rate.at(number)
             if should_stop():
@@ -155,6 +162,13 @@ def _generating(
             "few_levels", f"only {with_level} of {n} records got a graded wrong answer; the report lists the reasons"
         )
     yield Stage(stage, "completed")
+
+
+def _out_of_memory(section: str, tokens: int) -> Warning_:
+    return Warning_(
+        "out_of_memory",
+        f"the device ran out of memory; going on with {tokens} tokens a forward ({section}.token_budget={tokens} starts so)",
+    )
 
 
 def _batches(n: int, size: int) -> list[int]:
@@ -180,6 +194,7 @@ def _optimizing(
     add_lora(vlm, config.optimization, config.seed)
     rate: Rate | None = None
     chosen: list[float] = []
+    tokens = config.optimization.token_budget
     steps = run.path / "steps.jsonl"
     try:
         for step in optimize(
@@ -198,6 +213,8 @@ def _optimizing(
                 file.write(json.dumps({"step": step.step, **step.metrics}) + "\n")
             chosen.append(step.metrics["rewards/chosen"])
             yield Metrics(stage, step.step, step.metrics)
+            if step.token_budget < tokens:
+                yield _out_of_memory("optimization", tokens := step.token_budget)
             yield rate.at(step.step)
             if step.checkpoint:
                 yield Checkpoint(stage, step.step, step.checkpoint)
@@ -213,6 +230,7 @@ def _optimizing(
     finally:
         vlm.model = vlm.model.unload()  # the base again, so that evaluation loads the adapter as everybody else does
         vlm.model.requires_grad_(False)
+        checkpoint_gradients(vlm, False)
     run.finish(stage, ["adapter"])
     yield Stage(stage, "completed")
 

@@ -32,17 +32,16 @@ def sampled_answers(vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig)
     """n_candidates answers a draft, sampled from the model with the full image; one random stream a record and sample."""
     rows = [(number, sample) for number in range(len(drafts)) for sample in range(config.n_candidates)]
     out: list[list[Candidate]] = [[] for _ in drafts]
-    for start in range(0, len(rows), config.batch_size):
-        part = rows[start : start + config.batch_size]
-        answers = decode(
-            vlm,
-            [drafts[n].prompt for n, _ in part],
-            max_tokens=config.max_new_tokens,
-            temperature=config.sample_temperature,
-            seeds=[derived_seed("sample", drafts[n].name, sample) for n, sample in part],
-        )
-        for (number, _), ids in zip(part, answers, strict=True):
-            out[number].append(Candidate(decode_text(vlm, ids), source="sampled"))
+    answers = decode(
+        vlm,
+        [drafts[n].prompt for n, _ in rows],
+        max_tokens=config.max_new_tokens,
+        temperature=config.sample_temperature,
+        seeds=[derived_seed("sample", drafts[n].name, sample) for n, sample in rows],
+        token_budget=config.token_budget,
+    )
+    for (number, _), ids in zip(rows, answers, strict=True):
+        out[number].append(Candidate(decode_text(vlm, ids), source="sampled"))
     return out
 
 

@@ -145,11 +145,14 @@ def _show(events: Iterable[Event], mode: str) -> None:
 def _load(model: str, dtype: str, device: str, revision: str | None, quantize: str | None) -> VLM:
     from transformers.utils import logging
 
+    from hscr.feature_cache import features_folder
     from hscr.model import load_model, set_threads
 
     logging.disable_progress_bar()
     set_threads()
-    return load_model(model, dtype=dtype, device=device, revision=revision, quantize=quantize)
+    return load_model(
+        model, dtype=dtype, device=device, revision=revision, quantize=quantize, feature_cache=features_folder()
+    )
 
 
 @app.command()

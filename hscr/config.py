@@ -89,7 +89,13 @@ class PreferenceConfig:
         "D: levels of a closed question: the other options, token replacement as for open ones, or no levels",
     )
     max_new_tokens: int = _number(64, 1, 4096, "longest continuation under `redecode`, longest `sampled` answer")
-    batch_size: int = _number(32, 1, 4096, "records scored together")
+    batch_size: int = _number(32, 1, 4096, "records worked on together; an interrupted run loses at most these")
+    token_budget: int = _number(
+        32768,
+        1,
+        2**24,
+        "tokens of one forward pass or key-value cache, padding included: memory and speed, not results",
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,13 @@ class OptimizationConfig:
     max_grad_norm: float = _number(1.0, 0.0, 1e6, "D: gradient clipping", open_low=True)
     epochs: int = _number(2, 1, 1000, "paper 2")
     batch_size: int = _number(16, 1, 4096, "records a step (paper 16)")
-    micro_batch_size: int = _number(8, 1, 4096, "records a forward; gradients accumulate to batch_size")
+    token_budget: int = _number(
+        8192, 1, 2**24, "tokens of one forward pass, padding included; gradients accumulate to batch_size"
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"doc": "compute activations again in the backward pass: less memory, about a third more time"},
+    )
     lora_rank: int = _number(16, 1, 1024, "r (paper 16)")
     lora_alpha: int = _number(32, 1, 4096, "D: LoRA scale α")
     lora_targets: str = field(

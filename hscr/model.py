@@ -9,22 +9,26 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hscr.artifacts import bytes_digest, file_digest, json_digest
 from hscr.config import OptimizationConfig
 from hscr.families import Family, family_of, makes_features
+from hscr.feature_cache import DiskFeatures, FeatureCache
 from hscr.images import Images, as_images
 from hscr.processor import load_processor
-from hscr.visual_tokens import FeatureCache, Prompt
+from hscr.visual_tokens import Prompt
 
 
 @dataclass
@@ -101,10 +105,13 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     quantize: str | None = None,
+    feature_cache: Path | None = None,
+    feature_cache_bytes: int = 20 * 2**30,
 ) -> VLM:
     """Load a Hugging Face name or a local folder, frozen and in eval mode.
 
     dtype `auto`: bfloat16 on CUDA, float32 elsewhere. quantize `4bit`: the language model's linear layers as NF4 (QLoRA), CUDA only.
+    feature_cache: a folder that keeps image features across runs, up to `feature_cache_bytes`.
     Raises ValueError for an unknown name, folder, architecture, dtype or quantisation, or where a package is missing.
     """
     try:
@@ -138,7 +145,12 @@ def load_model(
         source, digest = Path(name).resolve().name, folder_digest(Path(name))
     else:
         digest = f"hub:{getattr(model.config, '_commit_hash', None)}"
-    return VLM(model, processor, family, where, source, digest if quantize is None else f"{digest}+{quantize}")
+    digest = digest if quantize is None else f"{digest}+{quantize}"
+    disk = None
+    if feature_cache is not None and digest != "hub:None":
+        identity = [digest, dtype, where.type, torch.__version__, transformers.__version__]
+        disk = DiskFeatures(feature_cache, identity=identity, device=where, max_bytes=feature_cache_bytes)
+    return VLM(model, processor, family, where, source, digest, FeatureCache(disk=disk))
 
 
 def _config_json(source: str, revision: str | None) -> dict[str, Any]:
@@ -203,6 +215,19 @@ def add_lora(vlm: VLM, config: OptimizationConfig, seed: int) -> None:
         )
 
 
+def checkpoint_gradients(vlm: VLM, on: bool) -> None:
+    """Compute a layer's activations again in the backward pass instead of keeping them (Chen et al. 2016, arXiv 1604.06174).
+
+    While it is on, layers take no key-value cache: scoring works, decoding does not.
+    """
+    for module in vlm.base.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = on
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+            # Layers checkpoint in training mode only; the flag is set on the layer alone, so that no dropout inside it wakes up.
+            module.training = on
+
+
 def _plain(vlm: VLM, text: str) -> str:
     """Text that spells a special token is broken up and so stays text: an "<image>" in a question adds no image."""
     for token in vlm.special_tokens:
@@ -250,10 +275,13 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str])
         require_images(vlm, len(pictures))
         keys = [bytes_digest(f"{i.mode}{i.size}".encode() + i.tobytes()) for i in pictures]
         asked = "\n".join([str(len(keys)), *keys, question])
-        known |= {key: vlm.features[key] for key in keys if key in vlm.features}
-        if asked in vlm.tokens and all(key in known for key in keys):
+        for key in keys:
+            if key not in known and (features := vlm.features.get(key)) is not None:
+                known[key] = features
+        met = vlm.tokens.get(asked)
+        if met is not None and all(key in known for key in keys):
             # Met before: the processor, which resizes every image, has nothing to add.
-            ids, positions = vlm.tokens[asked][0], vlm.tokens[asked][1:].squeeze(0)
+            ids, positions = met[0], met[1:].squeeze(0)
         else:
             batch = _processed(vlm, pictures, question)
             for key, picture in zip(keys, pictures, strict=True):

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hscr.artifacts import verify_manifest, write_json, write_manifest
+from hscr.artifacts import write_json
+from hscr.checkpoints import restore_checkpoint, save_checkpoint
 from hscr.config import OptimizationConfig
 from hscr.images import Images
 from hscr.losses import RecordLogProbs, record_loss
-from hscr.model import VLM, encode_answer, encode_prompts
+from hscr.model import VLM, checkpoint_gradients, encode_answer, encode_prompts
 from hscr.packing import packed_logits, token_logprobs
 from hscr.records import PreferenceRecord, VQARecord
+from hscr.token_budget import TokenBudget, budget_batches
 from hscr.visual_tokens import derived_seed
 
 _READ = {"sft": 0, "dpo": 1}  # levels that an objective reads, where not all: the others are not scored
@@ -33,20 +33,27 @@ _READ = {"sft": 0, "dpo": 1}  # levels that an objective reads, where not all: t
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimiser step: `step` of `total` (from 1), batch means of the metrics, and the digest of a checkpoint written after it."""
+    """One optimiser step: `step` of `total` (from 1), batch means of the metrics, the digest of a checkpoint written after it, and the
+    tokens that a forward may have: below `OptimizationConfig.token_budget` once the device ran out of memory."""
 
     step: int
     total: int
     metrics: dict[str, float]
     checkpoint: str | None
+    token_budget: int
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """A preference record ready to score: y_w and its levels as token ids."""
 
     record: VQARecord
     answers: list[list[int]]
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """[1 + J]"""
+        return torch.tensor([len(a) for a in self.answers], dtype=torch.float32)
 
 
 def optimize(
@@ -71,7 +78,7 @@ def optimize(
         few = "a usable level" if needed == 1 else "two levels, which the implicit objective compares"
         raise ValueError(f"no record has {few}; see the reasons in preferences.jsonl")
     items = [
-        _Item(
+        Item(
             p.record,
             [
                 encode_answer(vlm, p.record.question, text)
@@ -80,27 +87,34 @@ def optimize(
         )
         for p in useful
     ]
-    reference = _reference(vlm, items, open_image, config, folder / "reference.json")
+    checkpoint_gradients(vlm, config.gradient_checkpointing)
     plan = batch_plan(len(items), config.batch_size, config.epochs, seed)
     parameters = {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     checkpoints = folder / "checkpoints"
-    done = _restore(checkpoints, plan, parameters, optimizer)
-    for step in range(done + 1, len(plan) + 1):
+    state = restore_checkpoint(checkpoints, plan, parameters, optimizer)
+    budget = TokenBudget(state.get("token_budget", config.token_budget))
+    reference = _reference(vlm, items, open_image, config, budget, folder / "reference.json")
+    for step in range(state.get("step", 0) + 1, len(plan) + 1):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(step, len(plan), config.lr_schedule, config.warmup_ratio)
         batch = plan[step - 1]
-        metrics: defaultdict[str, list[float]] = defaultdict(list)
-        for start in range(0, len(batch), config.micro_batch_size):
-            part = batch[start : start + config.micro_batch_size]
-            sums = answer_logprobs(vlm, [items[i] for i in part], open_image)
-            losses = []
-            for index, (policy, n_tokens) in zip(part, sums, strict=True):
-                loss, values = record_loss(RecordLogProbs(policy, reference[index].to(policy.device), n_tokens), config)
-                losses.append(loss)
-                for name, value in values.items():
-                    metrics[name].append(value)
-            (torch.stack(losses).sum() / len(batch)).backward()
+
+        def gradients(tokens: int, batch: list[int] = batch) -> dict[str, list[float]]:
+            optimizer.zero_grad(set_to_none=True)  # also of an attempt that ran out of memory half-way
+            metrics: defaultdict[str, list[float]] = defaultdict(list)
+            for part, scored in answer_logprobs(vlm, [items[i] for i in batch], open_image, tokens):
+                losses = []
+                for at, policy in zip(part, scored, strict=True):
+                    item, own = items[batch[at]], reference[batch[at]].to(policy.device)
+                    loss, values = record_loss(RecordLogProbs(policy, own, item.n_tokens.to(policy.device)), config)
+                    losses.append(loss)
+                    for name, value in values.items():
+                        metrics[name].append(value)
+                (torch.stack(losses).sum() / len(batch)).backward()
+            return metrics
+
+        metrics = budget.within(gradients)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         means |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
@@ -113,8 +127,9 @@ def optimize(
         stop = should_stop()
         digest = None
         if stop or step % config.checkpoint_every == 0 or step == len(plan):
-            digest = _save(checkpoints, step, plan, parameters, optimizer)
-        yield TrainStep(step, len(plan), means, digest)
+            state = {"step": step, "plan": plan, "token_budget": budget.tokens}
+            digest = save_checkpoint(checkpoints, state, parameters, optimizer)
+        yield TrainStep(step, len(plan), means, digest, budget.tokens)
         if stop:
             return
 
@@ -139,81 +154,45 @@ def lr_factor(step: int, total: int, schedule: str, warmup_ratio: float) -> floa
 
 
 def answer_logprobs(
-    vlm: VLM, items: Sequence[_Item], open_image: Callable[[VQARecord], Images]
-) -> list[tuple[Tensor, Tensor]]:
-    """Summed log-probabilities [1 + J] and token counts [1 + J] of each record's answers, one packed forward."""
+    vlm: VLM, items: Sequence[Item], open_image: Callable[[VQARecord], Images], budget: int
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Summed log-probabilities [1 + J] of records' answers, one packed forward a batch of at most `budget` tokens.
+
+    Yields indices into `items` and their tensors, a batch at a time, so that the caller can let go of a batch's graph before the next.
+    """
     prompts = encode_prompts(vlm, [open_image(i.record) for i in items], [i.record.question for i in items])
-    out = []
-    for item, logits in zip(items, packed_logits(vlm, prompts, [i.answers for i in items]), strict=True):
-        sums = torch.stack([token_logprobs(row, ids).sum() for row, ids in zip(logits, item.answers, strict=True)])
-        out.append((sums, torch.tensor([len(a) for a in item.answers], dtype=torch.float32, device=sums.device)))
-    return out
+    lengths = [len(p.input_ids) + sum(map(len, i.answers)) for p, i in zip(prompts, items, strict=True)]
+    for part in budget_batches(lengths, budget):
+        logits = packed_logits(vlm, [prompts[i] for i in part], [items[i].answers for i in part])
+        yield (
+            part,
+            [
+                torch.stack([token_logprobs(own, ids).sum() for own, ids in zip(rows, items[i].answers, strict=True)])
+                for i, rows in zip(part, logits, strict=True)
+            ],
+        )
 
 
 def _reference(
     vlm: VLM,
-    items: Sequence[_Item],
+    items: Sequence[Item],
     open_image: Callable[[VQARecord], Images],
     config: OptimizationConfig,
+    budget: TokenBudget,
     path: Path,
 ) -> list[Tensor]:
     """log π_sft of every answer, adapter off; read back from `path` where it is there (JSON keeps every float exactly)."""
     if not path.is_file():
         rows: list[list[float]] = []
         with torch.no_grad(), vlm.model.disable_adapter():
-            for start in range(0, len(items), config.micro_batch_size):
-                part = items[start : start + config.micro_batch_size]
-                rows += [sums.tolist() for sums, _ in answer_logprobs(vlm, part, open_image)]
+            for start in range(0, len(items), config.batch_size):
+                chunk = items[start : start + config.batch_size]
+
+                def scored(tokens: int, chunk: Sequence[Item] = chunk) -> dict[int, list[float]]:
+                    batches = answer_logprobs(vlm, chunk, open_image, tokens)
+                    return {i: sums.tolist() for part, made in batches for i, sums in zip(part, made, strict=True)}
+
+                made = budget.within(scored)
+                rows += [made[i] for i in range(len(chunk))]
         write_json(path, rows)
     return [torch.tensor(row) for row in json.loads(path.read_text())]
-
-
-def _save(
-    checkpoints: Path, step: int, plan: list[list[int]], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> str:
-    """Write checkpoints/step-N whole or not at all, then delete older ones. Tensors only, in safetensors: nothing is ever unpickled."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    temporary, final = checkpoints / f".step-{step}.tmp", checkpoints / f"step-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, temporary / "adapter.safetensors")
-    moments = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    save_file(moments, temporary / "optimizer.safetensors")
-    write_json(temporary / "state.json", {"step": step, "plan": plan})
-    digest = write_manifest(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    for other in checkpoints.iterdir():
-        if other != final:
-            shutil.rmtree(other)
-    return digest
-
-
-def _restore(
-    checkpoints: Path, plan: list[list[int]], parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> int:
-    """Load the newest whole checkpoint of this plan into the weights and the optimiser; its step, or 0 where there is none."""
-    found = sorted(checkpoints.glob("step-*"), key=lambda p: -int(p.name.removeprefix("step-")))
-    for folder in found:
-        try:
-            verify_manifest(folder)
-        except ValueError:
-            continue  # damaged: an older one, or the start, gives the same weights later
-        state = json.loads((folder / "state.json").read_text())
-        if state["plan"] != plan:
-            continue
-        weights, moments = load_file(folder / "adapter.safetensors"), load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-                optimizer.state[parameter] = {
-                    key: moments[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        return int(state["step"])
-    return 0

@@ -23,9 +23,10 @@ import numpy as np
 from PIL import Image
 
 from hscr.config import PERTURBATIONS
+from hscr.feature_cache import FeatureCache
 from hscr.images import Images, as_images
 from hscr.model import VLM, encode_prompts
-from hscr.visual_tokens import FeatureCache, Prompt, derived_seed, dropout_mask, dropped
+from hscr.visual_tokens import Prompt, derived_seed, dropout_mask, dropped
 
 
 def perturbed(

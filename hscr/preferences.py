@@ -6,6 +6,7 @@ similarity-aware re-ranking accepts. Candidates of all sources are ranked in one
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,10 @@ from hscr.records import Level, PreferenceRecord, VQARecord, WordReward
 from hscr.replacement import Candidate, Draft, graded_answers, hallucinated_token, replace_words
 from hscr.reward import contrast, coupled_words, random_words, token_rewards, word_rewards, words_of
 from hscr.similarity import Similarity, normalized, rerank
+from hscr.token_budget import TokenBudget
 from hscr.visual_tokens import Prompt, derived_seed
+
+_Made = list[tuple[Draft, list[Candidate]]]
 
 
 def generate(
@@ -31,17 +35,26 @@ def generate(
     seed: int = 0,
     *,
     start: int = 0,
+    budget: TokenBudget | None = None,
 ) -> Iterator[PreferenceRecord]:
     """Yield one preference record a VQA record, in order. A record without a usable level comes out with `levels` empty and reasons.
 
     A resumed run gives all records again and `start`, the number already made: random words come from the whole data set's answers.
+    `budget` (default: the configuration's) shrinks where the device runs out of memory; its owner sees it.
     """
+    budget = budget or TokenBudget(config.token_budget)
     contexts = word_contexts(r.answer for r in records) if config.candidates == "random" else {}
     for at in range(start, len(records), config.batch_size):
         batch = records[at : at + config.batch_size]
-        drafts = _drafts(vlm, batch, [open_image(r) for r in batch], config, seed)
-        replace_words(vlm, drafts, config)
-        for draft, candidates in zip(drafts, _candidates(vlm, drafts, config, contexts), strict=True):
+        images = [open_image(r) for r in batch]
+
+        def made(tokens: int, batch: Sequence[VQARecord] = batch, images: Sequence[Images] = images) -> _Made:
+            within = dataclasses.replace(config, token_budget=tokens)
+            drafts = _drafts(vlm, batch, images, within, seed)
+            replace_words(vlm, drafts, within)
+            return list(zip(drafts, _candidates(vlm, drafts, within, contexts), strict=True))
+
+        for draft, candidates in budget.within(made):
             yield _rank(draft, candidates, config, similarity)
 
 
@@ -67,7 +80,13 @@ def _drafts(
         )
 
     cuts = hide(0)
-    scored = contrast(vlm, prompts, itertools.chain([cuts], map(hide, range(1, config.n_masks))), answers)
+    scored = contrast(
+        vlm,
+        prompts,
+        itertools.chain([cuts], map(hide, range(1, config.n_masks))),
+        answers,
+        token_budget=config.token_budget,
+    )
     drafts = []
     for record, name, prompt, cut, ids, branch in zip(batch, names, prompts, cuts, answers, scored, strict=True):
         text, words = words_of(vlm, ids)

@@ -108,18 +108,17 @@ def replace_words(vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig) -
     """Complete every chosen token to a whole word by greedy decoding in the dropped branch; drop what turns into the word itself."""
     rows = [(d, w) for d in drafts for w in d.coupled]
     prefixes = [[*d.ids[: d.words[w].tokens[0]], d.first_token[w]] for d, w in rows]
-    for start in range(0, len(rows), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        tails = decode(vlm, [d.cut for d, _ in rows[part]], prefixes[part], max_tokens=WORD_TOKENS)
-        for (draft, w), prefix, tail in zip(rows[part], prefixes[part], tails, strict=True):
-            text = vlm.tokenizer.decode([*prefix, *tail], skip_special_tokens=True)
-            match = _REPLACEMENT.match(text, draft.words[w].start)
-            whole = match and (match.end() < len(text) or tail[-1] in vlm.eos_ids)
-            if match and whole and not same_word(match.group(), draft.words[w].text):
-                draft.replacement[w] = match.group()
-            else:
-                draft.coupled.remove(w)
-                draft.dropped["replacement_is_the_word" if whole else "replacement_is_no_word"] += 1
+    cuts = [d.cut for d, _ in rows]
+    tails = decode(vlm, cuts, prefixes, max_tokens=WORD_TOKENS, token_budget=config.token_budget)
+    for (draft, w), prefix, tail in zip(rows, prefixes, tails, strict=True):
+        text = vlm.tokenizer.decode([*prefix, *tail], skip_special_tokens=True)
+        match = _REPLACEMENT.match(text, draft.words[w].start)
+        whole = match and (match.end() < len(text) or tail[-1] in vlm.eos_ids)
+        if match and whole and not same_word(match.group(), draft.words[w].text):
+            draft.replacement[w] = match.group()
+        else:
+            draft.coupled.remove(w)
+            draft.dropped["replacement_is_the_word" if whole else "replacement_is_no_word"] += 1
 
 
 def _splice(draft: Draft, chosen: Sequence[int]) -> tuple[str, int]:
@@ -157,11 +156,7 @@ def graded_answers(
 
 def _continued(vlm: VLM, drafts: Sequence[Draft], texts: Sequence[str], config: PreferenceConfig) -> list[str]:
     """Each text, one a draft, continued after its end by greedy decoding with the full image."""
-    done = []
-    for start in range(0, len(texts), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        rows = list(zip(drafts[part], texts[part], strict=True))
-        prefixes = [encode_answer(vlm, d.record.question, text)[:-1] for d, text in rows]
-        tails = decode(vlm, [d.prompt for d, _ in rows], prefixes, max_tokens=config.max_new_tokens)
-        done += [decode_text(vlm, [*prefix, *tail]) for prefix, tail in zip(prefixes, tails, strict=True)]
-    return done
+    prefixes = [encode_answer(vlm, d.record.question, text)[:-1] for d, text in zip(drafts, texts, strict=True)]
+    prompts = [d.prompt for d in drafts]
+    tails = decode(vlm, prompts, prefixes, max_tokens=config.max_new_tokens, token_budget=config.token_budget)
+    return [decode_text(vlm, [*prefix, *tail]) for prefix, tail in zip(prefixes, tails, strict=True)]

@@ -24,6 +24,7 @@ from torch import Tensor
 from hscr.config import REWARDS
 from hscr.model import VLM
 from hscr.packing import packed_logits
+from hscr.token_budget import budget_batches
 from hscr.visual_tokens import Prompt, dropped
 
 WORD = re.compile(r"\w+(?:[-'./]\w+)*")
@@ -117,15 +118,31 @@ def random_words(n_words: int, n: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def contrast(
-    vlm: VLM, prompts: Sequence[Prompt], cuts: Iterable[Sequence[Prompt]], answers: Sequence[Sequence[int]]
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    cuts: Iterable[Sequence[Prompt]],
+    answers: Sequence[Sequence[int]],
+    *,
+    token_budget: int | None = None,
 ) -> list[Branches]:
-    """Score one answer a prompt with the image and under each mask of `cuts` (a list of i' a mask): 1 + n_masks batched forwards."""
-    grouped = [[list(a)] for a in answers]
-    full = [g[0].float().log_softmax(-1) for g in packed_logits(vlm, prompts, grouped)]
+    """Score one answer a prompt with the image and under each mask of `cuts` (a list of i' a mask): 1 + n_masks batched forwards.
+
+    `token_budget` bounds the tokens of one forward, padding included: a batch is then cut into several.
+    """
+
+    def scored(prompts: Sequence[Prompt]) -> list[Tensor]:
+        out: dict[int, Tensor] = {}
+        lengths = [len(p.input_ids) + len(a) for p, a in zip(prompts, answers, strict=True)]
+        for part in budget_batches(lengths, token_budget):
+            logits = packed_logits(vlm, [prompts[i] for i in part], [[answers[i]] for i in part])
+            out |= {i: row[0].float().log_softmax(-1) for i, row in zip(part, logits, strict=True)}
+        return [out[i] for i in range(len(prompts))]
+
+    full = scored(prompts)
     total: list[Tensor] = []
     n_masks = 0
     for cut in cuts:
-        part = [g[0].float().log_softmax(-1) for g in packed_logits(vlm, cut, grouped)]
+        part = scored(cut)
         total = part if not total else [t + p for t, p in zip(total, part, strict=True)]
         n_masks += 1
     return [Branches(f, d / n_masks) for f, d in zip(full, total, strict=True)]

@@ -1,4 +1,4 @@
-"""Prompts with their visual tokens: features encoded once, dropped by removal, batched with padding. Paper §3.1 (visual token dropout).
+"""Prompts with their visual tokens, and dropping some of these by removal. Paper §3.1 (visual token dropout).
 
 Departures from the paper:
 1. Dropped means removed: kept tokens keep their position ids, which equals a mask with holes (tested) and is shorter.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -37,30 +36,6 @@ class Prompt:
     def next_position(self) -> int:
         """Position id of the first answer token, on every axis: the same with and without dropped tokens, for a prompt ends with text."""
         return int(self.position_ids[..., -1].max()) + 1
-
-
-class FeatureCache:
-    """Tensors by digest (projected image features; token ids of prompts), least recently used out first, bounded in bytes."""
-
-    def __init__(self, max_bytes: int = 512 * 2**20) -> None:
-        self.max_bytes = max_bytes
-        self.n_bytes = 0
-        self._items: OrderedDict[str, Tensor] = OrderedDict()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._items
-
-    def __getitem__(self, key: str) -> Tensor:
-        self._items.move_to_end(key)
-        return self._items[key]
-
-    def put(self, key: str, features: Tensor) -> None:
-        if key in self._items or features.nbytes > self.max_bytes:
-            return
-        self._items[key] = features.detach().clone()  # a view would keep the whole tower batch alive
-        self.n_bytes += features.nbytes
-        while self.n_bytes > self.max_bytes:
-            self.n_bytes -= self._items.popitem(last=False)[1].nbytes
 
 
 def derived_seed(*parts: object) -> int:

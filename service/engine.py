@@ -58,7 +58,10 @@ class LocalEngine:
 
         torch.set_num_threads(self.settings.engine_threads)
         s = self.settings
-        vlm = load_model(s.model_path, dtype=s.dtype, device=s.device, revision=s.model_revision)
+        features = None if s.features_folder == "off" else Path(s.features_folder)
+        vlm = load_model(
+            s.model_path, dtype=s.dtype, device=s.device, revision=s.model_revision, feature_cache=features
+        )
         self._answerer = Answerer(vlm)
         self.model_digest = vlm.digest
         self.several_images = vlm.family.several_images

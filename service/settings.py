@@ -45,6 +45,9 @@ class Settings(BaseSettings):
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
     run_threads: int = Field(default=1, ge=1)
+    feature_cache: str = (
+        ""  # folder of image features, shared by runs and engine; empty = in the data folder, `off` = none
+    )
     lease_s: float = Field(default=30.0, gt=0)
     stop_grace_s: float = Field(default=8.0, ge=0)  # a cancelled run gets this long after TERM, then KILL
     lock_wait_s: float = Field(default=60.0, ge=0)  # an attempt waits this long for an older one's run to be dead
@@ -100,6 +103,11 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The database's address; a SQLite file in the data folder unless DATABASE_URL says otherwise."""
         return self.database_url or f"sqlite:///{(self.data_dir / 'hscr.db').resolve()}"
+
+    @property
+    def features_folder(self) -> str:
+        """Where image features are kept across runs, or `off`."""
+        return self.feature_cache or str((self.data_dir / "cache" / "features").resolve())
 
     @property
     def model_path(self) -> str:

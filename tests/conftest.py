@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 STAND_IN = Path(__file__).parent / "worker" / "stand_in.py"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_features_outside() -> None:
+    """No test writes image features into the user's cache folder."""
+    os.environ["HSCR_FEATURE_CACHE"] = "off"
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Callable[[], str]]:
     """A running PostgreSQL; calling it makes a fresh migrated database and returns its address."""

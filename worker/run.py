@@ -23,11 +23,17 @@ _SECRETS = ("HSCR_API_KEY", "HSCR_WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", 
 class Run:
     """A started run. `poll` reads its events; `stop` ends the whole group."""
 
-    def __init__(self, command: Sequence[str], log: Path, *, threads: int, inherit: Sequence[int] = ()) -> None:
-        """Start `command`. Its stderr goes to `log`, never into the service's own logs; `inherit` are files that it keeps open."""
+    def __init__(
+        self, command: Sequence[str], log: Path, *, threads: int, features: str = "off", inherit: Sequence[int] = ()
+    ) -> None:
+        """Start `command`. Its stderr goes to `log`, never into the service's own logs; `inherit` are files that it keeps open.
+
+        `features`: the folder where it keeps image features, or `off`.
+        """
         supervisor = os.getpid()
         environment = {k: v for k, v in os.environ.items() if k not in _SECRETS}
         environment |= {PARENT_VARIABLE: str(supervisor), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["HSCR_FEATURE_CACHE"] = features
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         with log.open("ab") as errors:
             self._process = subprocess.Popen(

@@ -90,6 +90,7 @@ class _Attempt:
                         self._command(folder, work),
                         folder.path / "run.log",
                         threads=self.settings.run_threads,
+                        features=self.settings.features_folder,
                         inherit=[lock],
                     )
                 )

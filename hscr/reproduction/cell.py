@@ -23,6 +23,7 @@ from hscr.artifacts import atomic_write, json_digest
 from hscr.config import EvaluationConfig
 from hscr.demo.base import BEFORE_HABITS, MODEL_FOLDER
 from hscr.evaluate import Prediction, evaluate
+from hscr.feature_cache import FeatureCache
 from hscr.model import VLM, add_lora, encode_answer, encode_prompts, load_model
 from hscr.optimize import optimize
 from hscr.packing import packed_logits, token_logprobs
@@ -31,7 +32,6 @@ from hscr.records import PreferenceRecord, VQARecord, read_preferences, write_js
 from hscr.reproduction.measures import probed
 from hscr.reproduction.plan import ENTRY_SPLITS, Cell, Generation
 from hscr.similarity import load_similarity
-from hscr.visual_tokens import FeatureCache
 
 MODELS = {"habit": MODEL_FOLDER, "well_trained": MODEL_FOLDER / BEFORE_HABITS}
 BATCH = 100  # questions decoded together

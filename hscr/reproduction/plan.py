@@ -50,7 +50,7 @@ class Cell:
     @property
     def config(self) -> AlignConfig:
         """The configuration of the run; γ = 0.5 throughout, for 0.1 asks margins of ten nats of answers as short as these."""
-        optimization = {"gamma": 0.5, "micro_batch_size": 16, "checkpoint_every": 1_000_000} | self.arm.optimization
+        optimization = {"gamma": 0.5, "checkpoint_every": 1_000_000} | self.arm.optimization
         return AlignConfig.from_dict(
             {"preference": self.arm.preference, "optimization": optimization | {"lr": self.lr}, "seed": self.seed}
         )

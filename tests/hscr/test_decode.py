@@ -110,3 +110,52 @@ def test_rows_end_with_end_of_sequence_or_at_their_limit(vlm: VLM) -> None:
     assert other == free[1][:4] or other[-1] == end
     assert decode(vlm, prompts[:2], max_tokens=[0, 2])[0] == []
     assert decode(vlm, [], max_tokens=3) == []
+
+
+def test_rows_of_one_prompt_share_its_prefill(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rows over two prompts, prefixes of several lengths: the tokens of rows decoded alone, each prompt computed once."""
+    prompts, prefix = prompts_of(vlm), encode_answer(vlm, QUESTIONS[0], "There is a large lesion")[:-1]
+    first, second = prompts[0], dropped(prompts[1], 0.7, 1, 0)
+    rows = [(p, prefix[:n]) for p in (first, second) for n in (0, 3, 1, 5, 2)]
+    alone = [decode(vlm, [p], [x], max_tokens=8)[0] for p, x in rows]
+    stock, computed = vlm.model.forward, []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        computed.append(kwargs["input_ids"].numel())  # type: ignore[attr-defined]
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(vlm.model, "forward", counted)
+    assert decode(vlm, [p for p, _ in rows], [x for _, x in rows], max_tokens=8) == alone
+    assert computed[0] == 2 * (len(first.input_ids) - 1)
+    assert computed[1] == 10 * (1 + 5)
+    assert all(n <= 10 for n in computed[2:])
+
+
+def test_a_token_budget_bounds_the_cache_and_changes_no_row(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(vlm) * 2
+    expected = decode(vlm, prompts, max_tokens=6)
+    width = max(len(p.input_ids) for p in prompts)
+    stock, sizes = vlm.model.forward, []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        sizes.append(kwargs["attention_mask"].numel())  # type: ignore[attr-defined]
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(vlm.model, "forward", counted)
+    assert decode(vlm, prompts, max_tokens=6, token_budget=3 * (width + 6)) == expected
+    assert max(sizes) <= 3 * (width + 6)
+    assert decode(vlm, prompts, max_tokens=6, token_budget=1) == expected
+
+
+def test_finished_rows_leave_the_batch(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(vlm)
+    expected = [row[:n] for row, n in zip(decode(vlm, prompts, max_tokens=12), (2, 12, 3, 2), strict=True)]
+    stock, rows = vlm.model.forward, []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        rows.append(len(kwargs["input_ids"]))  # type: ignore[arg-type]
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(vlm.model, "forward", counted)
+    assert decode(vlm, prompts, max_tokens=[2, 12, 3, 2]) == expected
+    assert rows == [4, 4, 2] + [1] * 9

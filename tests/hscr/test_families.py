@@ -20,10 +20,11 @@ from hscr.config import OptimizationConfig
 from hscr.decode import decode
 from hscr.families import FAMILIES, LLAVA_MED, VICUNA, VICUNA_SYSTEM, handed_with_deepstack, makes_features
 from hscr.families import plain_positions as counted_through
+from hscr.feature_cache import FeatureCache
 from hscr.inputs import image_inputs
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, load_model
 from hscr.packing import packed_logits
-from hscr.visual_tokens import FeatureCache, Prompt, drop_visual_tokens, dropout_mask, dropped
+from hscr.visual_tokens import Prompt, drop_visual_tokens, dropout_mask, dropped
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import MADE, NAMES, save_tiny
 
@@ -243,6 +244,16 @@ def test_packed_answers_of_a_padded_batch_equal_separate_stock_rows(vlm: VLM, ho
             assert difference(together[b][j], stock_row(vlm, prompt, answer)) < 5e-5
             assert difference(cut[b][j], packed_logits(vlm, [alone], [[answer]])[0][0]) < 5e-5
         assert n > len(alone.features if alone.features is not None else ())
+
+
+def test_rows_of_one_prompt_decode_as_alone(vlm: VLM) -> None:
+    """Prefixes of several lengths after shared prompts: the tokens of a row of its own, also with removed visual tokens."""
+    prefix = encode_answer(vlm, QUESTION, ANSWER)[:-1]
+    prompts = [p for i, full in enumerate(prompts_of(vlm)) for p in (full, dropped(full, 0.7, i, 0))]
+    rows = [(p, prefix[:n]) for p in prompts for n in (0, 4, 1)]
+    together = decode(vlm, [p for p, _ in rows], [x for _, x in rows], max_tokens=10)
+    assert together == [decode(vlm, [p], [x], max_tokens=10)[0] for p, x in rows]
+    assert len({tuple(row) for row in together}) > len(rows) / 2  # the answers differ, so equality says something
 
 
 def test_answers_that_see_each_other_or_stand_elsewhere_are_noticed(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,6 @@ CONFIG = AlignConfig.from_dict(
             "lora_rank": 2,
             "lr": 0.05,
             "batch_size": 2,
-            "micro_batch_size": 2,
             "epochs": 3,
             "anchor": 0.5,
         },

@@ -23,7 +23,7 @@ from hscr.optimize import TrainStep, batch_plan, lr_factor, optimize
 from hscr.records import Level, PreferenceRecord, VQARecord, read_records
 
 CONFIG = OptimizationConfig(
-    lora_rank=2, lr=0.02, batch_size=3, micro_batch_size=2, epochs=2, checkpoint_every=2, gamma=0.5, anchor=0.5
+    lora_rank=2, lr=0.02, batch_size=3, token_budget=80, epochs=2, checkpoint_every=2, gamma=0.5, anchor=0.5
 )
 LEVELS = ("There is a large bright lesion in the right temporal lobe.", "no lesion", "axial")
 
@@ -78,7 +78,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_at_the_first_step_policy_and_reference_are_equal(trainer: Trainer, tmp_path: Path) -> None:
     """No anchor: six records with levels, pairs 6, 3, 1, 6, 3, 1 (j + j(j−1)/2); one batch: mean loss 20/6 · ln 2."""
-    config = replace(CONFIG, anchor=0.0, batch_size=16, micro_batch_size=16, epochs=1)
+    config = replace(CONFIG, anchor=0.0, batch_size=16, epochs=1)
     (step,) = trainer.run(tmp_path / "out", config)
     assert step.metrics["loss"] == pytest.approx(20 / 6 * math.log(2), rel=1e-6)
     assert step.metrics["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
@@ -86,20 +86,31 @@ def test_at_the_first_step_policy_and_reference_are_equal(trainer: Trainer, tmp_
 
 
 def test_training_moves_right_answers_up_against_wrong_ones(trainer: Trainer, tmp_path: Path) -> None:
-    steps = trainer.run(tmp_path / "out", replace(CONFIG, epochs=8, batch_size=7, micro_batch_size=7))
+    steps = trainer.run(tmp_path / "out", replace(CONFIG, epochs=8, batch_size=7))
     assert steps[-1].metrics["loss"] < steps[0].metrics["loss"]
     assert steps[-1].metrics["rewards/margins"] > 0.05
     assert steps[-1].metrics["rewards/accuracies"] > 0.9
     assert steps[-1].metrics["logps/chosen"] > steps[0].metrics["logps/chosen"]  # the anchor holds it up
 
 
-def test_accumulated_micro_batches_are_one_batch(trainer: Trainer, tmp_path: Path) -> None:
-    """A mean over records: micro-batches of 1, 2 and 7 give the same first metrics and nearly the same weights."""
-    results = []
-    for size in (1, 2, 7):
-        config = replace(CONFIG, batch_size=7, micro_batch_size=size, epochs=1, lr=1e-3)
-        (step,) = trainer.run(tmp_path / str(size), config)
+def test_accumulated_batches_are_one_batch(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over records: however a step's records are cut by the token budget, its metrics are the same."""
+    stock, cuts, results = hscr.optimize.packed_logits, [], []
+
+    def counted(vlm: VLM, prompts: Any, answers: Any) -> Any:
+        cuts[-1].append(len(prompts))
+        return stock(vlm, prompts, answers)
+
+    monkeypatch.setattr(hscr.optimize, "packed_logits", counted)
+    for tokens in (1, 200, 8192):
+        cuts.append([])
+        (step,) = trainer.run(
+            tmp_path / str(tokens), replace(CONFIG, batch_size=7, token_budget=tokens, epochs=1, lr=1e-3)
+        )
         results.append(step.metrics)
+    assert cuts[0] == [1] * 14  # reference and policy
+    assert cuts[2] == [7, 7]
+    assert len(cuts[2]) < len(cuts[1]) < len(cuts[0])
     for other in results[1:]:
         assert other["loss"] == pytest.approx(results[0]["loss"], abs=1e-5)
         assert other["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=1e-4)
@@ -232,7 +243,7 @@ def test_implicit_with_one_level_a_record_is_a_clear_error(trainer: Trainer, tmp
 
 @pytest.mark.parametrize("objective", ["explicit", "implicit", "dpo", "listwise", "lipo"])
 def test_every_objective_trains_on_records_of_mixed_levels(trainer: Trainer, tmp_path: Path, objective: str) -> None:
-    config = replace(CONFIG, objective=objective, anchor=0.0, guard=5.0, epochs=1, batch_size=1, micro_batch_size=1)
+    config = replace(CONFIG, objective=objective, anchor=0.0, guard=5.0, epochs=1, batch_size=1)
     steps = trainer.run(tmp_path / "out", config)
     assert len(steps) == 6  # the record without levels is left out
     assert all(math.isfinite(s.metrics["loss"]) for s in steps)
@@ -287,3 +298,77 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_the_run(
     with pytest.raises(ArithmeticError, match="grad_norm is"):
         trainer.run(tmp_path / "out", replace(CONFIG, epochs=1, batch_size=16))
     assert all(w.isfinite().all() for w in trainer.weights().values())
+
+
+def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """A device that holds `tokens` tokens of a forward, padding included; what it was asked for."""
+    stock, asked = hscr.optimize.packed_logits, []
+
+    def limited(vlm: VLM, prompts: Any, answers: Any) -> Any:
+        width = max(len(p.input_ids) + sum(map(len, a)) for p, a in zip(prompts, answers, strict=True))
+        asked.append(len(prompts) * width)
+        if asked[-1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(vlm, prompts, answers)
+
+    monkeypatch.setattr(hscr.optimize, "packed_logits", limited)
+    return asked
+
+
+def test_out_of_memory_halves_the_budget_and_repeats_the_step(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights (to rounding) as with that budget from the start, and a resumed run starts with the small one."""
+    config = replace(CONFIG, batch_size=7, token_budget=800)
+    small = trainer.run(tmp_path / "small", replace(config, token_budget=200))
+    expected = trainer.weights()
+    asked = out_of_memory_above(monkeypatch, 250)
+    steps = trainer.run(tmp_path / "out", config, stop_at=1)
+    assert (small[0].token_budget, steps[0].token_budget) == (200, 200)
+    assert max(asked) > 250
+    asked.clear()
+    steps += trainer.run(tmp_path / "out", config)
+    assert max(asked) <= 250
+    assert same(trainer.weights(), expected)
+    assert [s.metrics for s in steps] == [s.metrics for s in small]
+
+
+def test_out_of_memory_in_the_middle_of_a_step_leaves_no_half_gradient(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference fits; the third forward of the first step does not, once."""
+    config = replace(CONFIG, batch_size=7, token_budget=200, epochs=1)
+    whole = trainer.run(tmp_path / "whole", replace(config, token_budget=100))
+    stock, calls = hscr.optimize.packed_logits, [0]
+
+    def failing(vlm: VLM, prompts: Any, answers: Any) -> Any:
+        calls[0] += torch.is_grad_enabled()
+        if calls[0] == 3:
+            calls[0] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(vlm, prompts, answers)
+
+    monkeypatch.setattr(hscr.optimize, "packed_logits", failing)
+    (step,) = trainer.run(tmp_path / "out", config)
+    assert step.token_budget == 100
+    assert step.metrics["grad_norm"] == pytest.approx(whole[0].metrics["grad_norm"], rel=1e-4)
+    assert step.metrics["loss"] == pytest.approx(whole[0].metrics["loss"], rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_weights_in_less_memory(trainer: Trainer, tmp_path: Path) -> None:
+    """Counted in bytes that autograd keeps for the backward pass of a step."""
+    kept = [0, 0]
+    weights = []
+    for number, checkpointing in enumerate((False, True)):
+        config = replace(CONFIG, epochs=1, gradient_checkpointing=checkpointing)
+
+        def pack(tensor: Tensor, number: int = number) -> Tensor:
+            kept[number] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            trainer.run(tmp_path / str(number), config)
+        weights.append(trainer.weights())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
+    assert kept[1] < kept[0] / 2

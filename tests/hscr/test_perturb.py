@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from hscr.config import PERTURBATIONS
+from hscr.feature_cache import FeatureCache
 from hscr.model import VLM, encode_answer, encode_prompts, load_model
 from hscr.perturb import masked_image, perturbed
 from hscr.reward import Branches, contrast, token_rewards
-from hscr.visual_tokens import FeatureCache, Prompt, derived_seed, dropout_mask
+from hscr.visual_tokens import Prompt, derived_seed, dropout_mask
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import save_tiny
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from hscr.decode import decode
+from hscr.feature_cache import FeatureCache
 from hscr.inputs import image_inputs
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.packing import packed_logits
 from hscr.reward import alignment_reward, branches
 from hscr.visual_tokens import (
-    FeatureCache,
     Prompt,
     derived_seed,
     drop_visual_tokens,
@@ -159,27 +159,6 @@ def test_the_tower_runs_once_a_distinct_image(vlm: VLM, monkeypatch: pytest.Monk
 def test_images_of_equal_bytes_and_other_shape_are_told_apart(vlm: VLM) -> None:
     wide, tall = encode_prompts(vlm, [picture(0, (14, 56)), picture(0, (56, 14))], ["x", "x"])
     assert wide.image != tall.image
-
-
-def test_feature_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
-    cache = FeatureCache(max_bytes=100)
-    for name in "ab":
-        cache.put(name, torch.zeros(10))  # 40 bytes each
-    cache["a"]
-    cache.put("c", torch.zeros(10))
-    assert ("a" in cache, "b" in cache, "c" in cache) == (True, False, True)
-    cache.put("a", torch.zeros(10))  # again: counted once
-    assert cache.n_bytes == 80
-    cache.put("big", torch.zeros(26))
-    assert "big" not in cache
-    assert cache.n_bytes == 80
-
-
-def test_cached_features_hold_no_view_of_their_batch() -> None:
-    cache = FeatureCache()
-    batch = torch.zeros(100, 10)
-    cache.put("x", batch[3])
-    assert cache["x"].untyped_storage().nbytes() == 40
 
 
 def test_a_full_cache_does_not_lose_what_the_batch_needs(vlm: VLM) -> None:

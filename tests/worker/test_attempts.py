@@ -379,6 +379,17 @@ def test_runs_environment_holds_no_secret(
     assert f"'HSCR_PARENT_PID': '{os.getpid()}'" in out.read_text()
 
 
+@pytest.mark.parametrize(("given", "told"), [("", "DATA/cache/features"), ("/elsewhere", "/elsewhere"), ("off", "off")])
+def test_runs_keep_image_features_in_the_data_folder(
+    database: Database, settings: Settings, new_job: NewJob, tmp_path: Path, given: str, told: str
+) -> None:
+    out = tmp_path / "environment"
+    code = f"import os; open({str(out)!r},'w').write(os.environ['HSCR_FEATURE_CACHE'])"
+    settings.run_command, settings.feature_cache = [sys.executable, "-c", code], given
+    run_job(database, settings, new_job(), never)
+    assert out.read_text() == told.replace("DATA", str(settings.data_dir.resolve()))
+
+
 def test_paused_run_frees_its_device_and_goes_on_from_its_checkpoint(
     database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
 ) -> None:
