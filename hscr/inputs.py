@@ -36,3 +36,15 @@ def attention(vlm: VLM, seen: Tensor, ids: Tensor, positions: Tensor) -> Tensor 
             for name, m in masks.items()
         }
     return masks[""] if vlm.family.masks is None else masks
+
+
+def tree_mask(segments: Tensor) -> Tensor:
+    """Who may see whom: bool [B, 1, T, T] from segments [B, T] (0 prompt, 1… answers, −1 padding).
+
+    A token sees earlier tokens of the prompt and of its own segment; padding sees itself only (a row without any would give NaN).
+    """
+    t = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
+    seen = causal & ((key == 0) | (key == query)) & (query >= 0) & (key >= 0)
+    return (seen | torch.eye(t, dtype=torch.bool, device=segments.device)).unsqueeze(1)

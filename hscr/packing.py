@@ -1,7 +1,8 @@
-"""One row a record: [prompt | y_1 | y_2 | …] with a tree mask and positions that restart after the prompt.
+"""Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Two routes to the same numbers (tested).
 
-Each answer sees the prompt and itself, never another answer, so its log-probabilities and gradients are those of its own row [prompt | y]
-(tested) while the prompt, with all its visual tokens, is computed once. The language-model head runs on answer positions only.
+Packed: one row a record, [prompt | y_1 | y_2 | …], with a tree mask and positions that restart after the prompt: each answer sees the
+prompt and itself, never another answer. Shared prefix: the prompt's key-value cache expanded to rows of the answers. The language-model head
+runs on answer positions only.
 """
 
 from __future__ import annotations
@@ -11,30 +12,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hscr.inputs import attention, image_inputs
+from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
+from hscr.prefix import Rows
 from hscr.visual_tokens import Prompt
 
 
-def tree_mask(segments: Tensor) -> Tensor:
-    """Who may see whom: bool [B, 1, T, T] from segments [B, T] (0 prompt, 1… answers, −1 padding).
+def shares_prefix(prompt: Prompt, answers: Sequence[Sequence[int]]) -> bool:
+    """Which route is the better one for a record, gradients not checkpointed: True where its answers are long beside its prompt.
 
-    A token sees earlier tokens of the prompt and of its own segment; padding sees itself only (a row without any would give NaN).
+    Attention under the tree mask costs (prompt + all answers)², most of it hidden; the expanded cache costs memory, prompt × answers.
+    Measured: docs/performance.md.
     """
-    t = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
-    seen = causal & ((key == 0) | (key == query)) & (query >= 0) & (key >= 0)
-    return (seen | torch.eye(t, dtype=torch.bool, device=segments.device)).unsqueeze(1)
+    return len(answers) > 1 and 4 * sum(map(len, answers)) >= len(prompt.input_ids)
 
 
-def packed_logits(
-    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]
+def answer_logits(
+    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]], *, shared_prefix: bool = False
 ) -> list[list[Tensor]]:
     """Logits that predict each answer's tokens, teacher-forced: for record b and its answer j a tensor [A_bj, V].
 
     `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights.
     """
+    return (prefix_logits if shared_prefix else packed_logits)(vlm, prompts, answers)
+
+
+def packed_logits(
+    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[list[Tensor]]:
+    """`answer_logits` by one packed row a record."""
     rows = []
     for prompt, group in zip(prompts, answers, strict=True):
         n = len(prompt.input_ids)
@@ -73,6 +79,18 @@ def packed_logits(
         sizes = [len(a) for a in group]
         out.append(list(logits[b, : sum(sizes)].split(sizes)))
     return out
+
+
+def prefix_logits(
+    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[list[Tensor]]:
+    """`answer_logits` by the prompt's cache, expanded to a row an answer. Layers that checkpoint gradients take no cache."""
+    rows = [(prompt, answer) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
+    longest = max(len(answer) for _, answer in rows)
+    # The last token of an answer predicts nothing that is asked for.
+    logits = Rows(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows]).logits(longest)
+    made = iter([own[longest - len(a) :] for own, (_, a) in zip(logits, rows, strict=True)])
+    return [[next(made) for _ in group] for group in answers]
 
 
 def token_logprobs(logits: Tensor, ids: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from hscr.demo.language_model import N_VISUAL, answer_ids, prompt_ids
 from hscr.demo.slices import Facts, LesionWish, MarkerWish
 from hscr.demo.tower import Pool, cosine, fast_precision
 from hscr.demo.volumes import PLANES
-from hscr.packing import tree_mask
+from hscr.inputs import tree_mask
 
 GROUNDED_WEIGHT = 3.0
 

@@ -95,13 +95,13 @@ def test_training_moves_right_answers_up_against_wrong_ones(trainer: Trainer, tm
 
 def test_accumulated_batches_are_one_batch(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean over records: however a step's records are cut by the token budget, its metrics are the same."""
-    stock, cuts, results = hscr.optimize.packed_logits, [], []
+    stock, cuts, results = hscr.optimize.answer_logits, [], []
 
-    def counted(vlm: VLM, prompts: Any, answers: Any) -> Any:
+    def counted(vlm: VLM, prompts: Any, answers: Any, **route: bool) -> Any:
         cuts[-1].append(len(prompts))
-        return stock(vlm, prompts, answers)
+        return stock(vlm, prompts, answers, **route)
 
-    monkeypatch.setattr(hscr.optimize, "packed_logits", counted)
+    monkeypatch.setattr(hscr.optimize, "answer_logits", counted)
     for tokens in (1, 200, 8192):
         cuts.append([])
         (step,) = trainer.run(
@@ -109,7 +109,7 @@ def test_accumulated_batches_are_one_batch(trainer: Trainer, tmp_path: Path, mon
         )
         results.append(step.metrics)
     assert cuts[0] == [1] * 14  # reference and policy
-    assert cuts[2] == [7, 7]
+    assert cuts[2] == [1, 6] * 2  # the record without levels takes the packed route
     assert len(cuts[2]) < len(cuts[1]) < len(cuts[0])
     for other in results[1:]:
         assert other["loss"] == pytest.approx(results[0]["loss"], abs=1e-5)
@@ -254,13 +254,13 @@ def test_only_the_answers_that_the_objective_reads_are_scored(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, read: int
 ) -> None:
     """The richest record has three levels: supervision scores y_w alone, DPO one pair."""
-    stock, scored = hscr.optimize.packed_logits, []
+    stock, scored = hscr.optimize.answer_logits, []
 
-    def counted(vlm: VLM, prompts: Any, answers: Any) -> Any:
+    def counted(vlm: VLM, prompts: Any, answers: Any, **route: bool) -> Any:
         scored.extend(len(group) for group in answers)
-        return stock(vlm, prompts, answers)
+        return stock(vlm, prompts, answers, **route)
 
-    monkeypatch.setattr(hscr.optimize, "packed_logits", counted)
+    monkeypatch.setattr(hscr.optimize, "answer_logits", counted)
     trainer.run(tmp_path / "out", replace(CONFIG, objective=objective, epochs=1))
     assert max(scored) == read
 
@@ -302,16 +302,16 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_the_run(
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
     """A device that holds `tokens` tokens of a forward, padding included; what it was asked for."""
-    stock, asked = hscr.optimize.packed_logits, []
+    stock, asked = hscr.optimize.answer_logits, []
 
-    def limited(vlm: VLM, prompts: Any, answers: Any) -> Any:
+    def limited(vlm: VLM, prompts: Any, answers: Any, **route: bool) -> Any:
         width = max(len(p.input_ids) + sum(map(len, a)) for p, a in zip(prompts, answers, strict=True))
         asked.append(len(prompts) * width)
         if asked[-1] > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stock(vlm, prompts, answers)
+        return stock(vlm, prompts, answers, **route)
 
-    monkeypatch.setattr(hscr.optimize, "packed_logits", limited)
+    monkeypatch.setattr(hscr.optimize, "answer_logits", limited)
     return asked
 
 
@@ -339,16 +339,16 @@ def test_out_of_memory_in_the_middle_of_a_step_leaves_no_half_gradient(
     """The reference fits; the third forward of the first step does not, once."""
     config = replace(CONFIG, batch_size=7, token_budget=200, epochs=1)
     whole = trainer.run(tmp_path / "whole", replace(config, token_budget=100))
-    stock, calls = hscr.optimize.packed_logits, [0]
+    stock, calls = hscr.optimize.answer_logits, [0]
 
-    def failing(vlm: VLM, prompts: Any, answers: Any) -> Any:
+    def failing(vlm: VLM, prompts: Any, answers: Any, **route: bool) -> Any:
         calls[0] += torch.is_grad_enabled()
         if calls[0] == 3:
             calls[0] += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stock(vlm, prompts, answers)
+        return stock(vlm, prompts, answers, **route)
 
-    monkeypatch.setattr(hscr.optimize, "packed_logits", failing)
+    monkeypatch.setattr(hscr.optimize, "answer_logits", failing)
     (step,) = trainer.run(tmp_path / "out", config)
     assert step.token_budget == 100
     assert step.metrics["grad_norm"] == pytest.approx(whole[0].metrics["grad_norm"], rel=1e-4)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from hscr.config import OptimizationConfig
-from hscr.inputs import image_inputs
+from hscr.inputs import image_inputs, tree_mask
 from hscr.losses import RecordLogProbs, record_loss
 from hscr.model import VLM, add_lora, encode_answer, encode_prompts
-from hscr.packing import packed_logits, token_logprobs, tree_mask
+from hscr.packing import packed_logits, token_logprobs
 from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture
 

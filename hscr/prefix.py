@@ -1,0 +1,115 @@
+"""Rows that continue prompts, [prompt | tail]: every distinct prompt computed once, its key-value cache expanded to all of its rows.
+
+Decoding (hscr/decode.py) and the scoring of several long answers a prompt (hscr/packing.py) stand on it. Differentiable: the cache holds
+the graph of its keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hscr.inputs import attention, image_inputs, tree_mask
+from hscr.model import VLM
+from hscr.visual_tokens import Prompt
+
+
+class Rows:
+    """Columns [n, W] of ids, positions ([3, n, W] under M-RoPE) and mask of n rows, and the cache of all but the last `new` columns.
+
+    Left padding: every row's last token stands in the last column, so one step appends to all. Where rows share prompts, columns are
+    [prompts' padding | prompt but its last token | padding | last token and tail].
+    """
+
+    def __init__(self, vlm: VLM, prompts: Sequence[Prompt], tails: Sequence[Sequence[int]]) -> None:
+        self.vlm = vlm
+        config = vlm.base.config.get_text_config()
+        # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration says.
+        self.own_masks = vlm.family.masks is not None
+        self.cache = DynamicCache() if self.own_masks else DynamicCache(config=config)
+        distinct = list({id(p): p for p in prompts}.values())
+        width = max(len(p.input_ids) for p in prompts) + max(map(len, tails))
+        # Padding amid a row would count against a sliding window, which the cache measures in columns.
+        window = None if self.own_masks else getattr(config, "sliding_window", None)
+        if len(distinct) == len(prompts) or (window is not None and width > window):
+            self._start(prompts)
+            self._columns([_tokens(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
+            return
+        self._start(distinct)
+        # The last token of a prompt (always text) goes with the rows, so that every row has one, also without a tail.
+        self._columns([(p.input_ids[:-1], p.position_ids[..., :-1]) for p in distinct])
+        self.logits()
+        number = {id(p): at for at, p in enumerate(distinct)}
+        self.keep([number[id(p)] for p in prompts])
+        self._columns([_tokens(p, len(p.input_ids) - 1, tail) for p, tail in zip(prompts, tails, strict=True)])
+
+    def _start(self, prompts: Sequence[Prompt]) -> None:
+        self.ids = torch.empty((len(prompts), 0), dtype=torch.long, device=self.vlm.device)
+        self.mask = self.ids
+        self.positions = self.ids.expand(*prompts[0].position_ids.shape[:-1], *self.ids.shape)
+        self._extra = image_inputs(self.vlm, prompts)
+
+    def _columns(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Append a block of columns, (ids [T], positions [..., T]) a row, left-padded."""
+        n, width = len(rows), max(len(ids) for ids, _ in rows)
+        ids = torch.full((n, width), self.vlm.eos_id)
+        positions = torch.zeros((*rows[0][1].shape[:-1], n, width), dtype=torch.long)
+        mask = torch.zeros((n, width), dtype=torch.long)
+        for row, (own, at) in enumerate(rows):
+            start = width - len(own)
+            ids[row, start:], positions[..., row, start:], mask[row, start:] = own, at, 1
+        self.ids = torch.cat([self.ids, ids.to(self.vlm.device)], -1)
+        self.positions = torch.cat([self.positions, positions.to(self.vlm.device)], -1)
+        self.mask = torch.cat([self.mask, mask.to(self.vlm.device)], -1)
+        self.new = width  # columns that are not in the cache yet
+
+    def logits(self, last: int = 1) -> Tensor:
+        """Logits [n, last, V] of what follows each of the last columns."""
+        new = self.new
+        mask: Tensor | dict[str, Tensor] = self.mask
+        if self.own_masks:
+            mask = attention(self.vlm, _seen(self.mask, new), self.ids, self.positions)
+        logits: Tensor = self.vlm.model(
+            input_ids=self.ids[:, -new:],
+            position_ids=self.positions[..., -new:],
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last,
+            **self._extra,
+        ).logits
+        self._extra = {}  # the features are in the cache now
+        return logits
+
+    def append(self, chosen: Sequence[int]) -> None:
+        """One token a row."""
+        column = torch.tensor(chosen, device=self.vlm.device)[:, None]
+        self.ids = torch.cat([self.ids, column], dim=1)
+        self.positions = torch.cat([self.positions, self.positions[..., -1:] + 1], dim=-1)
+        self.mask = torch.cat([self.mask, torch.ones_like(column)], dim=1)
+        self.new = 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; a row may be taken several times."""
+        if list(rows) == list(range(len(self.ids))):
+            return
+        index = torch.tensor(rows, dtype=torch.long, device=self.vlm.device)
+        self.ids, self.mask = self.ids[index], self.mask[index]
+        self.positions = self.positions.index_select(-2, index)
+        self.cache.batch_select_indices(index)
+
+
+def _tokens(prompt: Prompt, start: int, tail: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids [T] and positions [T] ([3, T] under M-RoPE) of [prompt | tail] from `start` on."""
+    axes = prompt.position_ids.shape[:-1]
+    after = (prompt.next_position + torch.arange(len(tail))).expand(*axes, len(tail))
+    ids = torch.cat([prompt.input_ids[start:], torch.tensor(tail, dtype=torch.long)])
+    return ids, torch.cat([prompt.position_ids[..., start:], after], dim=-1)
+
+
+def _seen(mask: Tensor, new: int) -> Tensor:
+    """Causal visibility bool [B, 1, new, K] of the last `new` columns, from what is no padding [B, K]."""
+    return tree_mask(mask - 1)[:, :, -new:] if new > 1 else mask.bool()[:, None, None]
