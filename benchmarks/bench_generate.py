@@ -1,9 +1,9 @@
 """Preference generation with five re-decoded answers a record: ours (what `hscr align` calls), the plain route, and HF generate.
 
-All three run hscr.preferences.generate; what differs is how y_w is scored and tokens are decoded. naive: a full forward from pixels a token
-and branch, dropped tokens behind a mask with holes. hf_generate: y_w in one forward from pixels a branch, every replacement and every answer
-a call of `generate` from pixels (it compacts positions after dropped tokens, so its replacements may differ). Ours and naive must say the
-same.
+All three run hscr.preferences.generate; what differs is how y_w is scored and tokens are decoded. naive: a full forward from pixels a
+token and branch, dropped tokens behind a mask with holes. hf_generate: y_w in one forward from pixels a branch, every replacement and
+every answer a call of `generate` from pixels (it compacts positions after dropped tokens, so its replacements may differ). Ours and naive
+must say the same.
 
 python -m benchmarks.bench_generate [--quick] [--repeats 3] [--json FILE]
 """
@@ -84,7 +84,7 @@ class Plain:
         return torch.stack([self.logits(prompt, ids[:n])[-1].float().log_softmax(-1) for n in range(len(ids))])
 
     def contrast(
-        self, vlm: VLM, prompts: Sequence[Prompt], cuts: Iterable[Sequence[Prompt]], answers: Any, **_: Any
+        self, vlm: VLM, prompts: Sequence[Prompt], cuts: Iterable[Sequence[Prompt]], answers: Any, known: object
     ) -> list[Branches]:
         (cut,) = cuts
         return [

@@ -9,6 +9,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def save_llava(folder: Path, shape: Shape, seed: int = 0) -> Path:
             eos_token_id=2,
             pad_token_id=0,
         ),
-        image_token_id=fast.convert_tokens_to_ids("<image>"),
+        image_token_index=fast.get_vocab()["<image>"],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -147,13 +148,13 @@ def machine() -> str:
     return f"{where}, {platform.machine()}, Python {platform.python_version()}, {versions}"
 
 
-def table(head: list[str], rows: list[list[object]]) -> str:
+def table(head: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def report(name: str, rows: list[dict[str, object]], out: Path | None) -> None:
+def report(name: str, rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print a table of rows with equal keys, and write them as JSON where `out` is given."""
     text = table(list(rows[0]), [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     print(f"\n{name}\n{machine()}\n\n{text}\n", flush=True)

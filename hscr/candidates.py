@@ -20,6 +20,7 @@ from hscr.config import PreferenceConfig
 from hscr.decode import decode
 from hscr.model import VLM, decode_text, encode_answer
 from hscr.packing import packed_logits, token_logprobs
+from hscr.prefix import Prefixes
 from hscr.replacement import Candidate, Draft, same_word
 from hscr.reward import WORD
 from hscr.similarity import normalized
@@ -28,7 +29,9 @@ from hscr.visual_tokens import derived_seed
 Contexts = dict[tuple[str | None, str | None], list[str]]
 
 
-def sampled_answers(vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig) -> list[list[Candidate]]:
+def sampled_answers(
+    vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig, known: Prefixes | None = None
+) -> list[list[Candidate]]:
     """n_candidates answers a draft, sampled from the model with the full image; one random stream a record and sample."""
     rows = [(number, sample) for number in range(len(drafts)) for sample in range(config.n_candidates)]
     out: list[list[Candidate]] = [[] for _ in drafts]
@@ -39,6 +42,7 @@ def sampled_answers(vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig)
         temperature=config.sample_temperature,
         seeds=[derived_seed("sample", drafts[n].name, sample) for n, sample in rows],
         token_budget=config.token_budget,
+        known=known,
     )
     for (number, _), ids in zip(rows, answers, strict=True):
         out[number].append(Candidate(decode_text(vlm, ids), source="sampled"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hscr.model import VLM
-from hscr.prefix import Rows
+from hscr.prefix import Prefixes, Rows
 from hscr.token_budget import budget_batches
 from hscr.visual_tokens import Prompt
 
@@ -28,11 +28,13 @@ def decode(
     temperature: float | Sequence[float] = 0.0,
     seeds: Sequence[int] | None = None,
     token_budget: int | None = None,
+    known: Prefixes | None = None,
 ) -> list[list[int]]:
     """Continue each [prompt | prefix] to end-of-sequence or `max_tokens`; B lists of new ids, end-of-sequence left in.
 
     Temperature 0 is greedy. A row's tokens do not depend on which rows share its batch (float32). `token_budget` bounds the tokens in the
-    key-value cache, padding and answers included: rows are then taken in several batches of like length.
+    key-value cache, padding and answers included: rows are then taken in several batches of like length. `known` holds the caches of
+    prompts that were computed before.
     """
     n = len(prompts)
     prefixes = prefixes or [()] * n
@@ -50,7 +52,7 @@ def decode(
         key=lambda k: (*order[id(prompts[asked[k]])], len(prefixes[asked[k]])),
     ):
         rows = [asked[k] for k in part]  # the rows of the batch; some of them may have ended
-        batch = Rows(vlm, [prompts[i] for i in rows], [prefixes[i] for i in rows])
+        batch = Rows(vlm, [prompts[i] for i in rows], [prefixes[i] for i in rows], known)
         running = set(rows)
         while running:
             logits = batch.logits()[:, -1]

@@ -1,8 +1,8 @@
 """Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Two routes to the same numbers (tested).
 
 Packed: one row a record, [prompt | y_1 | y_2 | …], with a tree mask and positions that restart after the prompt: each answer sees the
-prompt and itself, never another answer. Shared prefix: the prompt's key-value cache expanded to rows of the answers. The language-model head
-runs on answer positions only.
+prompt and itself, never another answer. Shared prefix: the prompt's key-value cache expanded to rows of the answers. The language-model
+head runs on answer positions only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
-from hscr.prefix import Rows
+from hscr.prefix import Prefixes, Rows
 from hscr.visual_tokens import Prompt
 
 
@@ -82,13 +82,19 @@ def packed_logits(
 
 
 def prefix_logits(
-    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[Sequence[int]]],
+    prefixes: Prefixes | None = None,
 ) -> list[list[Tensor]]:
-    """`answer_logits` by the prompt's cache, expanded to a row an answer. Layers that checkpoint gradients take no cache."""
+    """`answer_logits` by the prompt's cache, expanded to a row an answer. Layers that checkpoint gradients take no cache.
+
+    `prefixes` remembers the prompts' caches for what else is asked of them.
+    """
     rows = [(prompt, answer) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
     longest = max(len(answer) for _, answer in rows)
     # The last token of an answer predicts nothing that is asked for.
-    logits = Rows(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows]).logits(longest)
+    logits = Rows(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows], prefixes).logits(longest)
     made = iter([own[longest - len(a) :] for own, (_, a) in zip(logits, rows, strict=True)])
     return [[next(made) for _ in group] for group in answers]
 

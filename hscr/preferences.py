@@ -16,11 +16,12 @@ from hscr.config import PreferenceConfig
 from hscr.images import Images
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.perturb import perturbed
+from hscr.prefix import Prefixes
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward
 from hscr.replacement import Candidate, Draft, graded_answers, hallucinated_token, replace_words
 from hscr.reward import contrast, coupled_words, random_words, token_rewards, word_rewards, words_of
 from hscr.similarity import Similarity, normalized, rerank
-from hscr.token_budget import TokenBudget
+from hscr.token_budget import TokenBudget, budget_batches
 from hscr.visual_tokens import Prompt, derived_seed
 
 _Made = list[tuple[Draft, list[Candidate]]]
@@ -50,21 +51,55 @@ def generate(
 
         def made(tokens: int, batch: Sequence[VQARecord] = batch, images: Sequence[Images] = images) -> _Made:
             within = dataclasses.replace(config, token_budget=tokens)
-            drafts = _drafts(vlm, batch, images, within, seed)
-            replace_words(vlm, drafts, within)
-            return list(zip(drafts, _candidates(vlm, drafts, within, contexts), strict=True))
+            return _batch_made(vlm, batch, images, within, seed, contexts)
 
         for draft, candidates in budget.within(made):
             yield _rank(draft, candidates, config, similarity)
 
 
+def _batch_made(
+    vlm: VLM,
+    records: Sequence[VQARecord],
+    images: Sequence[Images],
+    config: PreferenceConfig,
+    seed: int,
+    contexts: Contexts,
+) -> _Made:
+    """Drafts and their candidates, in order; records of like length together, as many as `config.token_budget` allows."""
+    prompts = encode_prompts(vlm, images, [r.question for r in records])
+    answers = [encode_answer(vlm, r.question, r.answer) for r in records]
+    out: dict[int, tuple[Draft, list[Candidate]]] = {}
+    lengths = [len(p.input_ids) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    for part in budget_batches(lengths, config.token_budget):
+        known = Prefixes()  # both branches' caches: what scored y_w goes on to replace its words and to decode answers
+        drafts = _drafts(
+            vlm,
+            [records[i] for i in part],
+            [images[i] for i in part],
+            [prompts[i] for i in part],
+            [answers[i] for i in part],
+            config,
+            seed,
+            known,
+        )
+        replace_words(vlm, drafts, config, known)
+        candidates = _candidates(vlm, drafts, config, contexts, known)
+        out |= dict(zip(part, zip(drafts, candidates, strict=True), strict=True))
+    return [out[i] for i in range(len(records))]
+
+
 def _drafts(
-    vlm: VLM, batch: Sequence[VQARecord], images: Sequence[Images], config: PreferenceConfig, seed: int
+    vlm: VLM,
+    batch: Sequence[VQARecord],
+    images: Sequence[Images],
+    prompts: Sequence[Prompt],
+    answers: Sequence[list[int]],
+    config: PreferenceConfig,
+    seed: int,
+    known: Prefixes,
 ) -> list[Draft]:
     """Score y_w in both branches and choose the coupled words with what replaces their first token."""
     questions = [r.question for r in batch]
-    prompts = encode_prompts(vlm, images, questions)
-    answers = [encode_answer(vlm, r.question, r.answer) for r in batch]
     names = [f"{seed}/{r.id}" for r in batch]
 
     def hide(mask: int) -> list[Prompt]:
@@ -80,13 +115,7 @@ def _drafts(
         )
 
     cuts = hide(0)
-    scored = contrast(
-        vlm,
-        prompts,
-        itertools.chain([cuts], map(hide, range(1, config.n_masks))),
-        answers,
-        token_budget=config.token_budget,
-    )
+    scored = contrast(vlm, prompts, itertools.chain([cuts], map(hide, range(1, config.n_masks))), answers, known)
     drafts = []
     for record, name, prompt, cut, ids, branch in zip(batch, names, prompts, cuts, answers, scored, strict=True):
         text, words = words_of(vlm, ids)
@@ -111,7 +140,7 @@ def _chosen_words(rewards: Sequence[float], config: PreferenceConfig, name: str)
 
 
 def _candidates(
-    vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig, contexts: Contexts
+    vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig, contexts: Contexts, known: Prefixes
 ) -> list[list[Candidate]]:
     """The wrong answers of each draft, from the sources that `candidates` and `closed` name."""
     out: list[list[Candidate]] = [[] for _ in drafts]
@@ -126,11 +155,11 @@ def _candidates(
     if config.candidates == "random":
         for draft in asked:
             corrupt_randomly(draft, contexts)
-        sources.append(graded_answers(vlm, asked, config, "random"))
+        sources.append(graded_answers(vlm, asked, config, "random", known))
     if config.candidates in ("replacement", "both"):
-        sources.append(graded_answers(vlm, asked, config))
+        sources.append(graded_answers(vlm, asked, config, known=known))
     if config.candidates in ("sampled", "both"):
-        sources.append(sampled_answers(vlm, asked, config))
+        sources.append(sampled_answers(vlm, asked, config, known))
     for made in sources:
         for number, candidates in zip(open_, made, strict=True):
             out[number] += candidates

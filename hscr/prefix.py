@@ -7,6 +7,7 @@ the graph of its keys and values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,43 @@ from hscr.model import VLM
 from hscr.visual_tokens import Prompt
 
 
+class Prefixes:
+    """Keys and values of prompts that were computed before, all but the last token; they live as long as this does.
+
+    Prompts are told apart as objects: two of equal tokens may hide other parts of an image.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Prompt, list[tuple[Tensor, Tensor]]]] = {}
+
+    def put(self, prompts: Sequence[Prompt], cache: DynamicCache) -> None:
+        """Remember the rows of a left-padded cache, one a prompt."""
+        for row, prompt in enumerate(prompts):
+            n = len(prompt.input_ids) - 1
+            layers: list[Any] = cache.layers
+            held = [(layer.keys[row, :, -n:], layer.values[row, :, -n:]) for layer in layers]
+            self._known[id(prompt)] = prompt, held  # the prompt is held too: its id must not be another's
+
+    def fill(self, prompts: Sequence[Prompt], cache: DynamicCache) -> bool:
+        """Put the prompts' keys and values into an empty cache, left-padded; False, and nothing done, unless all are known."""
+        if any(id(p) not in self._known for p in prompts):
+            return False
+        found = [self._known[id(p)][1] for p in prompts]
+        width = max(len(p.input_ids) for p in prompts) - 1
+        for layer in range(len(found[0])):
+            keys, values = (_left_padded([own[layer][which] for own in found], width) for which in (0, 1))
+            cache.update(keys, values, layer)
+        return True
+
+
+def _left_padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    """[n, heads, width, d] of rows [heads, T, d]."""
+    out = rows[0].new_zeros(len(rows), rows[0].shape[0], width, rows[0].shape[2])
+    for at, row in enumerate(rows):
+        out[at, :, width - row.shape[1] :] = row
+    return out
+
+
 class Rows:
     """Columns [n, W] of ids, positions ([3, n, W] under M-RoPE) and mask of n rows, and the cache of all but the last `new` columns.
 
@@ -24,7 +62,14 @@ class Rows:
     [prompts' padding | prompt but its last token | padding | last token and tail].
     """
 
-    def __init__(self, vlm: VLM, prompts: Sequence[Prompt], tails: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        prompts: Sequence[Prompt],
+        tails: Sequence[Sequence[int]],
+        prefixes: Prefixes | None = None,
+    ) -> None:
+        """`prefixes` is looked into before a prompt is computed, and remembers it after."""
         self.vlm = vlm
         config = vlm.base.config.get_text_config()
         # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration says.
@@ -34,14 +79,20 @@ class Rows:
         width = max(len(p.input_ids) for p in prompts) + max(map(len, tails))
         # Padding amid a row would count against a sliding window, which the cache measures in columns.
         window = None if self.own_masks else getattr(config, "sliding_window", None)
-        if len(distinct) == len(prompts) or (window is not None and width > window):
+        alone = len(distinct) == len(prompts) and prefixes is None
+        if alone or (window is not None and width > window):
             self._start(prompts)
             self._columns([_tokens(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
             return
         self._start(distinct)
         # The last token of a prompt (always text) goes with the rows, so that every row has one, also without a tail.
         self._columns([(p.input_ids[:-1], p.position_ids[..., :-1]) for p in distinct])
-        self.logits()
+        if prefixes is not None and prefixes.fill(distinct, self.cache):
+            self._extra = {}
+        else:
+            self.logits()
+            if prefixes is not None:
+                prefixes.put(distinct, self.cache)
         number = {id(p): at for at, p in enumerate(distinct)}
         self.keep([number[id(p)] for p in prompts])
         self._columns([_tokens(p, len(p.input_ids) - 1, tail) for p, tail in zip(prompts, tails, strict=True)])

@@ -20,6 +20,7 @@ from torch import Tensor
 from hscr.config import PreferenceConfig
 from hscr.decode import decode
 from hscr.model import VLM, decode_text, encode_answer
+from hscr.prefix import Prefixes
 from hscr.records import VQARecord
 from hscr.reward import Branches, Word, contrastive_logprobs
 from hscr.visual_tokens import Prompt
@@ -104,12 +105,12 @@ def same_word(a: str, b: str) -> bool:
     return a == b or a.startswith(b) or b.startswith(a)
 
 
-def replace_words(vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig) -> None:
+def replace_words(vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig, known: Prefixes | None = None) -> None:
     """Complete every chosen token to a whole word by greedy decoding in the dropped branch; drop what turns into the word itself."""
     rows = [(d, w) for d in drafts for w in d.coupled]
     prefixes = [[*d.ids[: d.words[w].tokens[0]], d.first_token[w]] for d, w in rows]
     cuts = [d.cut for d, _ in rows]
-    tails = decode(vlm, cuts, prefixes, max_tokens=WORD_TOKENS, token_budget=config.token_budget)
+    tails = decode(vlm, cuts, prefixes, max_tokens=WORD_TOKENS, token_budget=config.token_budget, known=known)
     for (draft, w), prefix, tail in zip(rows, prefixes, tails, strict=True):
         text = vlm.tokenizer.decode([*prefix, *tail], skip_special_tokens=True)
         match = _REPLACEMENT.match(text, draft.words[w].start)
@@ -132,7 +133,11 @@ def _splice(draft: Draft, chosen: Sequence[int]) -> tuple[str, int]:
 
 
 def graded_answers(
-    vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig, source: str = "replacement"
+    vlm: VLM,
+    drafts: Sequence[Draft],
+    config: PreferenceConfig,
+    source: str = "replacement",
+    known: Prefixes | None = None,
 ) -> list[list[Candidate]]:
     """k candidates of rising error a draft: nested sets of replaced words, most coupled first, sizes spread over 1…n_eff."""
     rows: list[tuple[int, str, tuple[int, ...]]] = []
@@ -146,7 +151,7 @@ def graded_answers(
     texts = [text.strip() for _, text, _ in rows]
     if config.continuation == "redecode":
         # Stripped: the template puts its own space before an answer, and a second one would be another token.
-        texts = _continued(vlm, [drafts[n] for n, _, _ in rows], texts, config)
+        texts = _continued(vlm, [drafts[n] for n, _, _ in rows], texts, config, known)
     out: list[list[Candidate]] = [[] for _ in drafts]
     for (number, _, chosen), text in zip(rows, texts, strict=True):
         words, new = drafts[number].words, drafts[number].replacement
@@ -154,9 +159,13 @@ def graded_answers(
     return out
 
 
-def _continued(vlm: VLM, drafts: Sequence[Draft], texts: Sequence[str], config: PreferenceConfig) -> list[str]:
+def _continued(
+    vlm: VLM, drafts: Sequence[Draft], texts: Sequence[str], config: PreferenceConfig, known: Prefixes | None
+) -> list[str]:
     """Each text, one a draft, continued after its end by greedy decoding with the full image."""
     prefixes = [encode_answer(vlm, d.record.question, text)[:-1] for d, text in zip(drafts, texts, strict=True)]
     prompts = [d.prompt for d in drafts]
-    tails = decode(vlm, prompts, prefixes, max_tokens=config.max_new_tokens, token_budget=config.token_budget)
+    tails = decode(
+        vlm, prompts, prefixes, max_tokens=config.max_new_tokens, token_budget=config.token_budget, known=known
+    )
     return [decode_text(vlm, [*prefix, *tail]) for prefix, tail in zip(prefixes, tails, strict=True)]

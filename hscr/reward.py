@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hscr.config import REWARDS
 from hscr.model import VLM
-from hscr.packing import packed_logits
-from hscr.token_budget import budget_batches
+from hscr.packing import packed_logits, prefix_logits
+from hscr.prefix import Prefixes
 from hscr.visual_tokens import Prompt, dropped
 
 WORD = re.compile(r"\w+(?:[-'./]\w+)*")
@@ -122,27 +122,24 @@ def contrast(
     prompts: Sequence[Prompt],
     cuts: Iterable[Sequence[Prompt]],
     answers: Sequence[Sequence[int]],
-    *,
-    token_budget: int | None = None,
+    prefixes: Prefixes | None = None,
 ) -> list[Branches]:
     """Score one answer a prompt with the image and under each mask of `cuts` (a list of i' a mask): 1 + n_masks batched forwards.
 
-    `token_budget` bounds the tokens of one forward, padding included: a batch is then cut into several.
+    `prefixes` remembers the caches of the prompts and of the first mask's, for decoding that follows.
     """
 
-    def scored(prompts: Sequence[Prompt]) -> list[Tensor]:
-        out: dict[int, Tensor] = {}
-        lengths = [len(p.input_ids) + len(a) for p, a in zip(prompts, answers, strict=True)]
-        for part in budget_batches(lengths, token_budget):
-            logits = packed_logits(vlm, [prompts[i] for i in part], [[answers[i]] for i in part])
-            out |= {i: row[0].float().log_softmax(-1) for i, row in zip(part, logits, strict=True)}
-        return [out[i] for i in range(len(prompts))]
+    def scored(prompts: Sequence[Prompt], keep: bool) -> list[Tensor]:
+        grouped = [[a] for a in answers]
+        kept = prefixes if keep else None
+        logits = packed_logits(vlm, prompts, grouped) if kept is None else prefix_logits(vlm, prompts, grouped, kept)
+        return [row.float().log_softmax(-1) for (row,) in logits]
 
-    full = scored(prompts)
+    full = scored(prompts, True)
     total: list[Tensor] = []
     n_masks = 0
     for cut in cuts:
-        part = scored(cut)
+        part = scored(cut, n_masks == 0)
         total = part if not total else [t + p for t, p in zip(total, part, strict=True)]
         n_masks += 1
     return [Branches(f, d / n_masks) for f, d in zip(full, total, strict=True)]

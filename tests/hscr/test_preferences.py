@@ -144,7 +144,7 @@ def test_positions_without_a_plausible_replacement_are_skipped_and_counted(
 ) -> None:
     """Both branches are sure of the right answer: of its 10 or 11 words 5 are coupled, none can be replaced, and no level is made up."""
 
-    def sure(vlm: VLM, prompts: Any, cuts: Any, answers: Sequence[list[int]], **budget: int) -> list[Branches]:
+    def sure(vlm: VLM, prompts: Any, cuts: Any, answers: Sequence[list[int]], known: Any) -> list[Branches]:
         out = []
         for ids in answers:
             peaked = torch.full((len(ids), len(vlm.tokenizer)), -20.0)
