@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from hscr.leaks import check_evaluation
 from hscr.model import VLM, add_lora, require_images
 from hscr.optimize import optimize
 from hscr.preferences import generate
-from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
+from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json, write_jsonl
+from hscr.review import read_review, reviewed
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
 from hscr.similarity import load_similarity
@@ -83,15 +85,16 @@ def align(
     *,
     evaluation_data: DataSet | None = None,
     stop_after: str | None = None,
+    review: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Run all stages in `out`; yields events, the last is a Result. ValueError for bad input.
 
     Raises Stopped after `should_stop()`, and after the generation where `stop_after` is "generating": its preferences.jsonl can be looked
-    at, and the same call without it goes on.
+    at, and the same call without it goes on, with `review` (hscr/review.py) on what that makes of them: reviewed.jsonl.
 
-    Afterwards `out` holds config.json, preferences.jsonl, adapter/ (a PEFT folder), predictions.jsonl, evaluation.json, report.html and
-    report.json, and manifest.json with the digests of every stage's inputs and outputs.
+    Afterwards `out` holds config.json, preferences.jsonl (reviewed.jsonl), adapter/ (a PEFT folder), predictions.jsonl, evaluation.json,
+    report.html and report.json, and manifest.json with the digests of every stage's inputs and outputs.
     """
     if stop_after not in (None, "generating"):
         raise ValueError("--stop-after: only `generating` can be looked at before the run goes on")
@@ -100,13 +103,16 @@ def align(
     run = RunDir(out)
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
+        if review is not None:
+            lineage["review"] = file_digest(review)
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
         if evaluation_data is not None and config.evaluation.max_records:
             yield from check_evaluation(run, data, evaluation_data, allow=config.evaluation.allow_leak)
         yield from _generating(vlm, data, run, config, should_stop)
         if stop_after == "generating":
             raise Stopped(stop_after)
-        yield from _optimizing(vlm, data, run, config, lineage, should_stop)
+        preferences = _reviewing(run, config, review)
+        yield from _optimizing(vlm, data, preferences, run, config, lineage, should_stop)
         yield from _evaluating(vlm, evaluation_data, run, config, should_stop)
         yield from _reporting(run, data, evaluation_data)
         yield _result(out)
@@ -161,12 +167,38 @@ def _batches(n: int, size: int) -> list[int]:
     return [min(size, n - start) for start in range(0, n, size)]
 
 
+def _reviewing(run: RunDir, config: AlignConfig, review: Path | None) -> Path:
+    """The preferences to optimise on: as generated, or what a review leaves of them."""
+    stage, generated, final = "reviewing", run.path / "preferences.jsonl", run.path / "reviewed.jsonl"
+    if review is None:
+        final.unlink(missing_ok=True)
+        return generated
+    inputs = json_digest([file_digest(generated), file_digest(review), config.preference.similarity])
+    if not run.is_done(stage, inputs):
+        run.start(stage, inputs)
+        partial = run.path / "reviewed.partial.jsonl"
+        with generated.open("rb") as lines:
+            similarity = cache(lambda: load_similarity(config.preference.similarity))
+            write_jsonl(partial, reviewed(lines, read_review(review), similarity))
+        if partial.stat().st_size == 0:
+            raise ValueError("--review: every record was rejected, so there is nothing to optimise on")
+        partial.replace(final)
+        run.finish(stage, [final.name])
+    return final
+
+
 def _optimizing(
-    vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, lineage: dict[str, str], should_stop: Callable[[], bool]
+    vlm: VLM,
+    data: DataSet,
+    preferences: Path,
+    run: RunDir,
+    config: AlignConfig,
+    lineage: dict[str, str],
+    should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     from hscr.report import displaced
 
-    stage, preferences = "optimizing", run.path / "preferences.jsonl"
+    stage = "optimizing"
     inputs = json_digest([file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
@@ -313,7 +345,14 @@ def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> I
     from hscr.report import write_report
 
     stage = "reporting"
-    names = ("config.json", "preferences.jsonl", "steps.jsonl", "predictions.jsonl", "evaluation.json")
+    names = (
+        "config.json",
+        "preferences.jsonl",
+        "reviewed.jsonl",
+        "steps.jsonl",
+        "predictions.jsonl",
+        "evaluation.json",
+    )
     made_from = [run.path / n for n in names]
     inputs = json_digest([file_digest(p) if p.is_file() else None for p in made_from])
     if run.is_done(stage, inputs):

@@ -171,6 +171,10 @@ def align(
         str | None,
         typer.Option(help="generating: look at preferences.jsonl first; the same command without it goes on."),
     ] = None,
+    review: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of rejected and corrected preferences (hscr/review.py says its form)."),
+    ] = None,
     events: Events = "progress",
 ) -> None:
     """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
@@ -184,7 +188,14 @@ def align(
     vlm = _load(model, dtype, device, revision, quantize)
     with _stoppable() as stop:
         made = run(
-            vlm, data_set, out, settings, evaluation_data=evaluation, stop_after=stop_after, should_stop=stop.is_set
+            vlm,
+            data_set,
+            out,
+            settings,
+            evaluation_data=evaluation,
+            stop_after=stop_after,
+            review=review,
+            should_stop=stop.is_set,
         )
         _show(made, events)
     if events == "progress":

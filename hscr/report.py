@@ -100,7 +100,8 @@ def write_report(
 ) -> None:
     """Write RUN/report.html and RUN/report.json from what the stages left there."""
     config = json.loads((run / "config.json").read_text())
-    preferences = list(read_preferences(run / "preferences.jsonl"))
+    reviewed = run / "reviewed.jsonl"
+    preferences = list(read_preferences(reviewed if reviewed.is_file() else run / "preferences.jsonl"))
     steps = _jsonl(run / "steps.jsonl")
     evaluation = json.loads((run / "evaluation.json").read_text()) if (run / "evaluation.json").is_file() else None
     lineage = config.pop("lineage")

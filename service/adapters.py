@@ -81,6 +81,7 @@ def publish(
     result: dict[str, Any],
     report: str | None,
     preferences_digest: str | None = None,
+    review: dict[str, Any] | None = None,
 ) -> AdapterVersion:
     """In one transaction: the job succeeds, its version exists, its last event says so. Raises jobs.Superseded."""
     seq = jobs.succeed(session, mine, metrics=metrics, report=report, stage="publishing")
@@ -95,6 +96,7 @@ def publish(
         dataset_id=dataset.id,
         dataset_digest=dataset.digest,
         preferences_digest=preferences_digest,
+        review=review,
         config=job.config,
         metrics=result,
     )

@@ -150,6 +150,21 @@ class JobEvent(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class PreferenceEdit(Base):
+    """What a person made of one generated preference record of a job that awaits review. `number` counts from 1 in the run's file."""
+
+    __tablename__ = "preference_edits"
+    __table_args__ = (CheckConstraint("number > 0", name="number_positive"),)
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    line: Mapped[str] = mapped_column(String(80))  # digest of the line that was looked at
+    rejected: Mapped[bool] = mapped_column(default=False)
+    levels: Mapped[dict[str, Any]]  # {"1": {"rejected": true}, "2": {"text": "…"}}
+    actor: Mapped[str] = mapped_column(String(40))
+    updated_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Outbox(Base):
     """A bell that is still to be rung: written with the job's row, deleted by the relay once the broker has it."""
 
@@ -209,7 +224,10 @@ class AdapterVersion(Base):
     dataset_digest: Mapped[str] = mapped_column(String(80))
     preferences_digest: Mapped[str | None] = mapped_column(
         String(80)
-    )  # of the preferences.jsonl that it was optimised on
+    )  # of the preferences.jsonl that it was optimised on, of reviewed.jsonl after corrections
+    review: Mapped[dict[str, Any] | None] = mapped_column(
+        JSON
+    )  # digests of what was generated and corrected, and counts
     config: Mapped[dict[str, Any]]
     metrics: Mapped[dict[str, Any]]
     notes: Mapped[str | None] = mapped_column(Text)  # with the tags all of a version that may change

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest, write_json
-from service import adapters, datasets, jobs
+from service import adapters, datasets, jobs, preferences, reviews
 from service.db import Database, now
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
 from service.models import Dataset, Job
@@ -30,6 +30,7 @@ from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
+REVIEW = "review.json"
 busy = False
 
 
@@ -69,6 +70,7 @@ class _Attempt:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     for_review: bool = False  # the run was told to stop after generation
     generated: bool = False
+    review: dict[str, Any] | None = None  # what a person corrected of the generated preferences
     over: bool = False  # the job will not go on: succeeded or cancelled
     pending: list[RunEvent] = field(default_factory=list)
     result: ResultEvent | None = None
@@ -123,6 +125,7 @@ class _Attempt:
             job = session.get_one(Job, self.mine.job_id)
             data = session.get_one(Dataset, job.dataset_id).digest
             other = session.get_one(Dataset, job.evaluation_dataset_id).digest if job.evaluation_dataset_id else None
+            self.review = reviews.for_run(session, job.id)
         self.metrics, self.stage_seconds = dict(job.metrics), dict(job.stage_seconds)
         self.for_review = job.review and job.approved_at is None
         write_json(folder.path / "config.json", job.config)
@@ -137,6 +140,9 @@ class _Attempt:
             "json",
         ]
         command += ["--eval", str(datasets.folder(place, other))] if other else []
+        if self.review is not None:
+            write_json(folder.path / REVIEW, self.review)
+            command += ["--review", str((folder.path / REVIEW).resolve())]
         return command + (["--stop-after", "generating"] if self.for_review else [])
 
     def _follow(self, run: Run) -> int:
@@ -272,13 +278,17 @@ class _Attempt:
                 self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
                 return
             report = store_report(self.settings.data_dir, work)
-            learnt = work / "preferences.jsonl"
+            generated, learnt = work / preferences.FILE, work / preferences.REVIEWED
+            learnt = learnt if self.review is not None else generated
             made: dict[str, Any] = {
                 "digest": result.digest,
                 "result": result.metrics,
                 "report": report,
                 "preferences_digest": file_digest(learnt) if learnt.is_file() else None,
             }
+            if self.review is not None:
+                digests = {"digest": file_digest(work.parent / REVIEW), "generated_digest": file_digest(generated)}
+                made["review"] = digests | reviews.counts(self.review)
             self._finish(lambda s: adapters.publish(s, self.mine, metrics=self.metrics, **made))
         self.over = True
         log.info("job %s: published", self.mine.job_id)

@@ -37,6 +37,16 @@ class JobRef(BaseModel):
     deleted_at: datetime | None
 
 
+class ReviewView(BaseModel):
+    """What a person changed between generation and optimisation."""
+
+    digest: str = Field(description="Of the corrections.")
+    generated_digest: str = Field(description="Of the preference records before them.")
+    records_rejected: int
+    levels_rejected: int
+    levels_corrected: int
+
+
 class OriginView(BaseModel):
     """From a version to its rows."""
 
@@ -45,6 +55,7 @@ class OriginView(BaseModel):
     aliases: list[str] = Field(description="Those that point at it now.")
     job: JobRef
     preferences_digest: str | None = Field(description="Of the preference records that it was optimised on.")
+    review: ReviewView | None = Field(description="Null: nothing was corrected.")
     dataset: DataView
     evaluation_dataset: DataView | None
 
@@ -109,6 +120,7 @@ def _origin(found: lineage.Origin) -> OriginView:
         aliases=found.aliases,
         job=JobRef.model_validate(found.job, from_attributes=True),
         preferences_digest=version.preferences_digest,
+        review=ReviewView(**version.review) if version.review else None,
         dataset=_data(found.dataset),
         evaluation_dataset=_data(found.evaluation_dataset) if found.evaluation_dataset else None,
     )

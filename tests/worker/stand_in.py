@@ -27,7 +27,7 @@ def say(kind: str, **values: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
-    for name in ("--model", "--config", "--eval", "--events", "--stop-after"):
+    for name in ("--model", "--config", "--eval", "--events", "--stop-after", "--review"):
         parser.add_argument(name)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -60,6 +60,8 @@ def main() -> int:
             say("stage", stage=stage, status="skipped")
             if arguments.stop_after == stage:
                 return 75
+            if arguments.review:
+                (out / "reviewed.jsonl").write_bytes(Path(arguments.review).read_bytes())
             continue
         say("stage", stage=stage, status="started")
         if stage == "generating":
