@@ -20,7 +20,7 @@ from hscr import __version__
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json, write_manifest
 from hscr.config import AlignConfig
-from hscr.evaluate import evaluate, plan, read_predictions, summarize
+from hscr.evaluation import evaluation_run, headline
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
 from hscr.leaks import check_evaluation
@@ -302,45 +302,6 @@ def _evaluating(
     yield Stage(stage, "completed")
 
 
-def evaluation_run(
-    answerer: Answerer,
-    data: DataSet,
-    policies: dict[str, str | None],
-    run: RunDir,
-    inputs: str,
-    config: AlignConfig,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Event]:
-    """Evaluate policies into predictions.jsonl and evaluation.json of a run directory, resumable by whole batches."""
-    stage = "evaluating"
-    records = data.records[: config.evaluation.max_records]
-    if not records:
-        raise ValueError("evaluation.max_records: is 0, so there is nothing to evaluate")
-    sizes = [len(rows) for _, _, rows in plan(len(records), list(policies), config.evaluation)]
-    partial = PartialFile(run.path / "predictions.partial.jsonl", sizes, resume=run.start(stage, inputs))
-    done = sum(sizes[: partial.done])
-    rate = Rate(stage, sum(sizes), done)
-    yield rate.at(done)
-    for predictions in evaluate(
-        answerer,
-        records,
-        data.open_images,
-        policies,
-        config.evaluation,
-        seed=config.seed,
-        skip_batches=partial.done,
-    ):
-        partial.append(predictions)
-        done += len(predictions)
-        yield rate.at(done)
-        if should_stop():
-            raise Stopped(stage)
-    partial.rename(run.path / "predictions.jsonl")
-    predictions = read_predictions(run.path / "predictions.jsonl")
-    write_json(run.path / "evaluation.json", summarize(predictions, config.evaluation))
-
-
 def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> Iterator[Event]:
     from hscr.report import write_report
 
@@ -369,20 +330,4 @@ def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> I
 
 
 def _result(out: Path) -> Result:
-    """Headline metrics: per policy the real image's scores and what the grounding score is worth, flat, as numbers."""
-    metrics: dict[str, float] = {}
-    path = out / "evaluation.json"
-    if path.is_file():
-        evaluation: dict[str, Any] = json.loads(path.read_text())
-        for policy, conditions in evaluation["scores"].items():
-            for metric, value in conditions["real"].items():
-                metrics[f"{policy}/{metric}"] = value["mean"]
-        for policy, value in evaluation["grounding"].items():
-            metrics[f"{policy}/grounding"] = value["mean"]
-        for policy, flag in evaluation["flag"].items():
-            area = evaluation["separation"][policy].get("all", {}).get("auroc")
-            if area is not None:
-                metrics[f"{policy}/grounding_auroc"] = area["mean"]
-            if flag["threshold"] is not None:
-                metrics[f"{policy}/grounding_threshold"] = flag["threshold"]
-    return Result("adapter", verify_manifest(out / "adapter"), metrics)
+    return Result("adapter", verify_manifest(out / "adapter"), headline(out / "evaluation.json"))

@@ -40,6 +40,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "invalid_request": (422, "The request has invalid fields"),
     "invalid_config": (422, "The configuration is out of range"),
     "invalid_correction": (422, "The correction is refused"),
+    "leak": (422, "The data set was learnt from"),
     "invalid_archive": (422, "The archive is refused"),
     "webhook_not_allowed": (422, "This address may not be called"),
     "dataset_empty": (422, "The data set has no usable record"),

@@ -45,3 +45,8 @@ def jobs_on(session: Session, dataset_id: str, after: str, limit: int) -> list[t
     query = select(Job, AdapterVersion).outerjoin(AdapterVersion, AdapterVersion.job_id == Job.id)
     rows = session.execute(query.where(uses, Job.id > after).order_by(Job.id).limit(limit))
     return [(job, version) for job, version in rows]
+
+
+def learnt_from(session: Session, version: AdapterVersion) -> list[str]:
+    """Digests of the data sets that a version was aligned on."""
+    return [version.dataset_digest]

@@ -79,7 +79,10 @@ class DatasetRecord(Base):
 
 
 class Job(Base):
-    """One align job. `fence` counts claims and hand-backs: a write that names an older fence changes nothing."""
+    """One job: an alignment, or the evaluation of a version (`kind`).
+
+    `fence` counts claims and hand-backs: a write that names an older fence changes nothing.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -95,6 +98,7 @@ class Job(Base):
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(20), default="align")
     status: Mapped[str] = mapped_column(String(20))
     stage: Mapped[str | None] = mapped_column(String(20))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
@@ -105,6 +109,9 @@ class Job(Base):
     dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
     evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
     adapter_name: Mapped[str]
+    source_name: Mapped[str | None] = mapped_column(String(64))  # the version that is evaluated, or aligned on top of
+    source_version: Mapped[int | None]
+    source_digest: Mapped[str | None] = mapped_column(String(80))
     model: Mapped[str] = mapped_column(Text)
     config: Mapped[dict[str, Any]]
     meta: Mapped[dict[str, Any]]
@@ -231,6 +238,29 @@ class AdapterVersion(Base):
     config: Mapped[dict[str, Any]]
     metrics: Mapped[dict[str, Any]]
     notes: Mapped[str | None] = mapped_column(Text)  # with the tags all of a version that may change
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Evaluation(Base):
+    """What an evaluation job measured of a version, on a data set: beside the base, and beside the version before it where there is one."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["adapter_name", "version"], ["adapter_versions.adapter_name", "adapter_versions.version"]
+        ),
+        Index("ix_evaluations_adapter_version", "adapter_name", "version"),
+    )
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"), primary_key=True)
+    adapter_name: Mapped[str] = mapped_column(String(64))
+    version: Mapped[int]
+    digest: Mapped[str] = mapped_column(String(80))  # of the version's weights
+    before_version: Mapped[int | None]
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
+    dataset_digest: Mapped[str] = mapped_column(String(80))
+    result_digest: Mapped[str] = mapped_column(String(80))  # of evaluation.json
+    metrics: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 

@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded in the engine
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
+    evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
     run_threads: int = Field(default=1, ge=1)
     lease_s: float = Field(default=30.0, gt=0)
     stop_grace_s: float = Field(default=8.0, ge=0)  # a cancelled run gets this long after TERM, then KILL
@@ -82,7 +83,7 @@ class Settings(BaseSettings):
     import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout
     import_max_s: float = Field(default=3600.0, gt=0)
 
-    @field_validator("run_command", mode="before")
+    @field_validator("run_command", "evaluate_command", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """A JSON list, or a command line as a shell would split it."""

@@ -108,7 +108,8 @@ def of_dataset(state: Service, dataset_id: DatasetId, limit: Limit = 50, after: 
 
 
 def _use(job: Job, dataset_id: str) -> list[Use]:
-    uses: dict[Use, str | None] = {"alignment": job.dataset_id, "evaluation": job.evaluation_dataset_id}
+    learnt = job.dataset_id if job.kind == "align" else None
+    uses: dict[Use, str | None] = {"alignment": learnt, "evaluation": job.evaluation_dataset_id}
     return [use for use, used in uses.items() if used == dataset_id]
 
 
