@@ -32,6 +32,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "job_elsewhere": (409, "The job is in another status"),
     "key_revoked": (409, "The key is revoked"),
     "nothing_to_roll_back": (409, "The alias has no earlier version"),
+    "gate_same_weights": (409, "There is nothing to decide"),
     "idempotency_in_flight": (409, "A request with this Idempotency-Key is being worked on"),
     "adapter_for_other_model": (409, "The adapter belongs to another base model"),
     "job_deleted": (410, "The job was deleted"),

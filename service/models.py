@@ -310,7 +310,34 @@ class AliasMove(Base):
     reason: Mapped[str | None] = mapped_column(Text)
     actor: Mapped[str] = mapped_column(String(40), default="local")
     rollback: Mapped[bool] = mapped_column(default=False)
+    gate_job_id: Mapped[str | None] = mapped_column(String(40))  # the evaluation that let it pass
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Gate(Base):
+    """A wish to move an alias if an evaluation allows it, and what was decided. `champion`: the version it would replace; None: the base."""
+
+    __tablename__ = "gates"
+    __table_args__ = (
+        CheckConstraint("decision IN ('pending', 'moved', 'refused', 'overtaken')", name="decision_known"),
+        CheckConstraint("(decision = 'pending') = (decided_at IS NULL)", name="decided_has_time"),
+        Index("ix_gates_adapter_alias", "adapter_name", "alias"),
+    )
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"), primary_key=True)
+    adapter_name: Mapped[str] = mapped_column(String(64), ForeignKey("adapters.name"))
+    alias: Mapped[str] = mapped_column(String(64))
+    candidate: Mapped[int]
+    champion: Mapped[int | None]
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
+    rule: Mapped[dict[str, Any]]
+    decision: Mapped[str] = mapped_column(String(20), default="pending")
+    interval: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    finding: Mapped[str | None] = mapped_column(Text)
+    reason: Mapped[str | None] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    decided_at: Mapped[datetime | None]
 
 
 class IdempotencyKey(Base):

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import verify_manifest, write_json
-from service import adapters, datasets, lineage, reviews
+from service import adapters, datasets, gates, lineage, reviews
 from service.evaluations import KIND
 from service.models import Dataset, Job
 from service.settings import Settings
@@ -59,8 +59,11 @@ def _source(session: Session, place: Path, job: Job) -> list[str]:
     assert job.source_name is not None
     assert job.source_version is not None
     version = adapters.get_version(session, job.source_name, job.source_version)
+    before = gates.before(session, job.id)
     arguments = ["--adapter", _checked(place, version.digest)]
-    for digest in lineage.learnt_from(session, version):
+    arguments += ["--before", _checked(place, before.digest)] if before else []
+    seen = [digest for v in (version, before) if v is not None for digest in lineage.learnt_from(session, v)]
+    for digest in dict.fromkeys(seen):
         arguments += ["--trained-on", str(datasets.folder(place, digest))]
     return arguments
 

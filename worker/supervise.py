@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest
-from service import adapters, evaluations, jobs, preferences, reviews
+from service import adapters, gates, jobs, preferences, reviews
 from service.db import Database, now
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
 from service.models import Job
@@ -271,7 +271,7 @@ class _Attempt:
                 "report": store_report(self.settings.data_dir, work),
             }
             learnt = {} if self.order.evaluates else self._learnt(work)
-            publish: Callable[..., Any] = evaluations.publish if self.order.evaluates else adapters.publish
+            publish: Callable[..., Any] = gates.publish if self.order.evaluates else adapters.publish
             self._finish(lambda s: publish(s, self.mine, metrics=self.metrics, **made, **learnt))
         self.over = True
         log.info("job %s: published", self.mine.job_id)

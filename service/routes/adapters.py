@@ -25,6 +25,7 @@ from service.state import Service, Who
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
+AliasName = Annotated[str, Path(pattern=adapters.NAME, examples=["champion"])]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 TAG = r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}$"
 Tag = Annotated[str, StringConstraints(pattern=TAG)]
