@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,10 @@ from hscr.config import AlignConfig
 from hscr.evaluation import evaluation_run, headline
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
-from hscr.leaks import check_evaluation
+from hscr.leaks import check_evaluation, refuse_own_data
 from hscr.model import VLM, add_lora, require_images
 from hscr.optimize import optimize
+from hscr.parent import as_parent, load_parent, parent_digest, with_parents_shape
 from hscr.preferences import generate
 from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json, write_jsonl
 from hscr.review import read_review, reviewed
@@ -86,12 +87,17 @@ def align(
     evaluation_data: DataSet | None = None,
     stop_after: str | None = None,
     review: Path | None = None,
+    parent: Path | None = None,
+    learnt: Sequence[DataSet] = (),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Run all stages in `out`; yields events, the last is a Result. ValueError for bad input.
 
     Raises Stopped after `should_stop()`, and after the generation where `stop_after` is "generating": its preferences.jsonl can be looked
     at, and the same call without it goes on, with `review` (hscr/review.py) on what that makes of them: reviewed.jsonl.
+
+    With `parent`, a PEFT folder, the run is on top of that adapter (hscr/parent.py); `learnt` are the data sets that it was aligned on,
+    whose pictures the evaluation must not show either.
 
     Afterwards `out` holds config.json, preferences.jsonl (reviewed.jsonl), adapter/ (a PEFT folder), predictions.jsonl, evaluation.json,
     report.html and report.json, and manifest.json with the digests of every stage's inputs and outputs.
@@ -101,28 +107,45 @@ def align(
     check_scorable(evaluation_data.records if evaluation_data else ())
     require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
     run = RunDir(out)
+    if parent is not None:
+        config = with_parents_shape(config, parent)
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
         if review is not None:
             lineage["review"] = file_digest(review)
+        if parent is not None:
+            lineage["parent"] = parent_digest(parent)
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
         if evaluation_data is not None and config.evaluation.max_records:
-            yield from check_evaluation(run, data, evaluation_data, allow=config.evaluation.allow_leak)
-        yield from _generating(vlm, data, run, config, should_stop)
+            if parent is not None and not config.evaluation.allow_leak:
+                refuse_own_data(parent, evaluation_data.digest)
+            for seen in (*learnt, data):
+                yield from check_evaluation(run, seen, evaluation_data, allow=config.evaluation.allow_leak)
+        yield from _generating(vlm, data, run, config, parent, should_stop)
         if stop_after == "generating":
             raise Stopped(stop_after)
         preferences = _reviewing(run, config, review)
-        yield from _optimizing(vlm, data, preferences, run, config, lineage, should_stop)
-        yield from _evaluating(vlm, evaluation_data, run, config, should_stop)
+        yield from _optimizing(vlm, data, preferences, run, config, lineage, parent, should_stop)
+        yield from _evaluating(vlm, evaluation_data, run, config, parent, should_stop)
         yield from _reporting(run, data, evaluation_data)
         yield _result(out)
 
 
+def _on_top_of(parent: Path | None) -> list[str]:
+    """What a parent adds to a stage's inputs; without one nothing, so that their digests stay what they were."""
+    return [] if parent is None else [parent_digest(parent)]
+
+
 def _generating(
-    vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, should_stop: Callable[[], bool]
+    vlm: VLM,
+    data: DataSet,
+    run: RunDir,
+    config: AlignConfig,
+    parent: Path | None,
+    should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     stage, final = "generating", run.path / "preferences.jsonl"
-    inputs = json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed])
+    inputs = json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed, *_on_top_of(parent)])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
@@ -143,13 +166,14 @@ def _generating(
     rate = Rate(stage, n, min(done, n))
     yield rate.at(min(done, n))
     similarity = load_similarity(config.preference.similarity)
-    made = generate(vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done)
-    for number, record in enumerate(made, done + 1):
-        partial.append([record])
-        if number % size == 0 or number == n:
-            yield rate.at(number)
-            if should_stop():
-                raise Stopped(stage)
+    with as_parent(vlm, parent):
+        made = generate(vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done)
+        for number, record in enumerate(made, done + 1):
+            partial.append([record])
+            if number % size == 0 or number == n:
+                yield rate.at(number)
+                if should_stop():
+                    raise Stopped(stage)
     partial.rename(final)
     run.finish(stage, [final.name])
     records = list(read_preferences(final))
@@ -194,12 +218,14 @@ def _optimizing(
     run: RunDir,
     config: AlignConfig,
     lineage: dict[str, str],
+    parent: Path | None,
     should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     from hscr.report import displaced
 
     stage = "optimizing"
-    inputs = json_digest([file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed])
+    asked = [file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed]
+    inputs = json_digest([*asked, *_on_top_of(parent)])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
@@ -209,7 +235,10 @@ def _optimizing(
         # The evaluation of an adapter that will be another: without --eval nothing would ever replace it.
         for name in ("reference.json", "steps.jsonl", "evaluation.json", "predictions.jsonl"):
             (run.path / name).unlink(missing_ok=True)
-    add_lora(vlm, config.optimization, config.seed)
+    if parent is None:
+        add_lora(vlm, config.optimization, config.seed)
+    else:
+        load_parent(vlm, parent, trainable=True)
     rate: Rate | None = None
     chosen: list[float] = []
     steps = run.path / "steps.jsonl"
@@ -245,6 +274,7 @@ def _optimizing(
     finally:
         vlm.model = vlm.model.unload()  # the base again, so that evaluation loads the adapter as everybody else does
         vlm.model.requires_grad_(False)
+        vlm.on_top = False
     run.finish(stage, ["adapter"])
     yield Stage(stage, "completed")
 
@@ -263,6 +293,7 @@ def _save_adapter(vlm: VLM, folder: Path, config: AlignConfig, lineage: dict[str
     vlm.model.save_pretrained(str(temporary), safe_serialization=True)
     write_json(temporary / "hscr.json", {**config.to_dict(), "lineage": lineage})
     o, p = config.optimization, config.preference
+    on_top = f" on top of the adapter with the weights `{lineage['parent']}`" if "parent" in lineage else ""
     card = f"""---
 library_name: peft
 base_model: {vlm.name}
@@ -270,7 +301,7 @@ tags: [hscr, lora]
 ---
 # HSCR adapter
 LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
-(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`:
+(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`{on_top}:
 objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
 visual {p.perturbation.replace("_", " ")} ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
 
@@ -284,20 +315,33 @@ Not a medical device; not for diagnosis.
 
 
 def _evaluating(
-    vlm: VLM, data: DataSet | None, run: RunDir, config: AlignConfig, should_stop: Callable[[], bool]
+    vlm: VLM,
+    data: DataSet | None,
+    run: RunDir,
+    config: AlignConfig,
+    parent: Path | None,
+    should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     stage, adapter = "evaluating", run.path / "adapter"
-    digest = verify_manifest(adapter)
-    inputs = json_digest([digest, vlm.digest, data.digest if data else None, asdict(config.evaluation), config.seed])
+    asked = [
+        verify_manifest(adapter),
+        vlm.digest,
+        data.digest if data else None,
+        asdict(config.evaluation),
+        config.seed,
+    ]
+    inputs = json_digest([*asked, *_on_top_of(parent)])
     if data is None or config.evaluation.max_records == 0 or run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
     yield Stage(stage, "started")
     answerer = Answerer(vlm, dropout_ratio=config.preference.dropout_ratio)
-    answerer.load_adapter("adapter", adapter)
-    yield from evaluation_run(
-        answerer, data, {"base": None, "adapter": "adapter"}, run, inputs, config, should_stop=should_stop
-    )
+    policies: dict[str, str | None] = {"base": None}
+    for label, folder in (("adapter", adapter), ("before", parent)):
+        if folder is not None:
+            answerer.load_adapter(label, folder)
+            policies[label] = label
+    yield from evaluation_run(answerer, data, policies, run, inputs, config, should_stop=should_stop)
     run.finish(stage, ["predictions.jsonl", "evaluation.json"])
     yield Stage(stage, "completed")
 

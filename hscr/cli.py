@@ -175,6 +175,13 @@ def align(
         Path | None,
         typer.Option(help="JSON file of rejected and corrected preferences (hscr/review.py says its form)."),
     ] = None,
+    parent: Annotated[
+        Path | None, typer.Option(help="PEFT folder to align on top of: the policy starts as it, the reference is it.")
+    ] = None,
+    trained_on: Annotated[
+        list[Path] | None,
+        typer.Option(help="A data set that PARENT was aligned on: not to be evaluated on. Repeatable."),
+    ] = None,
     events: Events = "progress",
 ) -> None:
     """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
@@ -195,6 +202,8 @@ def align(
             evaluation_data=evaluation,
             stop_after=stop_after,
             review=review,
+            parent=parent,
+            learnt=[DataSet(path) for path in trained_on or ()],
             should_stop=stop.is_set,
         )
         _show(made, events)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -37,6 +38,7 @@ class VLM:
     device: torch.device
     name: str
     digest: str
+    on_top: bool = False  # its trainable adapter began as another one (hscr/parent.py)
     features: FeatureCache = field(default_factory=FeatureCache)
     tokens: FeatureCache = field(
         default_factory=lambda: FeatureCache(64 * 2**20)
@@ -201,6 +203,11 @@ def add_lora(vlm: VLM, config: OptimizationConfig, seed: int) -> None:
         raise ValueError(
             "lora_targets: matches the vision tower or its projector, whose features must stay those of the base"
         )
+
+
+def reference_policy(vlm: VLM) -> AbstractContextManager[None]:
+    """The model as the reference, where no step has been taken yet: the adapter off, or on where the policy begins as a parent."""
+    return nullcontext() if vlm.on_top else vlm.model.disable_adapter()
 
 
 def _plain(vlm: VLM, text: str) -> str:

@@ -23,7 +23,7 @@ from hscr.artifacts import verify_manifest, write_json, write_manifest
 from hscr.config import OptimizationConfig
 from hscr.images import Images
 from hscr.losses import RecordLogProbs, record_loss
-from hscr.model import VLM, encode_answer, encode_prompts
+from hscr.model import VLM, encode_answer, encode_prompts, reference_policy
 from hscr.packing import packed_logits, token_logprobs
 from hscr.records import PreferenceRecord, VQARecord
 from hscr.visual_tokens import derived_seed
@@ -160,7 +160,7 @@ def _reference(
     """log π_sft of every answer, adapter off; read back from `path` where it is there (JSON keeps every float exactly)."""
     if not path.is_file():
         rows: list[list[float]] = []
-        with torch.no_grad(), vlm.model.disable_adapter():
+        with torch.no_grad(), reference_policy(vlm):
             for start in range(0, len(items), config.micro_batch_size):
                 part = items[start : start + config.micro_batch_size]
                 rows += [sums.tolist() for sums, _ in answer_logprobs(vlm, part, open_image)]

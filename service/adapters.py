@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import verify_manifest
-from hscr.config import PreferenceConfig
+from hscr.config import OptimizationConfig, PreferenceConfig
 from service import audit, jobs
 from service.errors import Problem
 from service.models import Adapter, AdapterVersion, Alias, Dataset, Job, VersionTag
@@ -169,6 +169,12 @@ def flag(version: AdapterVersion) -> dict[str, float | None]:
         "auroc": version.metrics.get("adapter/grounding_auroc"),
         "threshold": threshold if ratio == PreferenceConfig.dropout_ratio else None,
     }
+
+
+def lora_shape(version: AdapterVersion) -> dict[str, Any]:
+    """The fields of `optimization` that a version hands on to what is aligned on top of it."""
+    given = {"lora_rank": OptimizationConfig.lora_rank, "lora_alpha": OptimizationConfig.lora_alpha, "lora_targets": ""}
+    return given | {k: v for k, v in version.config.get("optimization", {}).items() if k in given}
 
 
 def tags(session: Session, version: AdapterVersion) -> list[str]:

@@ -20,7 +20,7 @@ from service.models import AdapterVersion, Alias, Evaluation, Gate, Job
 
 @dataclass(frozen=True)
 class Rule:
-    """`better`: the 95 % interval of candidate − champion in `metric` lies above 0; `not_worse`: above −`tolerance`; on enough questions."""
+    """`better`: the interval (95 %) of candidate − champion in `metric` lies above 0; `not_worse`: above −`tolerance`. On enough data."""
 
     metric: str
     rule: str = "better"

@@ -22,6 +22,7 @@ class Origin:
     job: Job
     dataset: Dataset
     evaluation_dataset: Dataset | None
+    parent: AdapterVersion | None
     aliases: list[str]
 
 
@@ -30,7 +31,7 @@ def origin(session: Session, version: AdapterVersion) -> Origin:
     tested = session.get_one(Dataset, job.evaluation_dataset_id) if job.evaluation_dataset_id else None
     dataset = session.get_one(Dataset, version.dataset_id)
     names = [a.alias for a in aliases.of(session, version.adapter_name, version.version)]
-    return Origin(version, job, dataset, tested, names)
+    return Origin(version, job, dataset, tested, parent(session, version), names)
 
 
 def versions_of_digest(session: Session, digest: str) -> list[AdapterVersion]:
@@ -47,6 +48,17 @@ def jobs_on(session: Session, dataset_id: str, after: str, limit: int) -> list[t
     return [(job, version) for job, version in rows]
 
 
+def parent(session: Session, version: AdapterVersion) -> AdapterVersion | None:
+    """The version that this one was aligned on top of."""
+    job = session.get_one(Job, version.job_id)
+    return session.get(AdapterVersion, (job.source_name, job.source_version)) if job.source_name else None
+
+
 def learnt_from(session: Session, version: AdapterVersion) -> list[str]:
-    """Digests of the data sets that a version was aligned on."""
-    return [version.dataset_digest]
+    """Digests of the data sets that a version, and those below it, were aligned on."""
+    digests: list[str] = []
+    step: AdapterVersion | None = version
+    while step is not None:
+        digests.append(step.dataset_digest)
+        step = parent(session, step)
+    return list(dict.fromkeys(digests))

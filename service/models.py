@@ -315,7 +315,7 @@ class AliasMove(Base):
 
 
 class Gate(Base):
-    """A wish to move an alias if an evaluation allows it, and what was decided. `champion`: the version it would replace; None: the base."""
+    """A wish to move an alias if an evaluation allows it, and what was decided. `champion`: the version to be replaced; None: the base."""
 
     __tablename__ = "gates"
     __table_args__ = (

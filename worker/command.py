@@ -49,18 +49,19 @@ def order_of(session: Session, settings: Settings, job: Job, folder: Path, work:
     if job.evaluation_dataset_id:
         other = session.get_one(Dataset, job.evaluation_dataset_id).digest
         command += ["--eval", str(datasets.folder(place, other))]
+    if job.source_name is not None:
+        command += _source(session, place, job)
     if review is not None:
         command += ["--review", str((folder / REVIEW).resolve())]
     return Order([*command, *(["--stop-after", "generating"] if for_review else [])], False, review, for_review)
 
 
 def _source(session: Session, place: Path, job: Job) -> list[str]:
-    """The version to evaluate, and the data that it learnt from, whose pictures do not count."""
+    """The version to evaluate or to align on top of, and the data that it learnt from, whose pictures must not be evaluated on."""
     assert job.source_name is not None
     assert job.source_version is not None
-    version = adapters.get_version(session, job.source_name, job.source_version)
-    before = gates.before(session, job.id)
-    arguments = ["--adapter", _checked(place, version.digest)]
+    version, before = adapters.get_version(session, job.source_name, job.source_version), gates.before(session, job.id)
+    arguments = ["--adapter" if job.kind == KIND else "--parent", _checked(place, version.digest)]
     arguments += ["--before", _checked(place, before.digest)] if before else []
     seen = [digest for v in (version, before) if v is not None for digest in lineage.learnt_from(session, v)]
     for digest in dict.fromkeys(seen):

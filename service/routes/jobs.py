@@ -57,7 +57,7 @@ class Lineage(BaseModel):
     dataset: DatasetRef
     evaluation_dataset: DatasetRef | None
     adapter: VersionRef | None = Field(description="The version that the job made.")
-    source: VersionRef | None = Field(None, description="The version that it evaluates.")
+    source: VersionRef | None = Field(None, description="The version that it evaluates, or aligns on top of.")
 
 
 class QueueView(BaseModel):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from service import adapters, aliases, datasets, lineage
 from service.errors import Problem
-from service.models import Dataset, Job
+from service.models import AdapterVersion, Dataset, Job
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import Name, Number
 from service.routes.datasets import DatasetId
@@ -52,6 +52,9 @@ class OriginView(BaseModel):
 
     version: VersionRef
     model: str
+    parent: VersionRef | None = Field(
+        description="The version that it was aligned on top of; its lineage goes on from there."
+    )
     aliases: list[str] = Field(description="Those that point at it now.")
     job: JobRef
     preferences_digest: str | None = Field(description="Of the preference records that it was optimised on.")
@@ -116,7 +119,8 @@ def _use(job: Job, dataset_id: str) -> list[Use]:
 def _origin(found: lineage.Origin) -> OriginView:
     version = found.version
     return OriginView(
-        version=VersionRef(name=version.adapter_name, version=version.version, digest=version.digest),
+        version=_ref(version),
+        parent=_ref(found.parent) if found.parent else None,
         model=version.model,
         aliases=found.aliases,
         job=JobRef.model_validate(found.job, from_attributes=True),
@@ -125,6 +129,10 @@ def _origin(found: lineage.Origin) -> OriginView:
         dataset=_data(found.dataset),
         evaluation_dataset=_data(found.evaluation_dataset) if found.evaluation_dataset else None,
     )
+
+
+def _ref(version: AdapterVersion) -> VersionRef:
+    return VersionRef(name=version.adapter_name, version=version.version, digest=version.digest)
 
 
 def _data(row: Dataset) -> DataView:

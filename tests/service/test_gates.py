@@ -193,6 +193,14 @@ def test_gates_that_make_no_sense_are_refused(
     assert two.get(f"{PATH}/gates").json()["data"] == []
 
 
+def test_data_that_only_the_champion_learnt_from_decide_nothing(
+    two: TestClient, unseen: str, publish: Callable[..., str]
+) -> None:
+    publish(8, dataset_id=unseen)
+    two.put(PATH, json={"version": 3})
+    assert two.put(PATH, json=body(unseen)).json()["code"] == "leak"
+
+
 def test_gates_asked_for_at_once_are_one(two: TestClient, unseen: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         jobs = set(pool.map(lambda _: two.put(PATH, json=body(unseen)).json()["job_id"], range(4)))

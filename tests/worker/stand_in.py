@@ -27,7 +27,17 @@ def say(kind: str, **values: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
-    for name in ("--model", "--config", "--eval", "--events", "--stop-after", "--review", "--adapter", "--before"):
+    for name in (
+        "--model",
+        "--config",
+        "--eval",
+        "--events",
+        "--stop-after",
+        "--review",
+        "--adapter",
+        "--before",
+        "--parent",
+    ):
         parser.add_argument(name)
     parser.add_argument("--trained-on", action="append", default=[])
     parser.add_argument("--evaluate", action="store_true")
@@ -102,7 +112,9 @@ def main() -> int:
     if told.get("damage"):
         (adapter / "adapter_model.safetensors").write_bytes(b"other")
     (out / "report.html").write_text("<h1>report</h1>")
-    write_json(out / "report.json", {"steps": state["step"]})
+    write_json(
+        out / "report.json", {"steps": state["step"], **({"parent": arguments.parent} if arguments.parent else {})}
+    )
     hold(told, "reporting")
     if stopped:
         return 75
