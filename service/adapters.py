@@ -89,7 +89,7 @@ def publish(
     dataset = session.get_one(Dataset, job.dataset_id)
     version = AdapterVersion(
         adapter_name=job.adapter_name,
-        version=_next_version(session, job.adapter_name),
+        version=next_version(session, job.adapter_name),
         digest=digest,
         model=job.model,
         job_id=job.id,
@@ -107,7 +107,8 @@ def publish(
     return version
 
 
-def _next_version(session: Session, name: str) -> int:
+def next_version(session: Session, name: str) -> int:
+    """The next number under a name, which is made where it is new; the row lock orders all who ask."""
     bump = (
         update(Adapter)
         .where(Adapter.name == name)

@@ -217,18 +217,23 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """An immutable version: its folder is DATA/artifacts/adapters/<digest>/. A job publishes at most one."""
+    """An immutable version: its folder is DATA/artifacts/adapters/<digest>/. A job publishes at most one; an uploaded one has no job."""
 
     __tablename__ = "adapter_versions"
-    __table_args__ = (UniqueConstraint("job_id"), CheckConstraint("version > 0", name="version_positive"))
+    __table_args__ = (
+        UniqueConstraint("job_id"),
+        CheckConstraint("version > 0", name="version_positive"),
+        CheckConstraint("source = 'upload' OR job_id IS NOT NULL", name="job_unless_uploaded"),
+    )
 
     adapter_name: Mapped[str] = mapped_column(String(64), ForeignKey("adapters.name"), primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     digest: Mapped[str] = mapped_column(String(80), index=True)
     model: Mapped[str] = mapped_column(Text)
-    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"))
-    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
-    dataset_digest: Mapped[str] = mapped_column(String(80))
+    source: Mapped[str] = mapped_column(String(20), default="job")
+    job_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("jobs.id"))
+    dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"))
+    dataset_digest: Mapped[str | None] = mapped_column(String(80))
     preferences_digest: Mapped[str | None] = mapped_column(
         String(80)
     )  # of the preferences.jsonl that it was optimised on, of reviewed.jsonl after corrections

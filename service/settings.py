@@ -78,6 +78,7 @@ class Settings(BaseSettings):
     body_max_bytes: int = 32 * 2**20
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30
+    adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked
     upload_entries_max: int = 200_000
     record_rows_max: int = 500_000
     import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout

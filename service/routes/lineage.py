@@ -56,10 +56,10 @@ class OriginView(BaseModel):
         description="The version that it was aligned on top of; its lineage goes on from there."
     )
     aliases: list[str] = Field(description="Those that point at it now.")
-    job: JobRef
+    job: JobRef | None = Field(description="Null: the version was uploaded, and where it comes from is not known here.")
     preferences_digest: str | None = Field(description="Of the preference records that it was optimised on.")
     review: ReviewView | None = Field(description="Null: nothing was corrected.")
-    dataset: DataView
+    dataset: DataView | None
     evaluation_dataset: DataView | None
 
 
@@ -123,10 +123,10 @@ def _origin(found: lineage.Origin) -> OriginView:
         parent=_ref(found.parent) if found.parent else None,
         model=version.model,
         aliases=found.aliases,
-        job=JobRef.model_validate(found.job, from_attributes=True),
+        job=JobRef.model_validate(found.job, from_attributes=True) if found.job else None,
         preferences_digest=version.preferences_digest,
         review=ReviewView(**version.review) if version.review else None,
-        dataset=_data(found.dataset),
+        dataset=_data(found.dataset) if found.dataset else None,
         evaluation_dataset=_data(found.evaluation_dataset) if found.evaluation_dataset else None,
     )
 
