@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from safetensors.numpy import save
 
 from hscr.artifacts import verify_manifest
-from hscr.foreign_adapter import HEADER_MAX_BYTES, check
+from hscr.foreign_adapter import HEADER_MAX_BYTES, check, read_header
 from service import adapter_upload, adapters
 from service.db import Database
 from service.settings import Settings
@@ -257,6 +257,21 @@ def test_bfloat16_numbers_are_looked_at_too(tmp_path: Path) -> None:
         else:
             with pytest.raises(ValueError, match="infinite"):
                 check(tmp_path, SHAPES)
+
+
+def test_header_with_a_name_twice_or_tensors_that_share_bytes_is_refused(tmp_path: Path) -> None:
+    """Each would pass every other check: the sizes are right and the file ends where the last tensor does."""
+    row = {"dtype": "F32", "shape": [4, 192], "data_offsets": [0, 3072]}
+    path, data = tmp_path / "x.safetensors", b"\0" * 3072
+    path.write_bytes(raw({"a": row}, data))
+    assert list(read_header(path)[1]) == ["a"]
+    path.write_bytes(raw({"a": row, "b": row}, data))
+    with pytest.raises(ValueError, match="overlap"):
+        read_header(path)
+    one = json.dumps(row).encode()
+    path.write_bytes(raw(b'{"a": ' + one + b', "a": ' + one + b"}", data))
+    with pytest.raises(ValueError, match="each name once"):
+        read_header(path)
 
 
 def test_upload_answers_as_the_adapter_that_it_was(client: TestClient, settings: Settings, tmp_path: Path) -> None:
