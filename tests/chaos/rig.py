@@ -1,4 +1,4 @@
-"""A whole service as processes that can be killed, stopped and flushed one by one: Valkey, worker, sweep and API on one database."""
+"""A whole service as processes that can be killed, stopped and flushed one by one: Valkey, two workers, sweep and API on one database."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from service.up import _free_port, valkey_binary
 from tests.conftest import STAND_IN, wait_for
 from tests.worker.test_celery import ROOT, WORKER
 
-PARTS = ("valkey", "worker", "sweep", "api")
+WORKERS = ("worker-a", "worker-b")
+PARTS = ("valkey", *WORKERS, "sweep", "api")
 
 
 class Rig:
@@ -54,10 +55,9 @@ class Rig:
     def start(self, part: str) -> None:
         command = {
             "valkey": [valkey_binary(), "--bind", "127.0.0.1", "--port", str(self.valkey_port), "--save", ""],
-            "worker": WORKER,
             "sweep": [sys.executable, "-m", "worker.sweep"],
             "api": [sys.executable, "-m", "service.serve"],
-        }[part]
+        }.get(part, [*WORKER, "-n", f"{part}@here"])
         with self.log.open("ab") as log:
             self._parts[part] = subprocess.Popen(
                 command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -71,7 +71,7 @@ class Rig:
 
     def kill_below(self, generation: int) -> None:
         """kill -9 of the supervisor (1, Celery's child) or of what it runs (2)."""
-        level = [psutil.Process(self._parts["worker"].pid)]
+        level = [psutil.Process(self._parts[part].pid) for part in WORKERS]
         for _ in range(generation):
             level = [child for process in level for child in _children(process)]
         self._note("kill run" if generation == 2 else "kill supervisor")
@@ -83,7 +83,7 @@ class Rig:
         """STOP, then CONT: the part was dead to the others, and does not know it."""
         self._note(f"freeze {part}")
         family = [psutil.Process(self._parts[part].pid)]
-        family += _children(family[0]) if part == "worker" else []
+        family += _children(family[0]) if part in WORKERS else []
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):

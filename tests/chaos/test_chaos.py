@@ -22,12 +22,12 @@ from service import jobs, retention
 from service.db import Database
 from service.settings import Settings
 from tests.chaos.invariants import check, orphans
-from tests.chaos.rig import PARTS, Rig
+from tests.chaos.rig import PARTS, WORKERS, Rig
 from tests.conftest import wait_for
 
-STEPS, ROUND = int(os.environ.get("HSCR_CHAOS_STEPS", "60")), 12
+STEPS, ROUND = int(os.environ.get("HSCR_CHAOS_STEPS", "48")), 12
 pick = strategies.integers(0, 10**6)
-soon = strategies.floats(0.0, 0.4)
+soon = strategies.sampled_from([0.0, 0.3, 0.6, 1.0])
 
 
 class Chaos(RuleBasedStateMachine):
@@ -41,10 +41,13 @@ class Chaos(RuleBasedStateMachine):
     def submit(self, wait: float, times: int) -> None:
         key = f"k{len(self.accepted)}"
         for _ in range(times):
-            answer = ask("POST", "/align", {"dataset": self.dataset, "adapter": "brain"}, {"Idempotency-Key": key})
-            assert answer.status_code == 202, answer.text
-            assert self.accepted.setdefault(key, answer.json()["id"]) == answer.json()["id"]
+            self.submit_one(key)
         time.sleep(wait)
+
+    def submit_one(self, key: str) -> None:
+        answer = ask("POST", "/align", {"dataset": self.dataset, "adapter": "brain"}, {"Idempotency-Key": key})
+        assert answer.status_code == 202, answer.text
+        assert self.accepted.setdefault(key, answer.json()["id"]) == answer.json()["id"]
 
     @rule(which=pick, verb=strategies.sampled_from(["cancel", "pause", "pause", "resume", "retry"]), wait=soon)
     def wish(self, which: int, verb: str, wait: float) -> None:
@@ -55,22 +58,29 @@ class Chaos(RuleBasedStateMachine):
 
     @rule(part=strategies.sampled_from(PARTS), wait=soon)
     def kill(self, part: str, wait: float) -> None:
+        self._work(wait)
         self.rig.kill(part)
-        time.sleep(wait)
 
     @rule(generation=strategies.sampled_from([1, 2]), wait=soon)
     def kill_below_the_worker(self, generation: int, wait: float) -> None:
+        self._work(wait)
         self.rig.kill_below(generation)
-        time.sleep(wait)
 
-    @rule(part=strategies.sampled_from(PARTS), seconds=strategies.floats(0.1, 2.0))
-    def freeze(self, part: str, seconds: float) -> None:
+    @rule(part=strategies.sampled_from((*PARTS, *WORKERS)), seconds=strategies.sampled_from([0.2, 1.0, 3.0]), wait=soon)
+    def freeze(self, part: str, seconds: float, wait: float) -> None:
+        """The longest is twice a lease: another worker has the job by then, and the frozen one does not know it."""
+        self._work(wait)
         self.rig.freeze(part, seconds)
+
+    def _work(self, wait: float) -> None:
+        """A fault finds something under way: at least a job that was just asked for."""
+        self.submit_one(f"k{len(self.accepted)}")
+        time.sleep(wait)
 
     @rule(wait=soon)
     def flush(self, wait: float) -> None:
+        self._work(wait)
         self.rig.flush()
-        time.sleep(wait)
 
 
 def ask(method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> httpx.Response:
