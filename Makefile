@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all chaos lint install clean
 
 demo: $(READY)  ## the main job on the embedded default: data, service, align, ask, table, report
 	@exec $(BIN)/hscr demo $(ARGS)
@@ -16,6 +16,9 @@ test: $(READY)  ## all tests that CI runs
 test-all: test  ## what takes longer: rebuilds the demo model from nothing and checks it
 	@$(BIN)/hscr demo-model --rebuild --out build/demo-model
 	@HSCR_REBUILT_MODEL=build/demo-model $(BIN)/python -m pytest tests/hscr/test_demo_model.py
+
+chaos: $(READY)  ## random faults against real processes, N steps (make chaos N=1000); the output counts them by stage
+	@HSCR_CHAOS_STEPS=$(or $(N),1000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s --timeout 0 tests/chaos $(ARGS)
 
 lint: $(READY)  ## ruff, format, types, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from hscr import __version__
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json, write_manifest
 from hscr.config import AlignConfig
-from hscr.evaluate import evaluate, plan, read_predictions, summarize
+from hscr.evaluation import evaluation_run, headline
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.images import decode_image
-from hscr.leaks import check_evaluation
+from hscr.leaks import check_evaluation, refuse_own_data
 from hscr.model import VLM, add_lora, checkpoint_gradients, require_images
 from hscr.optimize import optimize
+from hscr.parent import as_parent, load_parent, parent_digest, with_parents_shape
 from hscr.preferences import generate
-from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
+from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json, write_jsonl
+from hscr.review import read_review, reviewed
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
 from hscr.similarity import load_similarity
@@ -84,40 +87,66 @@ def align(
     *,
     evaluation_data: DataSet | None = None,
     stop_after: str | None = None,
+    review: Path | None = None,
+    parent: Path | None = None,
+    learnt: Sequence[DataSet] = (),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Run all stages in `out`; yields events, the last is a Result. ValueError for bad input.
 
     Raises Stopped after `should_stop()`, and after the generation where `stop_after` is "generating": its preferences.jsonl can be looked
-    at, and the same call without it goes on.
+    at, and the same call without it goes on, with `review` (hscr/review.py) on what that makes of them: reviewed.jsonl.
 
-    Afterwards `out` holds config.json, preferences.jsonl, adapter/ (a PEFT folder), predictions.jsonl, evaluation.json, report.html and
-    report.json, and manifest.json with the digests of every stage's inputs and outputs.
+    With `parent`, a PEFT folder, the run is on top of that adapter (hscr/parent.py); `learnt` are the data sets that it was aligned on,
+    whose pictures the evaluation must not show either.
+
+    Afterwards `out` holds config.json, preferences.jsonl (reviewed.jsonl), adapter/ (a PEFT folder), predictions.jsonl, evaluation.json,
+    report.html and report.json, and manifest.json with the digests of every stage's inputs and outputs.
     """
     if stop_after not in (None, "generating"):
         raise ValueError("--stop-after: only `generating` can be looked at before the run goes on")
     check_scorable(evaluation_data.records if evaluation_data else ())
     require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
     run = RunDir(out)
+    if parent is not None:
+        config = with_parents_shape(config, parent)
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
+        if review is not None:
+            lineage["review"] = file_digest(review)
+        if parent is not None:
+            lineage["parent"] = parent_digest(parent)
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
         if evaluation_data is not None and config.evaluation.max_records:
-            yield from check_evaluation(run, data, evaluation_data, allow=config.evaluation.allow_leak)
-        yield from _generating(vlm, data, run, config, should_stop)
+            if parent is not None and not config.evaluation.allow_leak:
+                refuse_own_data(parent, evaluation_data.digest)
+            for seen in (*learnt, data):
+                yield from check_evaluation(run, seen, evaluation_data, allow=config.evaluation.allow_leak)
+        yield from _generating(vlm, data, run, config, parent, should_stop)
         if stop_after == "generating":
             raise Stopped(stop_after)
-        yield from _optimizing(vlm, data, run, config, lineage, should_stop)
-        yield from _evaluating(vlm, evaluation_data, run, config, should_stop)
+        preferences = _reviewing(run, config, review)
+        yield from _optimizing(vlm, data, preferences, run, config, lineage, parent, should_stop)
+        yield from _evaluating(vlm, evaluation_data, run, config, parent, should_stop)
         yield from _reporting(run, data, evaluation_data)
         yield _result(out)
 
 
+def _on_top_of(parent: Path | None) -> list[str]:
+    """What a parent adds to a stage's inputs; without one nothing, so that their digests stay what they were."""
+    return [] if parent is None else [parent_digest(parent)]
+
+
 def _generating(
-    vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, should_stop: Callable[[], bool]
+    vlm: VLM,
+    data: DataSet,
+    run: RunDir,
+    config: AlignConfig,
+    parent: Path | None,
+    should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     stage, final = "generating", run.path / "preferences.jsonl"
-    inputs = json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed])
+    inputs = json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed, *_on_top_of(parent)])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
@@ -139,18 +168,19 @@ def _generating(
     yield rate.at(min(done, n))
     similarity = load_similarity(config.preference.similarity)
     budget = TokenBudget(config.preference.token_budget)
-    made = generate(
-        vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done, budget=budget
-    )
     tokens = budget.tokens
-    for number, record in enumerate(made, done + 1):
-        partial.append([record])
-        if budget.tokens < tokens:
-            yield _out_of_memory("preference", tokens := budget.tokens)
-        if number % size == 0 or number == n:
-            yield rate.at(number)
-            if should_stop():
-                raise Stopped(stage)
+    with as_parent(vlm, parent):
+        made = generate(
+            vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done, budget=budget
+        )
+        for number, record in enumerate(made, done + 1):
+            partial.append([record])
+            if budget.tokens < tokens:
+                yield _out_of_memory("preference", tokens := budget.tokens)
+            if number % size == 0 or number == n:
+                yield rate.at(number)
+                if should_stop():
+                    raise Stopped(stage)
     partial.rename(final)
     run.finish(stage, [final.name])
     records = list(read_preferences(final))
@@ -175,13 +205,41 @@ def _batches(n: int, size: int) -> list[int]:
     return [min(size, n - start) for start in range(0, n, size)]
 
 
+def _reviewing(run: RunDir, config: AlignConfig, review: Path | None) -> Path:
+    """The preferences to optimise on: as generated, or what a review leaves of them."""
+    stage, generated, final = "reviewing", run.path / "preferences.jsonl", run.path / "reviewed.jsonl"
+    if review is None:
+        final.unlink(missing_ok=True)
+        return generated
+    inputs = json_digest([file_digest(generated), file_digest(review), config.preference.similarity])
+    if not run.is_done(stage, inputs):
+        run.start(stage, inputs)
+        partial = run.path / "reviewed.partial.jsonl"
+        with generated.open("rb") as lines:
+            similarity = cache(lambda: load_similarity(config.preference.similarity))
+            write_jsonl(partial, reviewed(lines, read_review(review), similarity))
+        if partial.stat().st_size == 0:
+            raise ValueError("--review: every record was rejected, so there is nothing to optimise on")
+        partial.replace(final)
+        run.finish(stage, [final.name])
+    return final
+
+
 def _optimizing(
-    vlm: VLM, data: DataSet, run: RunDir, config: AlignConfig, lineage: dict[str, str], should_stop: Callable[[], bool]
+    vlm: VLM,
+    data: DataSet,
+    preferences: Path,
+    run: RunDir,
+    config: AlignConfig,
+    lineage: dict[str, str],
+    parent: Path | None,
+    should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     from hscr.report import displaced
 
-    stage, preferences = "optimizing", run.path / "preferences.jsonl"
-    inputs = json_digest([file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed])
+    stage = "optimizing"
+    asked = [file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed]
+    inputs = json_digest([*asked, *_on_top_of(parent)])
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
@@ -191,7 +249,10 @@ def _optimizing(
         # The evaluation of an adapter that will be another: without --eval nothing would ever replace it.
         for name in ("reference.json", "steps.jsonl", "evaluation.json", "predictions.jsonl"):
             (run.path / name).unlink(missing_ok=True)
-    add_lora(vlm, config.optimization, config.seed)
+    if parent is None:
+        add_lora(vlm, config.optimization, config.seed)
+    else:
+        load_parent(vlm, parent, trainable=True)
     rate: Rate | None = None
     chosen: list[float] = []
     tokens = config.optimization.token_budget
@@ -231,6 +292,7 @@ def _optimizing(
         vlm.model = vlm.model.unload()  # the base again, so that evaluation loads the adapter as everybody else does
         vlm.model.requires_grad_(False)
         checkpoint_gradients(vlm, False)
+        vlm.on_top = False
     run.finish(stage, ["adapter"])
     yield Stage(stage, "completed")
 
@@ -249,6 +311,7 @@ def _save_adapter(vlm: VLM, folder: Path, config: AlignConfig, lineage: dict[str
     vlm.model.save_pretrained(str(temporary), safe_serialization=True)
     write_json(temporary / "hscr.json", {**config.to_dict(), "lineage": lineage})
     o, p = config.optimization, config.preference
+    on_top = f" on top of the adapter with the weights `{lineage['parent']}`" if "parent" in lineage else ""
     card = f"""---
 library_name: peft
 base_model: {vlm.name}
@@ -256,7 +319,7 @@ tags: [hscr, lora]
 ---
 # HSCR adapter
 LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
-(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`:
+(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`{on_top}:
 objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
 visual {p.perturbation.replace("_", " ")} ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
 
@@ -270,68 +333,49 @@ Not a medical device; not for diagnosis.
 
 
 def _evaluating(
-    vlm: VLM, data: DataSet | None, run: RunDir, config: AlignConfig, should_stop: Callable[[], bool]
+    vlm: VLM,
+    data: DataSet | None,
+    run: RunDir,
+    config: AlignConfig,
+    parent: Path | None,
+    should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     stage, adapter = "evaluating", run.path / "adapter"
-    digest = verify_manifest(adapter)
-    inputs = json_digest([digest, vlm.digest, data.digest if data else None, asdict(config.evaluation), config.seed])
+    asked = [
+        verify_manifest(adapter),
+        vlm.digest,
+        data.digest if data else None,
+        asdict(config.evaluation),
+        config.seed,
+    ]
+    inputs = json_digest([*asked, *_on_top_of(parent)])
     if data is None or config.evaluation.max_records == 0 or run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
     yield Stage(stage, "started")
     answerer = Answerer(vlm, dropout_ratio=config.preference.dropout_ratio)
-    answerer.load_adapter("adapter", adapter)
-    yield from evaluation_run(
-        answerer, data, {"base": None, "adapter": "adapter"}, run, inputs, config, should_stop=should_stop
-    )
+    policies: dict[str, str | None] = {"base": None}
+    for label, folder in (("adapter", adapter), ("before", parent)):
+        if folder is not None:
+            answerer.load_adapter(label, folder)
+            policies[label] = label
+    yield from evaluation_run(answerer, data, policies, run, inputs, config, should_stop=should_stop)
     run.finish(stage, ["predictions.jsonl", "evaluation.json"])
     yield Stage(stage, "completed")
-
-
-def evaluation_run(
-    answerer: Answerer,
-    data: DataSet,
-    policies: dict[str, str | None],
-    run: RunDir,
-    inputs: str,
-    config: AlignConfig,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Event]:
-    """Evaluate policies into predictions.jsonl and evaluation.json of a run directory, resumable by whole batches."""
-    stage = "evaluating"
-    records = data.records[: config.evaluation.max_records]
-    if not records:
-        raise ValueError("evaluation.max_records: is 0, so there is nothing to evaluate")
-    sizes = [len(rows) for _, _, rows in plan(len(records), list(policies), config.evaluation)]
-    partial = PartialFile(run.path / "predictions.partial.jsonl", sizes, resume=run.start(stage, inputs))
-    done = sum(sizes[: partial.done])
-    rate = Rate(stage, sum(sizes), done)
-    yield rate.at(done)
-    for predictions in evaluate(
-        answerer,
-        records,
-        data.open_images,
-        policies,
-        config.evaluation,
-        seed=config.seed,
-        skip_batches=partial.done,
-    ):
-        partial.append(predictions)
-        done += len(predictions)
-        yield rate.at(done)
-        if should_stop():
-            raise Stopped(stage)
-    partial.rename(run.path / "predictions.jsonl")
-    predictions = read_predictions(run.path / "predictions.jsonl")
-    write_json(run.path / "evaluation.json", summarize(predictions, config.evaluation))
 
 
 def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> Iterator[Event]:
     from hscr.report import write_report
 
     stage = "reporting"
-    names = ("config.json", "preferences.jsonl", "steps.jsonl", "predictions.jsonl", "evaluation.json")
+    names = (
+        "config.json",
+        "preferences.jsonl",
+        "reviewed.jsonl",
+        "steps.jsonl",
+        "predictions.jsonl",
+        "evaluation.json",
+    )
     made_from = [run.path / n for n in names]
     inputs = json_digest([file_digest(p) if p.is_file() else None for p in made_from])
     if run.is_done(stage, inputs):
@@ -348,20 +392,4 @@ def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> I
 
 
 def _result(out: Path) -> Result:
-    """Headline metrics: per policy the real image's scores and what the grounding score is worth, flat, as numbers."""
-    metrics: dict[str, float] = {}
-    path = out / "evaluation.json"
-    if path.is_file():
-        evaluation: dict[str, Any] = json.loads(path.read_text())
-        for policy, conditions in evaluation["scores"].items():
-            for metric, value in conditions["real"].items():
-                metrics[f"{policy}/{metric}"] = value["mean"]
-        for policy, value in evaluation["grounding"].items():
-            metrics[f"{policy}/grounding"] = value["mean"]
-        for policy, flag in evaluation["flag"].items():
-            area = evaluation["separation"][policy].get("all", {}).get("auroc")
-            if area is not None:
-                metrics[f"{policy}/grounding_auroc"] = area["mean"]
-            if flag["threshold"] is not None:
-                metrics[f"{policy}/grounding_threshold"] = flag["threshold"]
-    return Result("adapter", verify_manifest(out / "adapter"), metrics)
+    return Result("adapter", verify_manifest(out / "adapter"), headline(out / "evaluation.json"))

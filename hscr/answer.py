@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model
 
 from hscr.artifacts import bytes_digest
 from hscr.decode import decode
-from hscr.families import makes_features
 from hscr.images import Images
 from hscr.model import VLM, decode_text, encode_prompts
 from hscr.packing import token_logprobs
+from hscr.parent import read_adapter
 from hscr.reward import branches, grounding_score, words_of
 from hscr.visual_tokens import Prompt
 
@@ -79,17 +78,7 @@ class Answerer:
         """Make a PEFT folder available under `name` (use its digest). Loading a name again does nothing. Raises ValueError."""
         if name in self._adapters:
             return
-        weights, key = folder / "adapter_model.safetensors", _key(name)
-        if not weights.is_file():  # never a pickled .bin
-            raise ValueError("the adapter folder has no adapter_model.safetensors")
-        try:
-            with safe_open(weights, "pt") as file:
-                changes_features = any(makes_features(n) for n in file.keys())  # noqa: SIM118 - safe_open is no dict
-            config = PeftConfig.from_pretrained(str(folder))
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError("the adapter folder is damaged or is no PEFT adapter") from error
-        if changes_features:
-            raise ValueError("the adapter changes the vision tower or its projector, whose features all policies share")
+        key, config = _key(name), read_adapter(folder)
         try:
             if not isinstance(self.vlm.model, PeftModel):
                 self.vlm.model = get_peft_model(self.vlm.model, config, adapter_name=key)

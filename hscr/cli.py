@@ -174,6 +174,17 @@ def align(
         str | None,
         typer.Option(help="generating: look at preferences.jsonl first; the same command without it goes on."),
     ] = None,
+    review: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of rejected and corrected preferences (hscr/review.py says its form)."),
+    ] = None,
+    parent: Annotated[
+        Path | None, typer.Option(help="PEFT folder to align on top of: the policy starts as it, the reference is it.")
+    ] = None,
+    trained_on: Annotated[
+        list[Path] | None,
+        typer.Option(help="A data set that PARENT was aligned on: not to be evaluated on. Repeatable."),
+    ] = None,
     events: Events = "progress",
 ) -> None:
     """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
@@ -187,7 +198,16 @@ def align(
     vlm = _load(model, dtype, device, revision, quantize)
     with _stoppable() as stop:
         made = run(
-            vlm, data_set, out, settings, evaluation_data=evaluation, stop_after=stop_after, should_stop=stop.is_set
+            vlm,
+            data_set,
+            out,
+            settings,
+            evaluation_data=evaluation,
+            stop_after=stop_after,
+            review=review,
+            parent=parent,
+            learnt=[DataSet(path) for path in trained_on or ()],
+            should_stop=stop.is_set,
         )
         _show(made, events)
     if events == "progress":
@@ -234,9 +254,12 @@ def evaluate(
     out: Out,
     model: Model = str(DEMO_MODEL),
     adapter: Annotated[Path | None, typer.Option(help="PEFT folder to compare with the base.")] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="PEFT folder that ADAPTER may replace: compared with it, question by question.")
+    ] = None,
     trained_on: Annotated[
-        Path | None,
-        typer.Option(help="The data set that the adapter was aligned on: refuse pictures that are in both."),
+        list[Path] | None,
+        typer.Option(help="A data set that an adapter was aligned on: refuse pictures that are in both. Repeatable."),
     ] = None,
     allow_leak: AllowLeak = False,
     config: ConfigFile = None,
@@ -249,37 +272,18 @@ def evaluate(
     events: Events = "progress",
 ) -> None:
     """Evaluate the base, and an adapter beside it, on DATA: both scorers, with real, blank and shuffled images."""
-    from dataclasses import asdict
-
-    from hscr.align import DataSet, evaluation_run
-    from hscr.answer import Answerer
-    from hscr.artifacts import file_digest, json_digest
-    from hscr.leaks import check_evaluation, refuse_own_data
+    from hscr.align import DataSet
+    from hscr.evaluation import evaluate_version
     from hscr.progress import evaluation_table
-    from hscr.run_dir import RunDir
 
     settings = configuration("paper", config, [*(set_ or ()), *leak_setting(allow_leak)], seed)
-    data_set, learnt = DataSet(data), DataSet(trained_on) if trained_on else None
-    if adapter is not None and not settings.evaluation.allow_leak:
-        refuse_own_data(adapter, data_set.digest)
-    answerer = Answerer(
-        _load(model, dtype, device, revision, quantize), dropout_ratio=settings.preference.dropout_ratio
-    )
-    policies: dict[str, str | None] = {"base": None}
-    weights = None
-    if adapter is not None:
-        answerer.load_adapter("adapter", adapter)
-        policies["adapter"], weights = "adapter", file_digest(adapter / "adapter_model.safetensors")
-    inputs = json_digest([data_set.digest, answerer.vlm.digest, weights, asdict(settings.evaluation), settings.seed])
-    run = RunDir(out)
-    with run.locked(), _stoppable() as stop:
-        if learnt is not None:
-            for event in check_evaluation(run, learnt, data_set, allow=settings.evaluation.allow_leak):
-                _show([event], events)
-        if not run.is_done("evaluating", inputs):
-            events_ = evaluation_run(answerer, data_set, policies, run, inputs, settings, should_stop=stop.is_set)
-            _show(events_, events)
-            run.finish("evaluating", ["predictions.jsonl", "evaluation.json"])
+    data_set, learnt = DataSet(data), [DataSet(path) for path in trained_on or ()]
+    vlm = _load(model, dtype, device, revision, quantize)
+    with _stoppable() as stop:
+        made = evaluate_version(
+            vlm, data_set, out, settings, adapter=adapter, before=before, learnt=learnt, should_stop=stop.is_set
+        )
+        _show(made, events)
     if events == "progress":
         Console().print(evaluation_table(json.loads((out / "evaluation.json").read_text())))
 

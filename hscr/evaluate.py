@@ -137,7 +137,8 @@ def evaluate(
 def summarize(predictions: Sequence[Prediction], config: EvaluationConfig) -> dict[str, Any]:
     """Tables of an evaluation, from its predictions alone.
 
-    `scores[policy][condition][metric]` with intervals; `gain[condition][metric]` = adapter − base, paired; `reliance[policy][metric]` =
+    `scores[policy][condition][metric]` with intervals; `gain[condition][metric]` = adapter − base, paired, and `gain_over_before` =
+    adapter − before, where there is such a policy; `reliance[policy][metric]` =
     real − shuffled, paired; `sensitivity[policy]` = share of answers that another image changes; `image_invariant[policy]` = share of open
     answers, visual claims, that stay word for word the same under another image; `grounding[policy]` = the mean score;
     `separation[policy][open | closed | all]` and `flag[policy]` = what the score says about wrong answers (hscr/selective.py);
@@ -168,6 +169,9 @@ def summarize(predictions: Sequence[Prediction], config: EvaluationConfig) -> di
         out["scores"].setdefault(policy, {})[condition] = scores
         if policy == "adapter" and ("base", condition) in table:
             out["gain"][condition] = by_metric(differences(rows, table["base", condition]), condition)
+        if policy == "adapter" and ("before", condition) in table:
+            over = by_metric(differences(rows, table["before", condition]), condition)
+            out.setdefault("gain_over_before", {})[condition] = over
         if condition == "blank":
             out["note"] = BLANK_NOTE
         if condition != "real":

@@ -56,9 +56,12 @@ class Warning_:
 
 @dataclass(frozen=True)
 class Result:
-    """The run is done: the adapter's folder below the run directory, its manifest's digest, and the headline metrics."""
+    """The run is done: the adapter's folder below the run directory, its manifest's digest, and the headline metrics.
 
-    adapter: str
+    An evaluation makes no adapter: then `digest` is evaluation.json's.
+    """
+
+    adapter: str | None
     digest: str
     metrics: dict[str, float]
 

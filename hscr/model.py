@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ class VLM:
     device: torch.device
     name: str
     digest: str
+    on_top: bool = False  # its trainable adapter began as another one (hscr/parent.py)
     features: FeatureCache = field(default_factory=FeatureCache)
     tokens: FeatureCache = field(
         default_factory=lambda: FeatureCache(64 * 2**20)
@@ -150,7 +152,7 @@ def load_model(
     if feature_cache is not None and digest != "hub:None":
         identity = [digest, dtype, where.type, torch.__version__, transformers.__version__]
         disk = DiskFeatures(feature_cache, identity=identity, device=where, max_bytes=feature_cache_bytes)
-    return VLM(model, processor, family, where, source, digest, FeatureCache(disk=disk))
+    return VLM(model, processor, family, where, source, digest, features=FeatureCache(disk=disk))
 
 
 def _config_json(source: str, revision: str | None) -> dict[str, Any]:
@@ -226,6 +228,11 @@ def checkpoint_gradients(vlm: VLM, on: bool) -> None:
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
             # Layers checkpoint in training mode only; the flag is set on the layer alone, so that no dropout inside it wakes up.
             module.training = on
+
+
+def reference_policy(vlm: VLM) -> AbstractContextManager[None]:
+    """The model as the reference, where no step has been taken yet: the adapter off, or on where the policy begins as a parent."""
+    return nullcontext() if vlm.on_top else vlm.model.disable_adapter()
 
 
 def _plain(vlm: VLM, text: str) -> str:

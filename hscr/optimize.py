@@ -22,7 +22,7 @@ from hscr.checkpoints import restore_checkpoint, save_checkpoint
 from hscr.config import OptimizationConfig
 from hscr.images import Images
 from hscr.losses import RecordLogProbs, record_loss
-from hscr.model import VLM, checkpoint_gradients, encode_answer, encode_prompts
+from hscr.model import VLM, checkpoint_gradients, encode_answer, encode_prompts, reference_policy
 from hscr.packing import answer_logits, shares_prefix, token_logprobs
 from hscr.records import PreferenceRecord, VQARecord
 from hscr.token_budget import TokenBudget, budget_batches
@@ -88,13 +88,15 @@ def optimize(
         for p in useful
     ]
     checkpoint_gradients(vlm, config.gradient_checkpointing)
+    budget = TokenBudget(config.token_budget)
+    # Before a checkpoint is restored: the policy may have begun as its own reference.
+    reference = _reference(vlm, items, open_image, config, budget, folder / "reference.json")
     plan = batch_plan(len(items), config.batch_size, config.epochs, seed)
     parameters = {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     checkpoints = folder / "checkpoints"
     state = restore_checkpoint(checkpoints, plan, parameters, optimizer)
-    budget = TokenBudget(state.get("token_budget", config.token_budget))
-    reference = _reference(vlm, items, open_image, config, budget, folder / "reference.json")
+    budget.tokens = min(budget.tokens, state.get("token_budget", budget.tokens))
     for step in range(state.get("step", 0) + 1, len(plan) + 1):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(step, len(plan), config.lr_schedule, config.warmup_ratio)
@@ -197,7 +199,7 @@ def _reference(
     """log π_sft of every answer, adapter off; read back from `path` where it is there (JSON keeps every float exactly)."""
     if not path.is_file():
         rows: list[list[float]] = []
-        with torch.no_grad(), vlm.model.disable_adapter():
+        with torch.no_grad(), reference_policy(vlm):
             for start in range(0, len(items), config.batch_size):
                 chunk = items[start : start + config.batch_size]
 

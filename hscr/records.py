@@ -59,7 +59,7 @@ class RejectedRow:
 class Level:
     """One dispreferred answer: its text, similarity to y_w, which words were replaced by what, and where it came from.
 
-    `source`: replacement (also of a closed question's other option), sampled from the model, or random.
+    `source`: replacement (also of a closed question's other option), sampled from the model, random, or a person's correction.
     """
 
     text: str
@@ -119,7 +119,7 @@ def vqa_record(row: Any) -> VQARecord:
             continue
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("id", "answer"):
             value = str(value)  # VQA-RAD has numeric answers
-        text[name] = _text(value, name)
+        text[name] = checked_text(value, name)
     kind = row.get("answer_type") or "open"
     if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
         raise ValueError(f"answer_type: must be {', '.join(ANSWER_TYPES[:-1])} or {ANSWER_TYPES[-1]}")
@@ -146,7 +146,8 @@ def vqa_record(row: Any) -> VQARecord:
     )
 
 
-def _text(value: Any, name: str) -> str:
+def checked_text(value: Any, name: str) -> str:
+    """The text, stripped; ValueError, with `name` in it, where it is none that can be stored and trained on."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}: must be a text that is not empty")
     if len(value) > MAX_TEXT_CHARS:
@@ -171,7 +172,7 @@ def _images(row: dict[str, Any]) -> list[str]:
 
 
 def _image_path(value: Any, name: str) -> str:
-    text = _text(value, name)
+    text = checked_text(value, name)
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or "\\" in text:
         raise ValueError(f"{name}: must be a path inside the data set's folder")

@@ -100,7 +100,8 @@ def write_report(
 ) -> None:
     """Write RUN/report.html and RUN/report.json from what the stages left there."""
     config = json.loads((run / "config.json").read_text())
-    preferences = list(read_preferences(run / "preferences.jsonl"))
+    reviewed = run / "reviewed.jsonl"
+    preferences = list(read_preferences(reviewed if reviewed.is_file() else run / "preferences.jsonl"))
     steps = _jsonl(run / "steps.jsonl")
     evaluation = json.loads((run / "evaluation.json").read_text()) if (run / "evaluation.json").is_file() else None
     lineage = config.pop("lineage")
@@ -123,6 +124,23 @@ def write_report(
     if open_evaluation_image:
         summary["answers"] = [{**a, "image": image_uri(open_evaluation_image(a["record"]))} for a in answers]
     html = render("report.html", **summary, figures=_figures(summary, steps))
+    atomic_write(run / "report.html", html.encode())
+
+
+def write_evaluation_report(run: Path, records: Sequence[VQARecord], open_image: OpenImage) -> None:
+    """Write RUN/report.html and RUN/report.json of an evaluation without a training: the same tables, figures and answers."""
+    config = json.loads((run / "config.json").read_text())
+    answers = _answers(run, records)
+    summary = {
+        "lineage": config.pop("lineage"),
+        "config": {name: config[name] for name in ("evaluation", "seed")},
+        "evaluation": json.loads((run / "evaluation.json").read_text()),
+        "answers": [{k: v for k, v in a.items() if k != "record"} for a in answers],
+    }
+    write_json(run / "report.json", summary)
+    shown = [{**a, "image": image_uri(open_image(a["record"]))} for a in answers]
+    drawn = _figures({**summary, "distributions": {}}, ())
+    html = render("evaluation.html", **{**summary, "answers": shown}, figures=drawn)
     atomic_write(run / "report.html", html.encode())
 
 
@@ -194,7 +212,11 @@ def _answers(run: Path, records: Sequence[VQARecord]) -> list[dict[str, Any]]:
     for p in read_predictions(run / "predictions.jsonl"):
         if p.condition == "real":
             said.setdefault(p.id, {})[p.policy] = p
-    differ = [r for r in records if len(s := said.get(r.id, {})) == 2 and s["base"].text != s["adapter"].text]
+    differ = [
+        r
+        for r in records
+        if {"base", "adapter"} <= (s := said.get(r.id, {})).keys() and s["base"].text != s["adapter"].text
+    ]
     return [
         {
             "id": r.id,

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import verify_manifest
-from hscr.config import PreferenceConfig
+from hscr.config import OptimizationConfig, PreferenceConfig
 from service import audit, jobs
 from service.errors import Problem
 from service.models import Adapter, AdapterVersion, Alias, Dataset, Job, VersionTag
@@ -81,6 +81,7 @@ def publish(
     result: dict[str, Any],
     report: str | None,
     preferences_digest: str | None = None,
+    review: dict[str, Any] | None = None,
 ) -> AdapterVersion:
     """In one transaction: the job succeeds, its version exists, its last event says so. Raises jobs.Superseded."""
     seq = jobs.succeed(session, mine, metrics=metrics, report=report, stage="publishing")
@@ -88,13 +89,14 @@ def publish(
     dataset = session.get_one(Dataset, job.dataset_id)
     version = AdapterVersion(
         adapter_name=job.adapter_name,
-        version=_next_version(session, job.adapter_name),
+        version=next_version(session, job.adapter_name),
         digest=digest,
         model=job.model,
         job_id=job.id,
         dataset_id=dataset.id,
         dataset_digest=dataset.digest,
         preferences_digest=preferences_digest,
+        review=review,
         config=job.config,
         metrics=result,
     )
@@ -105,7 +107,8 @@ def publish(
     return version
 
 
-def _next_version(session: Session, name: str) -> int:
+def next_version(session: Session, name: str) -> int:
+    """The next number under a name, which is made where it is new; the row lock orders all who ask."""
     bump = (
         update(Adapter)
         .where(Adapter.name == name)
@@ -167,6 +170,12 @@ def flag(version: AdapterVersion) -> dict[str, float | None]:
         "auroc": version.metrics.get("adapter/grounding_auroc"),
         "threshold": threshold if ratio == PreferenceConfig.dropout_ratio else None,
     }
+
+
+def lora_shape(version: AdapterVersion) -> dict[str, Any]:
+    """The fields of `optimization` that a version hands on to what is aligned on top of it."""
+    given = {"lora_rank": OptimizationConfig.lora_rank, "lora_alpha": OptimizationConfig.lora_alpha, "lora_targets": ""}
+    return given | {k: v for k, v in version.config.get("optimization", {}).items() if k in given}
 
 
 def tags(session: Session, version: AdapterVersion) -> list[str]:

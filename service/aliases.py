@@ -16,18 +16,21 @@ from service.errors import Problem
 from service.models import Adapter, Alias, AliasMove
 
 
-def move(session: Session, by: str, name: str, alias: str, number: int, reason: str | None) -> Alias:
+def move(
+    session: Session, by: str, name: str, alias: str, number: int, reason: str | None, gate_job_id: str | None = None
+) -> Alias:
     """Point an alias at a version. Pointing it where it is changes nothing and is not noted. Raises Problem."""
-    row = _locked(session, name, alias)
+    row = locked(session, name, alias)
     get_version(session, name, number)
     if row is None or row.version != number:
-        row = _move(session, by, row, AliasMove(adapter_name=name, alias=alias, to_version=number, reason=reason))
+        entry = AliasMove(adapter_name=name, alias=alias, to_version=number, reason=reason, gate_job_id=gate_job_id)
+        row = _move(session, by, row, entry)
     return row
 
 
 def roll_back(session: Session, by: str, name: str, alias: str, reason: str | None) -> Alias:
     """Point an alias at the version that it had before its last move. Raises Problem."""
-    row = _locked(session, name, alias)
+    row = locked(session, name, alias)
     if row is None:
         raise Problem("alias_not_found", "The adapter has no such alias; GET /adapters/{name} lists them.")
     standing: list[int] = []
@@ -50,7 +53,7 @@ def of(session: Session, name: str, number: int | None = None) -> list[Alias]:
     return list(session.scalars(query.where(Alias.version == number) if number is not None else query))
 
 
-def _locked(session: Session, name: str, alias: str) -> Alias | None:
+def locked(session: Session, name: str, alias: str) -> Alias | None:
     """The alias, after everybody who moves one of this adapter's is done."""
     if session.get(Adapter, name, with_for_update=True) is None:
         raise Problem("adapter_not_found", "No adapter has this name; GET /adapters lists them.")

@@ -30,6 +30,8 @@ from service.routes import (
     aliases,
     align,
     datasets,
+    evaluate,
+    gates,
     health,
     job_requests,
     jobs,
@@ -49,7 +51,8 @@ Align a medical vision-language model on your own data and ask it, on your own m
 
 1. `POST /datasets` a zip of `records.jsonl` and its images.
 2. `POST /align` starts a job; follow it on `/jobs/{id}/events`.
-3. `POST /vqa` asks the base model or an adapter version, and says how far the image carries the answer.
+3. `POST /evaluate` measures a version on another data set, as a job.
+4. `POST /vqa` asks the base model or an adapter version, and says how far the image carries the answer.
 """
 
 
@@ -76,6 +79,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     for module in (
         datasets,
         align,
+        evaluate,
         jobs,
         job_requests,
         metrics,
@@ -83,6 +87,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         webhooks,
         adapters,
         aliases,
+        gates,
         lineage,
         vqa,
         keys,

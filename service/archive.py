@@ -10,6 +10,7 @@ import shutil
 import stat
 import unicodedata
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -28,11 +29,11 @@ class ArchiveLimits:
     entry_bytes: int = 512 * 2**20
 
 
-def unpack(file: IO[bytes], target: Path, limits: ArchiveLimits) -> None:
-    """Write the archive's records and images below `target`. Raises Problem."""
+def unpack(file: IO[bytes], target: Path, limits: ArchiveLimits, kept: Collection[str] = _KEPT) -> None:
+    """Write the archive's files of the `kept` suffixes (records and images) below `target`. Raises Problem."""
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = _checked(archive, limits)
+            entries = _checked(archive, limits, kept)
             left = limits.unpacked_bytes
             for entry, path in entries:
                 left -= _write(archive, entry, target / path, min(left, limits.entry_bytes))
@@ -46,7 +47,9 @@ def unpack(file: IO[bytes], target: Path, limits: ArchiveLimits) -> None:
         raise
 
 
-def _checked(archive: zipfile.ZipFile, limits: ArchiveLimits) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
+def _checked(
+    archive: zipfile.ZipFile, limits: ArchiveLimits, suffixes: Collection[str]
+) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
     infos = archive.infolist()
     if len(infos) > limits.entries:
         raise _refusal(f"The archive has more than {limits.entries} entries.")
@@ -72,7 +75,7 @@ def _checked(archive: zipfile.ZipFile, limits: ArchiveLimits) -> list[tuple[zipf
         if key in seen:
             raise _refusal("The archive has two entries of one name.")
         seen.add(key)
-        if path.suffix.lower() in _KEPT and not path.parts[0].startswith("__MACOSX"):
+        if path.suffix.lower() in suffixes and not path.parts[0].startswith("__MACOSX"):
             kept.append((info, path))
     return kept
 

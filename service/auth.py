@@ -31,6 +31,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vqa": (("vqa",), ("vqa",)),
     "datasets": (("align",), ("align",)),
     "align": (("align",), ("align",)),
+    "evaluate": (("align",), ("align",)),
     "jobs": (("align",), ("align",)),
     "adapters": (("vqa", "align"), ("align",)),
     "lineage": (("vqa", "align"), ()),

@@ -21,6 +21,7 @@ from service.problems import problem_response
 from service.settings import Settings
 
 log = logging.getLogger("hscr.http")
+_ADAPTER_UPLOAD = re.compile(r"^/adapters/[^/]+/versions/?$")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._\-]{1,64}$")
 
 
@@ -36,7 +37,10 @@ class Edge:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.match(given) else f"req_{uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        limit = self.settings.upload_max_bytes if scope["path"] == "/datasets" else self.settings.body_max_bytes
+        s = self.settings
+        limit = s.upload_max_bytes if scope["path"] == "/datasets" else s.body_max_bytes
+        if scope["method"] == "POST" and _ADAPTER_UPLOAD.match(scope["path"]):
+            limit = s.adapter_max_bytes + 2**20
         guard = _Guard(receive, send, request_id, limit)
         begin = time.perf_counter()
         try:

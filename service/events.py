@@ -64,7 +64,7 @@ class WarningEvent(_Event):
 
 class ResultEvent(_Event):
     type: Literal["result"] = "result"
-    adapter: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]{1,64}$")]
+    adapter: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]{1,64}$")] | None  # None: an evaluation
     digest: Digest
     metrics: Values = Field(default_factory=dict)
 

@@ -77,10 +77,17 @@ def create(
     owner: str = LOCAL,
     webhook: str | None = None,
     meta: dict[str, Any] | None = None,
+    kind: str = "align",
+    source: tuple[str, int, str] | None = None,
 ) -> Job:
-    """A queued job, its first event and its bell, in the caller's transaction."""
+    """A queued job, its first event and its bell, in the caller's transaction. `source`: the version (name, number, digest) it is about."""
+    name, version, digest = source or (None, None, None)
     job = Job(
         id=new_id("job"),
+        kind=kind,
+        source_name=name,
+        source_version=version,
+        source_digest=digest,
         status="queued",
         dataset_id=dataset_id,
         evaluation_dataset_id=evaluation_dataset_id,

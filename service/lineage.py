@@ -19,18 +19,19 @@ class Origin:
     """Everything a version rests on, and the aliases that point at it now."""
 
     version: AdapterVersion
-    job: Job
-    dataset: Dataset
+    job: Job | None  # None: uploaded
+    dataset: Dataset | None
     evaluation_dataset: Dataset | None
+    parent: AdapterVersion | None
     aliases: list[str]
 
 
 def origin(session: Session, version: AdapterVersion) -> Origin:
-    job = session.get_one(Job, version.job_id)
-    tested = session.get_one(Dataset, job.evaluation_dataset_id) if job.evaluation_dataset_id else None
-    dataset = session.get_one(Dataset, version.dataset_id)
+    job = session.get_one(Job, version.job_id) if version.job_id else None
+    tested = session.get_one(Dataset, job.evaluation_dataset_id) if job and job.evaluation_dataset_id else None
+    dataset = session.get_one(Dataset, version.dataset_id) if version.dataset_id else None
     names = [a.alias for a in aliases.of(session, version.adapter_name, version.version)]
-    return Origin(version, job, dataset, tested, names)
+    return Origin(version, job, dataset, tested, parent(session, version), names)
 
 
 def versions_of_digest(session: Session, digest: str) -> list[AdapterVersion]:
@@ -45,3 +46,20 @@ def jobs_on(session: Session, dataset_id: str, after: str, limit: int) -> list[t
     query = select(Job, AdapterVersion).outerjoin(AdapterVersion, AdapterVersion.job_id == Job.id)
     rows = session.execute(query.where(uses, Job.id > after).order_by(Job.id).limit(limit))
     return [(job, version) for job, version in rows]
+
+
+def parent(session: Session, version: AdapterVersion) -> AdapterVersion | None:
+    """The version that this one was aligned on top of."""
+    job = session.get_one(Job, version.job_id) if version.job_id else None
+    return session.get(AdapterVersion, (job.source_name, job.source_version)) if job and job.source_name else None
+
+
+def learnt_from(session: Session, version: AdapterVersion) -> list[str]:
+    """Digests of the data sets that a version, and those below it, were aligned on."""
+    digests: list[str] = []
+    step: AdapterVersion | None = version
+    while step is not None:
+        if step.dataset_digest is not None:  # nobody knows what an uploaded one learnt from
+            digests.append(step.dataset_digest)
+        step = parent(session, step)
+    return list(dict.fromkeys(digests))

@@ -79,7 +79,10 @@ class DatasetRecord(Base):
 
 
 class Job(Base):
-    """One align job. `fence` counts claims and hand-backs: a write that names an older fence changes nothing."""
+    """One job: an alignment, or the evaluation of a version (`kind`).
+
+    `fence` counts claims and hand-backs: a write that names an older fence changes nothing.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -95,6 +98,7 @@ class Job(Base):
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(20), default="align")
     status: Mapped[str] = mapped_column(String(20))
     stage: Mapped[str | None] = mapped_column(String(20))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
@@ -105,6 +109,9 @@ class Job(Base):
     dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
     evaluation_dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"), index=True)
     adapter_name: Mapped[str]
+    source_name: Mapped[str | None] = mapped_column(String(64))  # the version that is evaluated, or aligned on top of
+    source_version: Mapped[int | None]
+    source_digest: Mapped[str | None] = mapped_column(String(80))
     model: Mapped[str] = mapped_column(Text)
     config: Mapped[dict[str, Any]]
     meta: Mapped[dict[str, Any]]
@@ -148,6 +155,21 @@ class JobEvent(Base):
     type: Mapped[str] = mapped_column(String(20))
     data: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class PreferenceEdit(Base):
+    """What a person made of one generated preference record of a job that awaits review. `number` counts from 1 in the run's file."""
+
+    __tablename__ = "preference_edits"
+    __table_args__ = (CheckConstraint("number > 0", name="number_positive"),)
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    line: Mapped[str] = mapped_column(String(80))  # digest of the line that was looked at
+    rejected: Mapped[bool] = mapped_column(default=False)
+    levels: Mapped[dict[str, Any]]  # {"1": {"rejected": true}, "2": {"text": "…"}}
+    actor: Mapped[str] = mapped_column(String(40))
+    updated_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class Outbox(Base):
@@ -195,24 +217,55 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """An immutable version: its folder is DATA/artifacts/adapters/<digest>/. A job publishes at most one."""
+    """An immutable version: its folder is DATA/artifacts/adapters/<digest>/. A job publishes at most one; an uploaded one has no job."""
 
     __tablename__ = "adapter_versions"
-    __table_args__ = (UniqueConstraint("job_id"), CheckConstraint("version > 0", name="version_positive"))
+    __table_args__ = (
+        UniqueConstraint("job_id"),
+        CheckConstraint("version > 0", name="version_positive"),
+        CheckConstraint("source = 'upload' OR job_id IS NOT NULL", name="job_unless_uploaded"),
+    )
 
     adapter_name: Mapped[str] = mapped_column(String(64), ForeignKey("adapters.name"), primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     digest: Mapped[str] = mapped_column(String(80), index=True)
     model: Mapped[str] = mapped_column(Text)
-    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"))
-    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
-    dataset_digest: Mapped[str] = mapped_column(String(80))
+    source: Mapped[str] = mapped_column(String(20), default="job")
+    job_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("jobs.id"))
+    dataset_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("datasets.id"))
+    dataset_digest: Mapped[str | None] = mapped_column(String(80))
     preferences_digest: Mapped[str | None] = mapped_column(
         String(80)
-    )  # of the preferences.jsonl that it was optimised on
+    )  # of the preferences.jsonl that it was optimised on, of reviewed.jsonl after corrections
+    review: Mapped[dict[str, Any] | None] = mapped_column(
+        JSON
+    )  # digests of what was generated and corrected, and counts
     config: Mapped[dict[str, Any]]
     metrics: Mapped[dict[str, Any]]
     notes: Mapped[str | None] = mapped_column(Text)  # with the tags all of a version that may change
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Evaluation(Base):
+    """What an evaluation job measured of a version, on a data set: beside the base, and beside the version before it where there is one."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["adapter_name", "version"], ["adapter_versions.adapter_name", "adapter_versions.version"]
+        ),
+        Index("ix_evaluations_adapter_version", "adapter_name", "version"),
+    )
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"), primary_key=True)
+    adapter_name: Mapped[str] = mapped_column(String(64))
+    version: Mapped[int]
+    digest: Mapped[str] = mapped_column(String(80))  # of the version's weights
+    before_version: Mapped[int | None]
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
+    dataset_digest: Mapped[str] = mapped_column(String(80))
+    result_digest: Mapped[str] = mapped_column(String(80))  # of evaluation.json
+    metrics: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -262,7 +315,34 @@ class AliasMove(Base):
     reason: Mapped[str | None] = mapped_column(Text)
     actor: Mapped[str] = mapped_column(String(40), default="local")
     rollback: Mapped[bool] = mapped_column(default=False)
+    gate_job_id: Mapped[str | None] = mapped_column(String(40))  # the evaluation that let it pass
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Gate(Base):
+    """A wish to move an alias if an evaluation allows it, and what was decided. `champion`: the version to be replaced; None: the base."""
+
+    __tablename__ = "gates"
+    __table_args__ = (
+        CheckConstraint("decision IN ('pending', 'moved', 'refused', 'overtaken')", name="decision_known"),
+        CheckConstraint("(decision = 'pending') = (decided_at IS NULL)", name="decided_has_time"),
+        Index("ix_gates_adapter_alias", "adapter_name", "alias"),
+    )
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"), primary_key=True)
+    adapter_name: Mapped[str] = mapped_column(String(64), ForeignKey("adapters.name"))
+    alias: Mapped[str] = mapped_column(String(64))
+    candidate: Mapped[int]
+    champion: Mapped[int | None]
+    dataset_id: Mapped[str] = mapped_column(String(40), ForeignKey("datasets.id"))
+    rule: Mapped[dict[str, Any]]
+    decision: Mapped[str] = mapped_column(String(20), default="pending")
+    interval: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    finding: Mapped[str | None] = mapped_column(Text)
+    reason: Mapped[str | None] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    decided_at: Mapped[datetime | None]
 
 
 class IdempotencyKey(Base):

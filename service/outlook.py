@@ -104,7 +104,8 @@ class Outlook:
         n, limit = self._size(job.dataset_id), job.config.get("evaluation", {}).get("max_records")
         tested = self._size(job.evaluation_dataset_id) if job.evaluation_dataset_id else 0
         tested = tested if limit is None else min(tested, limit)
-        return {"generating": n, "optimizing": n * epochs, "evaluating": tested, "reporting": 1}
+        learnt = n if job.kind == "align" else 0
+        return {"generating": learnt, "optimizing": learnt * epochs, "evaluating": tested, "reporting": 1}
 
     def _size(self, dataset_id: str) -> int:
         if dataset_id not in self._sizes:

@@ -17,19 +17,23 @@ from service import run_folders
 from service.bundle import CHUNK_BYTES, blocks, zipped
 from service.errors import Problem
 
-FILE = "preferences.jsonl"
+FILE, REVIEWED = "preferences.jsonl", "reviewed.jsonl"
 
 
-def opened(data_dir: Path, job_id: str) -> IO[bytes]:
-    """The whole file of the job's newest attempt (a run renames it there when it has all records). Raises Problem where there is none."""
+def opened(data_dir: Path, job_id: str, names: tuple[str, ...] = (FILE,)) -> IO[bytes]:
+    """The whole file of the job's newest attempt (a run renames it there when it has all records). Raises Problem where there is none.
+
+    Of several `names` the first that an attempt has: (REVIEWED, FILE) is what the job learns from.
+    """
     place = run_folders.folder(data_dir, job_id)
     while True:
         found = run_folders.attempts(place)
         for attempt in reversed(found):
-            try:
-                return (attempt / FILE).open("rb")
-            except FileNotFoundError:
-                continue
+            for name in names:
+                try:
+                    return (attempt / name).open("rb")
+                except FileNotFoundError:
+                    continue
         if run_folders.attempts(place) == found:  # else another attempt took over while this one was looked at
             raise Problem("preferences_not_found", "A job has its preference records when generation has ended.")
 

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from service import jobs, run_folders
 from service.db import Database, now
 from service.errors import Problem
-from service.models import AdapterVersion, IdempotencyKey, Job, JobEvent, Outbox, WebhookDelivery
+from service.models import AdapterVersion, IdempotencyKey, Job, JobEvent, Outbox, PreferenceEdit, WebhookDelivery
 from service.settings import Settings
 
 BATCH = 100
@@ -38,7 +38,7 @@ def delete_job(session: Session, job_id: str) -> bool:
     if job.deleted_at is not None:
         return False
     job.deleted_at, job.meta, job.report, job.progress, job.webhook = now(), {}, None, None, None
-    for table in (JobEvent, IdempotencyKey, Outbox, WebhookDelivery):
+    for table in (JobEvent, IdempotencyKey, Outbox, PreferenceEdit, WebhookDelivery):
         session.execute(delete(table).where(table.job_id == job_id))
     session.flush()
     return True

@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded in the engine
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
+    evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
     run_threads: int = Field(default=1, ge=1)
     feature_cache: str = (
         ""  # folder of image features, shared by runs and engine; empty = in the data folder, `off` = none
@@ -80,12 +81,13 @@ class Settings(BaseSettings):
     body_max_bytes: int = 32 * 2**20
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30
+    adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked
     upload_entries_max: int = 200_000
     record_rows_max: int = 500_000
     import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout
     import_max_s: float = Field(default=3600.0, gt=0)
 
-    @field_validator("run_command", mode="before")
+    @field_validator("run_command", "evaluate_command", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """A JSON list, or a command line as a shell would split it."""

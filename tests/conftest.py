@@ -155,6 +155,7 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
         database_url=database_url,
         engine="none",
         run_command=[sys.executable, str(STAND_IN)],
+        evaluate_command=[sys.executable, str(STAND_IN), "--evaluate"],
         lease_s=10,
         stop_grace_s=2,
         lock_wait_s=5,

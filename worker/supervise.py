@@ -16,15 +16,16 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import file_digest, write_json
-from service import adapters, datasets, jobs
+from hscr.artifacts import file_digest
+from service import adapters, gates, jobs, preferences, reviews
 from service.db import Database, now
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
-from service.models import Dataset, Job
+from service.models import Job
 from service.retention import artifacts_held
 from service.run_folders import try_lock
 from service.settings import Settings
 from worker.attempt import JobFolder
+from worker.command import REVIEW, Order, SourceDamaged, order_of
 from worker.reports import store_report
 from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
@@ -67,7 +68,7 @@ class _Attempt:
     metrics: dict[str, Any] = field(default_factory=dict)
     stage: str | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    for_review: bool = False  # the run was told to stop after generation
+    order: Order = field(default_factory=lambda: Order([], False, None, False))
     generated: bool = False
     over: bool = False  # the job will not go on: succeeded or cancelled
     pending: list[RunEvent] = field(default_factory=list)
@@ -87,7 +88,7 @@ class _Attempt:
                 work = folder.begin(self.mine.fence)
                 status = self._follow(
                     Run(
-                        self._command(folder, work),
+                        self._prepare(folder, work),
                         folder.path / "run.log",
                         threads=self.settings.run_threads,
                         features=self.settings.features_folder,
@@ -99,6 +100,9 @@ class _Attempt:
                     folder.trim()
         except jobs.Superseded:
             raise
+        except SourceDamaged:
+            message = "the stored adapter fails its digest; restore it from a backup"
+            self._finish(lambda s: jobs.fail(s, self.mine, "artifact_damaged", message))
         except Exception as error:
             # Its type only: an exception's text may name a file.
             log.exception("job %s attempt %d: the supervisor failed", self.mine.job_id, self.mine.fence)
@@ -119,26 +123,12 @@ class _Attempt:
             time.sleep(TICK_S)
         return True
 
-    def _command(self, folder: JobFolder, work: Path) -> list[str]:
+    def _prepare(self, folder: JobFolder, work: Path) -> list[str]:
         with self.database.read() as session:
             job = session.get_one(Job, self.mine.job_id)
-            data = session.get_one(Dataset, job.dataset_id).digest
-            other = session.get_one(Dataset, job.evaluation_dataset_id).digest if job.evaluation_dataset_id else None
+            self.order = order_of(session, self.settings, job, folder.path, work)
         self.metrics, self.stage_seconds = dict(job.metrics), dict(job.stage_seconds)
-        self.for_review = job.review and job.approved_at is None
-        write_json(folder.path / "config.json", job.config)
-        place = self.settings.data_dir.resolve()
-        command = [*self.settings.run_command, str(datasets.folder(place, data)), "--model", self.settings.model_path]
-        command += [
-            "--out",
-            str(work.resolve()),
-            "--config",
-            str((folder.path / "config.json").resolve()),
-            "--events",
-            "json",
-        ]
-        command += ["--eval", str(datasets.folder(place, other))] if other else []
-        return command + (["--stop-after", "generating"] if self.for_review else [])
+        return self.order.command
 
     def _follow(self, run: Run) -> int:
         """Relay the run's events until it has ended; its exit status."""
@@ -253,7 +243,7 @@ class _Attempt:
         elif status == BAD_INPUT:
             error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
-        elif status == STOPPED and self.for_review and self.generated:
+        elif status == STOPPED and self.order.for_review and self.generated:
             self._finish(lambda s: jobs.await_review(s, self.mine))
         elif asked in ("stop", "pause"):
             self._finish(lambda s: jobs.hand_back(s, self.mine, "worker_stopping" if asked == "stop" else "resumed"))
@@ -265,24 +255,37 @@ class _Attempt:
 
     def _publish(self, work: Path, result: ResultEvent) -> None:
         """Artifacts first, whole and under their digests; then one transaction makes them known."""
+        if (result.adapter is None) != self.order.evaluates:
+            self._crash("no_result", "the run ended with another result than was asked for")
+            return
         self._store_now([StageEvent(stage="publishing", status="started")])
         with artifacts_held(self.settings.data_dir):
-            try:
-                adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
-            except ValueError:
-                self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
-                return
-            report = store_report(self.settings.data_dir, work)
-            learnt = work / "preferences.jsonl"
-            made: dict[str, Any] = {
+            if result.adapter is not None:
+                try:
+                    adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
+                except ValueError:
+                    self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
+                    return
+            made = {
                 "digest": result.digest,
                 "result": result.metrics,
-                "report": report,
-                "preferences_digest": file_digest(learnt) if learnt.is_file() else None,
+                "report": store_report(self.settings.data_dir, work),
             }
-            self._finish(lambda s: adapters.publish(s, self.mine, metrics=self.metrics, **made))
+            learnt = {} if self.order.evaluates else self._learnt(work)
+            publish: Callable[..., Any] = gates.publish if self.order.evaluates else adapters.publish
+            self._finish(lambda s: publish(s, self.mine, metrics=self.metrics, **made, **learnt))
         self.over = True
         log.info("job %s: published", self.mine.job_id)
+
+    def _learnt(self, work: Path) -> dict[str, Any]:
+        """What the adapter was optimised on, and what a person had changed of it."""
+        generated, review = work / preferences.FILE, self.order.review
+        learnt = generated if review is None else work / preferences.REVIEWED
+        values: dict[str, Any] = {"preferences_digest": file_digest(learnt) if learnt.is_file() else None}
+        if review is not None:
+            digests = {"digest": file_digest(work.parent / REVIEW), "generated_digest": file_digest(generated)}
+            values["review"] = digests | reviews.counts(review)
+        return values
 
     def _crash(self, code: str, message: str) -> None:
         self._finish(

@@ -7,9 +7,9 @@ import tempfile
 import zipfile
 from datetime import datetime
 from pathlib import Path as FilePath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, File, Path, Query, Response, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import select
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
 from hscr.artifacts import verify_manifest
-from service import adapters, aliases, audit
+from service import adapter_upload, adapters, aliases, audit
 from service.errors import Problem
 from service.models import Adapter, AdapterVersion, Alias, VersionTag
 from service.pages import After, Limit, Page, page
@@ -25,6 +25,7 @@ from service.state import Service, Who
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
+AliasName = Annotated[str, Path(pattern=adapters.NAME, examples=["champion"])]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 TAG = r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}$"
 Tag = Annotated[str, StringConstraints(pattern=TAG)]
@@ -61,9 +62,10 @@ class VersionView(BaseModel):
     version: int
     digest: str
     model: str
-    job_id: str
-    dataset_id: str
-    dataset_digest: str
+    source: Literal["job", "upload"]
+    job_id: str | None = Field(description="With the data set null where the version was uploaded.")
+    dataset_id: str | None
+    dataset_digest: str | None
     config: dict[str, Any]
     metrics: dict[str, Any]
     grounding: FlagView
@@ -133,6 +135,26 @@ def index_versions(
         return Page(**page(rows, limit, lambda row: _version(session, row), lambda row: row.version))
 
 
+@router.post("/{name}/versions", status_code=201, summary="Upload a PEFT adapter")
+def upload(
+    state: Service,
+    who: Who,
+    response: Response,
+    name: Name,
+    file: Annotated[
+        UploadFile, File(description="A zip of the folder that PEFT's save_pretrained writes: a plain LoRA.")
+    ],
+) -> VersionView:
+    """Checked before anything loads it: safetensors only, shapes of the served base, finite numbers. Only numbers, rank, scale and module
+    names are kept. The same weights under the same name are the same version: 200 with what is there.
+    """
+    row, new = adapter_upload.upload(state.database, state.settings, who.id, name, file.file)
+    response.status_code = 201 if new else 200
+    response.headers["Location"] = f"/adapters/{name}/versions/{row.version}"
+    with state.database.read() as session:
+        return _version(session, adapters.get_version(session, name, row.version))
+
+
 @router.patch("/{name}/versions/{version}", summary="Set a version's tags and notes")
 def annotate(state: Service, who: Who, name: Name, version: Number, request: AnnotateRequest) -> VersionView:
     """All else of a version is immutable."""
@@ -174,6 +196,7 @@ def _version(session: Session, row: AdapterVersion) -> VersionView:
         version=row.version,
         digest=row.digest,
         model=row.model,
+        source=row.source,  # type: ignore[arg-type]
         job_id=row.job_id,
         dataset_id=row.dataset_id,
         dataset_digest=row.dataset_digest,

@@ -5,18 +5,19 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Path
+from fastapi import APIRouter, Body, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
-from service import adapters, aliases
+from service import adapters, aliases, gates, job_requests
 from service.models import AliasMove
 from service.pages import AfterNumber, Limit, Page, page
-from service.routes.adapters import AliasView, Name, alias_view
+from service.routes.adapters import AliasName, AliasView, Name, alias_view
+from service.routes.evaluate import check_served, evaluation_config
+from service.routes.gates import GateRequest, GateView, gate_view
 from service.state import Service, Who
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
-AliasName = Annotated[str, Path(pattern=adapters.NAME, examples=["champion"])]
 Reason = Annotated[str | None, Field(max_length=500, description="Why; kept in the history.")]
 
 
@@ -27,6 +28,7 @@ class AliasRequest(BaseModel):
 
     version: int = Field(ge=1, le=2**31 - 1)
     reason: Reason = None
+    gate: GateRequest | None = Field(None, description="Move only if an evaluation allows it; 202, for that is a job.")
 
 
 class RollbackRequest(BaseModel):
@@ -43,14 +45,43 @@ class MoveView(BaseModel):
     rollback: bool
     actor: str = Field(description="Id of the key that moved it; `env` or `local` without one.")
     reason: str | None
+    gate_job_id: str | None = Field(description="The evaluation that let it pass.")
     created_at: datetime
 
 
-@router.put("/{name}/aliases/{alias}", summary="Point an alias at a version")
-def move(state: Service, who: Who, name: Name, alias: AliasName, request: AliasRequest) -> AliasView:
-    """Every move is kept, with who and why."""
+@router.put(
+    "/{name}/aliases/{alias}",
+    summary="Point an alias at a version, with a gate only if an evaluation allows it",
+    responses={202: {"model": GateView, "description": "A gate: the job decides"}},
+)
+def move(
+    state: Service, who: Who, response: Response, name: Name, alias: AliasName, request: AliasRequest
+) -> AliasView | GateView:
+    """Every move is kept, with who and why, and every decision of a gate. Asking for the same gate again finds the one under way."""
     with state.database.write() as session:
-        return alias_view(aliases.move(session, who.id, name, alias, request.version, request.reason))
+        if request.gate is None:
+            return alias_view(aliases.move(session, who.id, name, alias, request.version, request.reason))
+        there = gates.check_not_there(session, name, alias, request.version)
+        if there is not None:
+            return alias_view(there)
+        version = adapters.get_version(session, name, request.version)
+        check_served(state, version)
+        job_requests.check_room(session, who.id, state.settings.key_waiting_max)
+        wish = request.gate
+        gate = gates.ask(
+            session,
+            who.id,
+            name,
+            alias,
+            request.version,
+            dataset_id=wish.dataset,
+            rule=gates.Rule(wish.metric, wish.rule, wish.tolerance, wish.min_questions),
+            config=evaluation_config(version, wish.evaluation, None),
+            reason=request.reason,
+        )
+        response.status_code = 202
+        response.headers["Location"] = f"/jobs/{gate.job_id}"
+        return gate_view(session, gate)
 
 
 @router.post("/{name}/aliases/{alias}/rollback", summary="Undo an alias's last move")

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
 from hscr.config import AlignConfig, preset
-from service import audit, datasets, job_requests, jobs, webhooks
+from service import adapters, audit, datasets, evaluations, job_requests, jobs, webhooks
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
+from service.routes.evaluate import check_served
 from service.routes.jobs import JobView, job_view
 from service.state import Service, Who
 
@@ -48,6 +49,11 @@ class AlignRequest(BaseModel):
     )
     model: Annotated[str, StringConstraints(max_length=300)] | None = Field(
         None, description="The base model; must be the one this service serves."
+    )
+    parent: Annotated[str, StringConstraints(max_length=140)] | None = Field(
+        None,
+        description="Align on top of this version (name:version, name@alias or name): the policy starts as it, and the reference is it, "
+        "frozen. Rank, scale and modules of the LoRA are its own.",
     )
     preset: Literal["recommended", "paper", "demo"] = "recommended"
     preference: dict[str, Any] = Field(default_factory=dict)
@@ -93,6 +99,15 @@ def align(
         for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
             if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
                 raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
+        source, values = None, config.to_dict()
+        if request.parent is not None:
+            found = adapters.resolve(session, request.parent)
+            parent = adapters.get_version(session, found.name, found.version)
+            check_served(state, parent)
+            values["optimization"] |= adapters.lora_shape(parent)
+            if evaluation_dataset is not None:
+                evaluations.check_unseen(session, parent, datasets.get(session, evaluation_dataset), values)
+            source = (parent.adapter_name, parent.version, parent.digest)
         job_requests.check_room(session, who.id, state.settings.key_waiting_max)
         job = jobs.create(
             session,
@@ -100,14 +115,16 @@ def align(
             evaluation_dataset_id=evaluation_dataset,
             adapter_name=request.adapter,
             model=state.settings.model_id,
-            config=config.to_dict(),
+            config=values,
+            source=source,
             deadline_s=request.deadline_s,
             review=request.review,
             owner=who.id,
             webhook=request.webhook,
             meta=request.metadata,
         )
-        audit.record(session, who.id, "job.create", job.id, dataset=request.dataset, adapter=request.adapter)
+        told = {"parent": f"{source[0]}:{source[1]}"} if source else {}
+        audit.record(session, who.id, "job.create", job.id, dataset=request.dataset, adapter=request.adapter, **told)
         return job.id, job_view(session, job).model_dump(mode="json")
 
     # Each key has its own Idempotency-Keys: nobody gets another one's answer, whatever they send.
@@ -121,6 +138,9 @@ def align(
 
 def _configuration(request: AlignRequest) -> tuple[AlignConfig, str | None]:
     """The preset with the request's values on it, and the evaluation's data set. Raises Problem."""
+    own = [name[:80] for name in request.optimization if name.startswith("lora_")]
+    if request.parent is not None and own:
+        raise Problem("invalid_config", f"optimization.{own[0]}: is the parent's; leave it out, or leave out `parent`")
     evaluation = dict(request.evaluation)
     dataset = evaluation.pop("dataset", None)
     if dataset is not None and not (isinstance(dataset, str) and len(dataset) <= 40):

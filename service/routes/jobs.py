@@ -56,7 +56,8 @@ class VersionRef(BaseModel):
 class Lineage(BaseModel):
     dataset: DatasetRef
     evaluation_dataset: DatasetRef | None
-    adapter: VersionRef | None
+    adapter: VersionRef | None = Field(description="The version that the job made.")
+    source: VersionRef | None = Field(None, description="The version that it evaluates, or aligns on top of.")
 
 
 class QueueView(BaseModel):
@@ -68,6 +69,7 @@ class JobView(BaseModel):
     """Fields with a default came later than the first release: an answer stored for a replay may lack them."""
 
     id: str
+    kind: Literal["align", "evaluate"] = "align"
     status: Status
     stage: str | None
     cancel_requested: bool
@@ -168,6 +170,7 @@ def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobV
     version = session.scalar(select(AdapterVersion).where(AdapterVersion.job_id == job.id))
     return JobView(
         id=job.id,
+        kind=job.kind,  # type: ignore[arg-type]
         status=job.status,  # type: ignore[arg-type]  # the table's check constraint is the same list
         stage=job.stage,
         cancel_requested=job.cancel_requested,
@@ -191,6 +194,9 @@ def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobV
             evaluation_dataset=_dataset(session, job.evaluation_dataset_id) if job.evaluation_dataset_id else None,
             adapter=VersionRef(name=version.adapter_name, version=version.version, digest=version.digest)
             if version
+            else None,
+            source=VersionRef(name=job.source_name, version=job.source_version, digest=job.source_digest)
+            if job.source_name and job.source_version and job.source_digest
             else None,
         ),
         report_url=f"/jobs/{job.id}/report" if job.report else None,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from service import adapters, aliases, datasets, lineage
 from service.errors import Problem
-from service.models import Dataset, Job
+from service.models import AdapterVersion, Dataset, Job
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import Name, Number
 from service.routes.datasets import DatasetId
@@ -37,15 +37,29 @@ class JobRef(BaseModel):
     deleted_at: datetime | None
 
 
+class ReviewView(BaseModel):
+    """What a person changed between generation and optimisation."""
+
+    digest: str = Field(description="Of the corrections.")
+    generated_digest: str = Field(description="Of the preference records before them.")
+    records_rejected: int
+    levels_rejected: int
+    levels_corrected: int
+
+
 class OriginView(BaseModel):
     """From a version to its rows."""
 
     version: VersionRef
     model: str
+    parent: VersionRef | None = Field(
+        description="The version that it was aligned on top of; its lineage goes on from there."
+    )
     aliases: list[str] = Field(description="Those that point at it now.")
-    job: JobRef
+    job: JobRef | None = Field(description="Null: the version was uploaded, and where it comes from is not known here.")
     preferences_digest: str | None = Field(description="Of the preference records that it was optimised on.")
-    dataset: DataView
+    review: ReviewView | None = Field(description="Null: nothing was corrected.")
+    dataset: DataView | None
     evaluation_dataset: DataView | None
 
 
@@ -97,21 +111,28 @@ def of_dataset(state: Service, dataset_id: DatasetId, limit: Limit = 50, after: 
 
 
 def _use(job: Job, dataset_id: str) -> list[Use]:
-    uses: dict[Use, str | None] = {"alignment": job.dataset_id, "evaluation": job.evaluation_dataset_id}
+    learnt = job.dataset_id if job.kind == "align" else None
+    uses: dict[Use, str | None] = {"alignment": learnt, "evaluation": job.evaluation_dataset_id}
     return [use for use, used in uses.items() if used == dataset_id]
 
 
 def _origin(found: lineage.Origin) -> OriginView:
     version = found.version
     return OriginView(
-        version=VersionRef(name=version.adapter_name, version=version.version, digest=version.digest),
+        version=_ref(version),
+        parent=_ref(found.parent) if found.parent else None,
         model=version.model,
         aliases=found.aliases,
-        job=JobRef.model_validate(found.job, from_attributes=True),
+        job=JobRef.model_validate(found.job, from_attributes=True) if found.job else None,
         preferences_digest=version.preferences_digest,
-        dataset=_data(found.dataset),
+        review=ReviewView(**version.review) if version.review else None,
+        dataset=_data(found.dataset) if found.dataset else None,
         evaluation_dataset=_data(found.evaluation_dataset) if found.evaluation_dataset else None,
     )
+
+
+def _ref(version: AdapterVersion) -> VersionRef:
+    return VersionRef(name=version.adapter_name, version=version.version, digest=version.digest)
 
 
 def _data(row: Dataset) -> DataView:

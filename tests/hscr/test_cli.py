@@ -104,6 +104,15 @@ def test_evaluate_compares_base_and_adapter_and_does_not_repeat_itself(
     code, _, err = hscr(*where, "-s", "evaluation.max_records=0")
     assert code == 2
     assert "nothing to evaluate" in err
+    same = ["--before", run / "adapter"]  # compared with itself: no gain in any answer
+    assert hscr(*where, *same)[0] == 0
+    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {(v["mean"], v["low"], v["high"]) for v in stored["gain_over_before"]["real"].values()} == {(0.0, 0.0, 0.0)}
+    assert list(stored["scores"]) == ["base", "adapter", "before"]
+    assert "Over the version before" in (tmp_path / "out" / "report.html").read_text()
+    code, _, err = hscr(*where, "--before", tmp_path)
+    assert code == 2
+    assert "has no adapter_model.safetensors" in err
 
 
 def test_tables_again_from_the_predictions_equal_the_stored_evaluation(

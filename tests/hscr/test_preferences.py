@@ -343,7 +343,7 @@ def test_every_perturbation_with_every_reward_gives_levels(
     assert reward == "signed" or min(rewards) >= 0
     assert results != made(vlm, records[:3], open_image, dataclasses.replace(config, n_masks=1))
     zero = made(vlm, records[:3], open_image, dataclasses.replace(config, dropout_ratio=0.0))
-    assert {w.reward for r in zero for w in r.words} == {0.0}
+    assert all(abs(w.reward) <= 2e-6 for r in zero for w in r.words)
 
 
 def test_the_perturbations_and_the_rewards_differ(vlm: VLM, records: list[VQARecord], open_image: Any) -> None:

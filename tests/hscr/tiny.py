@@ -108,12 +108,12 @@ def picture(seed: int, size: tuple[int, int] = (28, 28)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
 
 
-def save_records(folder: Path, n: int = 8) -> Path:
-    """A data set of n records, every fourth closed."""
+def save_records(folder: Path, n: int = 8, first: int = 0) -> Path:
+    """A data set of n records, every fourth closed; `first` is the number of the first picture."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(n):
-        picture(i).save(folder / "images" / f"{i}.png")
+        picture(first + i).save(folder / "images" / f"{i}.png")
         side, region = ("left", "right")[i % 2], ("frontal", "temporal")[i // 2 % 2]
         row = {"id": f"r{i}", "image": f"images/{i}.png"}
         if i % 4 == 3:

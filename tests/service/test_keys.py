@@ -53,7 +53,7 @@ def opens(scope: str, method: str, path: str) -> bool:
         return method in ("GET", "HEAD")
     if scope == "vqa":
         return top == "/vqa" or (top in ("/adapters", "/lineage") and method in ("GET", "HEAD"))
-    return top in ("/datasets", "/align", "/jobs", "/adapters", "/lineage")
+    return top in ("/datasets", "/align", "/evaluate", "/jobs", "/adapters", "/lineage")
 
 
 @pytest.mark.parametrize("scope", ["vqa", "align"])

@@ -51,7 +51,8 @@ def test_pages_have_levels_similarity_and_reward_in_the_data_sets_order(client: 
         "number": 1,
         "record": record(0) | {"answer_type": "open"},
         "levels": [
-            {"text": f"Wrong 0.{n}.", "similarity": s, "replaced": [["left", "right"]], "source": "replacement"}
+            {"text": f"Wrong 0.{n}.", "similarity": s, "replaced": [["left", "right"]]}
+            | {"source": "replacement", "rejected": False, "correction": None}
             for n, s in enumerate((0.9, 0.8))
         ],
         "words": [
@@ -59,6 +60,8 @@ def test_pages_have_levels_similarity_and_reward_in_the_data_sets_order(client: 
             {"text": "lobe", "reward": 0.25, "coupled": False},
         ],
         "dropped": {"too_similar": 0},
+        "rejected": False,
+        "reviewed_by": None,
     }
     rest = client.get(f"/jobs/{job}/preferences", params={"limit": 2, "after": page["next"]}).json()
     assert [(p["number"], p["record"]["id"], p["levels"]) for p in rest["data"]] == [(3, "r2", [])]

@@ -68,6 +68,19 @@ def test_align_through_the_service_and_ask_base_and_adapter(tmp_path: Path, monk
         assert len(DataSet(again_folder).records) == 8
         assert DataSet(again_folder).given == again_folder / "preferences.jsonl"
 
+        other = client.post(
+            "/datasets", files={"file": ("y.zip", zipped(save_records(tmp_path / "more", 4, first=20)))}
+        ).json()
+        asked = {"dataset": other["id"], "adapter": "tiny", "evaluation": {"n_bootstrap": 100, "max_new_tokens": 4}}
+        evaluation = client.post("/evaluate", json=asked).json()["id"]
+        run_job(database, settings, evaluation, lambda: False)
+        measured = client.get(f"/jobs/{evaluation}").json()
+        log = settings.data_dir / "runs" / evaluation / "run.log"
+        assert measured["status"] == "succeeded", (measured["error"], log.read_text()[-2000:])
+        (kept,) = client.get("/adapters/tiny/versions/1/evaluations").json()["data"]
+        assert kept["metrics"]["gain/open/strict/n"] == 3
+        assert "HSCR evaluation" in client.get(f"/jobs/{evaluation}/report").text
+
         wait_for(lambda: client.get("/readyz").status_code == 200, 60, "the model is loaded")
         ask = {
             "image": {"base64": base64.b64encode(image).decode()},

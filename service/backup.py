@@ -1,0 +1,148 @@
+"""Backup and restore of a whole service while it runs: database, data sets, adapters, reports, and the folders of jobs that stand still.
+
+The database first, then the files that its rows name: rows are written after their files are whole, files never change under their digest,
+and nothing is collected meanwhile, so each row of the copy finds its files. A job that runs goes on in the copy from its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from hscr import __version__
+from hscr.artifacts import verify_manifest, write_json, write_manifest
+from service import adapters, audit, datasets, reports, run_folders, snapshot
+from service.adapters import sync_tree
+from service.db import Database, now
+from service.retention import artifacts_held
+from service.settings import Settings
+
+ABOUT, DATABASE, DATA = "backup.json", "database", "data"
+FORMAT = 1
+_STILL = "SELECT id FROM jobs WHERE status NOT IN ('queued', 'running') AND files_removed_at IS NULL"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a backup holds or a restore brought back; `damaged` and `busy` are digests and job ids that it does not hold whole."""
+
+    counts: dict[str, int]
+    audit: str
+    damaged: list[str]
+    busy: list[str]
+
+
+def backup(settings: Settings, out: Path) -> Report:
+    """Write a backup into the new folder `out`, whole or not at all. ValueError where it exists, or there is nothing to back up."""
+    if out.exists():
+        raise ValueError(f"{out.name}: exists already; a backup is a folder of its own")
+    if not settings.data_dir.is_dir():
+        raise ValueError("there is no such data folder; nothing to back up")
+    incoming = out.with_name(f".{out.name}.{uuid4().hex[:8]}.tmp")
+    (incoming / DATABASE).mkdir(parents=True)
+    try:
+        with artifacts_held(settings.data_dir), snapshot.take(settings.database, incoming / DATABASE) as taken:
+            damaged = _copy_artifacts(settings.data_dir, incoming / DATA, taken)
+            still = taken.rows(_STILL)
+            busy = [job for job in still if not _copy_run(settings.data_dir, incoming / DATA, job)]
+            counts = {name: taken.rows(f'SELECT count(*) FROM "{name}"')[0] for name in taken.tables}
+            end = [taken.rows(f"SELECT {column} FROM audit_head")[0] for column in ("number", "digest")]
+            report = Report(counts, f"{end[0]}:{end[1]}", damaged, busy)
+            about = {"format": FORMAT, "hscr": __version__, "created_at": now().isoformat(), "database": taken.kind}
+            about |= {"revision": taken.revision, "tables": taken.tables, "counts": counts, "audit": report.audit}
+        write_json(incoming / ABOUT, {**about, "damaged": damaged, "busy": busy})
+        write_manifest(incoming)
+        sync_tree(incoming)
+        incoming.rename(out)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+    return report
+
+
+def restore(settings: Settings, source: Path) -> Report:
+    """Bring a backup back into an empty data folder and an empty database. ValueError where something is in the way, or it is damaged.
+
+    The database comes last: what a restore that was cut off leaves has none.
+    """
+    about = _about(source)
+    place = settings.data_dir
+    in_the_way = [name for name in ("datasets", "artifacts", "runs") if (place / name).exists()]
+    if in_the_way:
+        raise ValueError(f"the data folder has {', '.join(in_the_way)} already; restore into an empty one")
+    snapshot.check_empty(settings.database)
+    place.mkdir(parents=True, exist_ok=True)
+    incoming = place / f".restoring-{uuid4().hex[:8]}"
+    try:
+        shutil.copytree(source / DATA, incoming)
+        sync_tree(incoming)
+        for part in sorted(incoming.iterdir()):
+            part.rename(place / part.name)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+    snapshot.put_back(settings.database, source / DATABASE, about["database"], about["revision"], about["tables"])
+    database = Database(settings.database)
+    try:
+        with database.read() as session:
+            number, _, digest = about["audit"].partition(":")
+            seen = audit.verify(session, (int(number), digest) if int(number) else None)
+    finally:
+        database.close()
+    if seen.findings:
+        raise ValueError(f"the audit does not hold: {'; '.join(seen.findings)}")
+    return Report(about["counts"], about["audit"], about["damaged"], about["busy"])
+
+
+def _about(source: Path) -> dict[str, Any]:
+    """What the backup says of itself, after every byte of it was checked."""
+    if not (source / ABOUT).is_file():
+        raise ValueError(f"{source.name}: is no backup of this service (it has no {ABOUT})")
+    verify_manifest(source)
+    about: dict[str, Any] = json.loads((source / ABOUT).read_text(encoding="utf-8"))
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{source.name}: is a backup of another form; restore it with the version that made it")
+    return about
+
+
+def _copy_artifacts(data_dir: Path, out: Path, taken: snapshot.Taken) -> list[str]:
+    """Copy what the rows name; the digests of what is missing or not what it was."""
+    damaged = []
+    for digest in taken.rows("SELECT DISTINCT digest FROM datasets"):
+        if not _copied(datasets.folder(data_dir, digest), datasets.folder(out, digest)):
+            damaged.append(digest)
+    for digest in taken.rows("SELECT DISTINCT digest FROM adapter_versions"):
+        target = adapters.folder(out, digest)
+        try:
+            whole = _copied(adapters.folder(data_dir, digest), target) and verify_manifest(target, digest) == digest
+        except ValueError:
+            whole = False
+        if not whole:
+            damaged.append(digest)
+    for name in taken.rows("SELECT DISTINCT report FROM jobs WHERE report IS NOT NULL"):
+        if not _copied(reports.folder(data_dir, name), reports.folder(out, name)):
+            damaged.append(name)
+    for name in ("datasets", "artifacts", "runs"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    return damaged
+
+
+def _copied(source: Path, target: Path) -> bool:
+    if not source.is_dir():
+        return False
+    shutil.copytree(source, target)
+    return True
+
+
+def _copy_run(data_dir: Path, out: Path, job_id: str) -> bool:
+    """Copy the folder of a job that no process works on; False where one does. A job without a folder has nothing to copy."""
+    source = run_folders.folder(data_dir, job_id)
+    if not source.is_dir():
+        return True
+    with (source / run_folders.LOCK).open("a") as file:
+        if not run_folders.try_lock(file.fileno()):
+            return False
+        shutil.copytree(source, run_folders.folder(out, job_id), ignore=shutil.ignore_patterns(run_folders.LOCK))
+    return True

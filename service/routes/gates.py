@@ -1,0 +1,72 @@
+"""Promotion gates: what a gate asks for, and the decisions about an alias."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from sqlalchemy.orm import Session
+
+from service import adapters, gates
+from service.models import Gate, Job
+from service.pages import After, Limit, Page, page
+from service.routes.adapters import AliasName, Name
+from service.state import Service
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+Metric = Literal[
+    "open/strict", "open/llava_med", "open/grounded_words", "closed/strict", "closed/llava_med",
+    "caption/bleu", "caption/rouge_l",
+]  # fmt: skip
+
+
+class GateRequest(BaseModel):
+    """Move only where an evaluation of candidate and champion on `dataset` allows it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dataset: Annotated[str, StringConstraints(max_length=40)] = Field(description="Id of the data set to decide on.")
+    metric: Metric = Field(description="Its paired difference decides, with the real image.")
+    rule: Literal["better", "not_worse"] = Field(
+        "better",
+        description="Where the whole 95 % interval of candidate − champion must lie: above 0, or above −tolerance.",
+    )
+    tolerance: float = Field(
+        0.02, ge=0, le=1, allow_inf_nan=False, description="For `not_worse`, in units of the score."
+    )
+    min_questions: int = Field(30, ge=2, le=1_000_000, description="On fewer nothing is decided in its favour.")
+    evaluation: dict[str, Any] = Field(default_factory=dict, description="As in POST /evaluate.")
+
+
+class GateView(BaseModel):
+    job_id: str
+    alias: str
+    candidate: int
+    champion: int | None = Field(
+        description="The version it would replace; null: the base, for the alias pointed nowhere."
+    )
+    dataset_id: str
+    rule: dict[str, Any]
+    decision: Literal["pending", "moved", "refused", "overtaken"]
+    interval: dict[str, float] | None = Field(description="Of candidate − champion in the rule's metric.")
+    finding: str | None
+    reason: str | None
+    actor: str
+    job_status: str = Field(description="A gate stays pending where its job failed or was cancelled.")
+    created_at: datetime
+    decided_at: datetime | None
+
+
+@router.get("/{name}/aliases/{alias}/gates", summary="What was decided about an alias, oldest first")
+def index(state: Service, name: Name, alias: AliasName, limit: Limit = 50, after: After = None) -> Page[GateView]:
+    with state.database.read() as session:
+        adapters.get(session, name)
+        rows = gates.of_alias(session, name, alias, after or "", limit + 1)
+        return Page(**page(rows, limit, lambda row: gate_view(session, row), lambda row: row.job_id))
+
+
+def gate_view(session: Session, gate: Gate) -> GateView:
+    fields = {name: getattr(gate, name) for name in GateView.model_fields if name != "job_status"}
+    return GateView(**fields, job_status=session.get_one(Job, gate.job_id).status)

@@ -1,0 +1,55 @@
+"""What must hold after any faults, read from the database and the store alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+from sqlalchemy import func, select
+
+from hscr.artifacts import verify_manifest
+from service import adapters, audit, jobs
+from service.db import Database
+from service.models import AdapterVersion, IdempotencyKey, Job
+
+
+def check(database: Database, data_dir: Path, accepted: dict[str, str]) -> None:
+    """`accepted`: the id that was answered for each Idempotency-Key. All jobs have ended. AssertionError says what is broken."""
+    with database.read() as session:
+        known = {job.id: job for job in session.scalars(select(Job))}
+        assert set(accepted.values()) <= set(known), "an accepted job is lost"
+        assert len(set(accepted.values())) == len(accepted), "two keys were answered with one job"
+        n_keys = session.scalar(select(func.count()).select_from(IdempotencyKey))
+        assert n_keys == len(known), "a request that was sent twice made two jobs"
+        made = dict(session.execute(select(AdapterVersion.job_id, func.count()).group_by(AdapterVersion.job_id)).all())
+        for job in known.values():
+            assert job.status in jobs.ENDED, f"{job.id} is {job.status}"
+            assert made.get(job.id, 0) == (job.status == "succeeded"), (
+                f"{job.id} is {job.status} with {made.get(job.id)} versions"
+            )
+            rows = jobs.events_after(session, job.id, 0, 100_000)
+            assert [row.seq for row in rows] == list(range(1, len(rows) + 1)), f"{job.id}: its events have gaps"
+            assert job.last_seq == len(rows)
+            walk = [row.data["status"] for row in rows if row.type == "status"]
+            assert (walk[0], walk[-1]) == ("queued", job.status)
+            for before, after in pairwise(walk):
+                assert after in jobs.TRANSITIONS[before], f"{job.id}: {before} -> {after}"
+            fences = [row.fence for row in rows]
+            assert fences == sorted(fences), f"{job.id}: a superseded attempt wrote"
+        digests = set(session.scalars(select(AdapterVersion.digest)))
+        assert audit.verify(session).findings == []
+    for digest in digests:
+        verify_manifest(adapters.folder(data_dir, digest), digest)
+    stored = {path.name.replace("-", ":", 1) for path in (data_dir / "artifacts" / "adapters").glob("*")}
+    assert stored <= digests, "files that no row points at"
+
+
+def orphans(data_dir: Path) -> list[str]:
+    """Command lines of runs that work in this data folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if str(data_dir / "runs") in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(line)
+    return found
