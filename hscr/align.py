@@ -13,66 +13,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from hscr import __version__
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json, write_manifest
 from hscr.config import AlignConfig
+from hscr.data_set import DataSet, checked_preferences
 from hscr.evaluate import evaluate, plan, read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
-from hscr.images import decode_image
 from hscr.leaks import check_evaluation
 from hscr.model import VLM, add_lora, require_images
 from hscr.optimize import optimize
 from hscr.preferences import generate
-from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json
+from hscr.records import read_preferences, write_jsonl
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
 from hscr.similarity import load_similarity
-
-
-class DataSet:
-    """The good records of a folder, their images, and the digest that names both."""
-
-    def __init__(self, path: Path) -> None:
-        self.records, self.rejected = read_records(path)
-        self.folder = records_file(path).parent
-        if not self.records:
-            reasons = "; ".join(f"line {r.line}: {r.reason}" for r in self.rejected[:3])
-            raise ValueError(f"data set {path.name!r} has no usable record" + (f" ({reasons})" if reasons else ""))
-        images = sorted({i for r in self.records for i in r.images})
-        missing = [i for i in images if not (self.folder / i).is_file()]
-        if missing:
-            raise ValueError(f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing")
-        content: list[Any] = [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
-        self.given = given_preferences(self.folder, self.records)
-        self.digest = json_digest(content if self.given is None else [*content, file_digest(self.given)])
-
-    def open_image(self, record: VQARecord) -> Image.Image:
-        """The first image, for showing."""
-        return decode_image(self.folder / record.image)
-
-    def open_images(self, record: VQARecord) -> tuple[Image.Image, ...]:
-        """All images, for asking."""
-        return tuple(decode_image(self.folder / image) for image in record.images)
-
-
-def given_preferences(folder: Path, records: list[VQARecord]) -> Path | None:
-    """The preferences.jsonl that a data set brings (an imported preference set), or None. ValueError where it is for other records."""
-    path = folder / "preferences.jsonl"
-    if not path.is_file():
-        return None
-    try:
-        known = {r.id: r for r in records}
-        odd = [p.record.id for p in read_preferences(path) if p.record != known.get(p.record.id)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data set {folder.name!r}: preferences.jsonl is damaged: {error}") from error
-    if odd:
-        raise ValueError(
-            f"data set {folder.name!r}: preferences.jsonl has {len(odd)} records that records.jsonl has not"
-        )
-    return path
 
 
 def align(
@@ -123,7 +78,7 @@ def _generating(
     if data.given is not None:  # the data set brings its graded answers along: nothing is generated
         run.start(stage, inputs)
         partial_file = run.path / "preferences.partial.jsonl"  # the service may read `final` as soon as it is there
-        shutil.copyfile(data.given, partial_file)
+        write_jsonl(partial_file, checked_preferences(data.given, data.records))
         partial_file.rename(final)
         run.finish(stage, [final.name])
         yield Stage(stage, "skipped")

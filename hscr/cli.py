@@ -174,8 +174,8 @@ def align(
     events: Events = "progress",
 ) -> None:
     """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
-    from hscr.align import DataSet
     from hscr.align import align as run
+    from hscr.data_set import DataSet
 
     settings = configuration(preset_name, config, [*(set_ or ()), *leak_setting(allow_leak)], seed)
     data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
@@ -212,7 +212,7 @@ def generate(
     """Only the graded wrong answers: preference records as JSONL, to look at or to train elsewhere (see export)."""
     from rich.progress import track
 
-    from hscr.align import DataSet
+    from hscr.data_set import DataSet
     from hscr.preferences import generate as make
     from hscr.records import write_jsonl
     from hscr.similarity import load_similarity
@@ -248,9 +248,10 @@ def evaluate(
     """Evaluate the base, and an adapter beside it, on DATA: both scorers, with real, blank and shuffled images."""
     from dataclasses import asdict
 
-    from hscr.align import DataSet, evaluation_run
+    from hscr.align import evaluation_run
     from hscr.answer import Answerer
     from hscr.artifacts import file_digest, json_digest
+    from hscr.data_set import DataSet
     from hscr.leaks import check_evaluation, refuse_own_data
     from hscr.progress import evaluation_table
     from hscr.run_dir import RunDir

@@ -68,7 +68,7 @@ def llama_factory_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict
 
 
 def hscr_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict[str, Any]]:
-    """Whole records: all levels, rewards, what was dropped. `hscr align` takes them as preferences.jsonl beside the records."""
+    """Whole records: all levels, rewards, what was dropped. Beside its images such a file is a data set (hscr/data_set.py)."""
     return map(to_json, preferences)
 
 

@@ -30,7 +30,7 @@ from hscr.images import decode_image
 from hscr.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from hscr.align import DataSet
+    from hscr.data_set import DataSet
 
 HASH_SIDE = 16
 NEAR_BITS = 16

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hscr.artifacts import link_or_copy, write_json
+from hscr.data_set import PREFERENCES, given_preferences
 from hscr.leaks import Prints, near, prints
 from hscr.records import VQARecord, read_preferences, read_records, records_file, write_jsonl
 
@@ -91,7 +92,8 @@ def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> di
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out.name} is there and not empty; choose another folder")
     records, rejected = read_records(data)
-    folder = records_file(data).parent
+    file = records_file(data)
+    folder, given = file.parent, given_preferences(file)
     if not records:
         raise ValueError(f"data set {data.name!r} has no usable record")
     names = units(records, folder)
@@ -118,7 +120,7 @@ def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> di
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name, found in parts.items():
-            _write(partial / name, folder, found)
+            _write(partial / name, folder, found, given)
         write_json(partial / "split.json", summary)
         if out.exists():
             out.rmdir()
@@ -128,12 +130,11 @@ def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> di
     return summary
 
 
-def _write(target: Path, source: Path, records: Sequence[VQARecord]) -> None:
+def _write(target: Path, source: Path, records: Sequence[VQARecord], given: Path | None) -> None:
     target.mkdir(parents=True)
     write_jsonl(target / "records.jsonl", records)
     for image in sorted({image for r in records for image in r.images}):
         link_or_copy(source / image, target / image)
-    if (source / "preferences.jsonl").is_file():
+    if given is not None:
         ids = {r.id for r in records}
-        kept = (p for p in read_preferences(source / "preferences.jsonl") if p.record.id in ids)
-        write_jsonl(target / "preferences.jsonl", kept)
+        write_jsonl(target / PREFERENCES, (p for p in read_preferences(given) if p.record.id in ids))

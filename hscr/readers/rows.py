@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hscr.records import RejectedRow, VQARecord, vqa_record
+from hscr.records import RejectedRow, VQARecord, parsed, vqa_record
 
 MAX_LABEL_BYTES = 512 * 2**20  # a file of labels is read whole; the largest public set has 120 MB
 YES_NO = ("yes", "no")
@@ -75,7 +75,7 @@ def json_items(path: Path) -> Iterator[tuple[int, Any]]:
     """
     data = read_limited(path)
     if path.suffix.lower() == ".jsonl":
-        yield from ((n, _line(line)) for n, line in enumerate(data.splitlines(), 1) if line.strip())
+        yield from ((n, parsed(line)) for n, line in enumerate(data.splitlines(), 1) if line.strip())
         return
     try:
         items = json.loads(data)
@@ -86,19 +86,6 @@ def json_items(path: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(items, list):
         raise ValueError(f"{path.name}: must hold a JSON list")
     yield from enumerate(items, 1)
-
-
-def _line(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except RecursionError:
-        return ValueError("nested too deeply")
-    except UnicodeDecodeError:
-        return ValueError("not UTF-8")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg}")
-    except ValueError as error:  # an integer of thousands of digits
-        return error
 
 
 def each(

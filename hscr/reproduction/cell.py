@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hscr.align import DataSet
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, json_digest
 from hscr.config import EvaluationConfig
+from hscr.data_set import DataSet
 from hscr.demo.base import BEFORE_HABITS, MODEL_FOLDER
 from hscr.evaluate import Prediction, evaluate
 from hscr.model import VLM, add_lora, encode_answer, encode_prompts, load_model

@@ -20,10 +20,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from hscr.align import DataSet, _result, align
+from hscr.align import _result, align
 from hscr.answer import Answerer, AnswerRequest
 from hscr.artifacts import verify_manifest
 from hscr.config import AlignConfig
+from hscr.data_set import DataSet
 from hscr.evaluate import read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Progress, Result, Stage, Stopped, to_line
 from hscr.model import VLM, load_model

@@ -319,4 +319,28 @@ def test_an_imported_preference_set_is_aligned_on_without_generating(
     (tmp_path / "in" / "preferences.jsonl").write_text(text.replace("Where is", "Where was"))
     code, out, _ = hscr("align", tmp_path / "in", "-m", tiny_folder, "-o", tmp_path / "run2", *FAST, "--events", "json")
     assert code == 2
-    assert "records that records.jsonl has not" in out
+    assert "lines that fit no record (line 1: record: is none of the data set's" in out
+
+
+def test_our_own_export_is_aligned_on_with_its_levels_alone_or_beside_the_records(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    assert hscr("generate", data_folder, "-m", tiny_folder, "-o", tmp_path / "g.jsonl", *FAST)[0] == 0
+    made = list(read_preferences(tmp_path / "g.jsonl"))
+    assert any(p.levels for p in made)
+    for name in ("preferences.jsonl", "pairs.jsonl"):
+        out = tmp_path / name.removesuffix(".jsonl")
+        file = data_folder / name
+        assert hscr("export", tmp_path / "g.jsonl", "--format", "hscr", "-o", file)[0] == 0
+        file.write_text(file.read_text().rstrip("\n"))  # an editor's last line is no torn one
+        data = file if name == "pairs.jsonl" else data_folder
+        code, text, _ = hscr("align", data, "-m", tiny_folder, "-o", out, *FAST, "--events", "json")
+        assert code == 0, text
+        assert '"given_levels"' in text
+        assert list(read_preferences(out / "preferences.jsonl")) == made
+        file.unlink()
+    assert hscr("export", tmp_path / "g.jsonl", "--format", "hscr", "-o", data_folder / "pairs.jsonl")[0] == 0
+    where = ["split", data_folder / "pairs.jsonl", "-o", tmp_path / "parts", "--shares", "a=.5,b=.5"]
+    assert hscr(*where)[0] == 0
+    kept = [p for part in "ab" for p in read_preferences(tmp_path / "parts" / part / "preferences.jsonl")]
+    assert sorted(kept, key=lambda p: p.record.id) == made

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
-from hscr.align import DataSet
+from hscr.data_set import DataSet
 from service.app import create_app
 from service.db import Database, upgrade
 from service.settings import Settings
