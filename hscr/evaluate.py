@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from hscr.answer import Answerer, AnswerRequest
+from hscr.caption_sets import METRIC, bleu_interval, caption_counts
 from hscr.config import EvaluationConfig
 from hscr.images import Images, as_images
 from hscr.records import VQARecord
@@ -37,7 +38,8 @@ BLANK_NOTE = (
 class Prediction:
     """One answer under one policy and condition. `grounding` (nats) is measured with the real image only.
 
-    `question` and `group` are what the tables need besides: which answers share their chance, and which records belong together.
+    `question`, `group` and `reference` are what the tables need besides: which answers share their chance, which records belong together,
+    and what a set of captions is compared with.
     """
 
     policy: str
@@ -49,6 +51,7 @@ class Prediction:
     meta: dict[str, Any] = field(default_factory=dict)
     question: str = ""
     group: str | None = None
+    reference: str = ""
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -129,6 +132,7 @@ def evaluate(
                 a.score,
                 question=records[i].question,
                 group=records[i].group,
+                reference=records[i].answer,
             )
             for i, a in zip(rows, answerer.answer(requests), strict=True)
         ]
@@ -160,14 +164,29 @@ def summarize(predictions: Sequence[Prediction], config: EvaluationConfig) -> di
             spans[metric] = interval([values[i][metric] for i in ids], n_bootstrap, clusters=clusters)
         return spans
 
+    def caption_sets(
+        rows: dict[str, Prediction], condition: str, minus: dict[str, Prediction] | None = None
+    ) -> dict[str, Any]:
+        """BLEU of the captions among `rows` as one metric more, or its gain over those of `minus`; without captions none."""
+        ids = sorted(
+            i for i, p in rows.items() if kind(p) == "caption" and p.reference and (minus is None or i in minus)
+        )
+        if not ids:
+            return {}
+        counted = [[caption_counts(side[i].text, side[i].reference) for i in ids] for side in (rows, minus) if side]
+        clusters = [questions[i] for i in ids] if condition == "blank" else None
+        found = bleu_interval(counted[0], n_bootstrap, minus=counted[1] if minus else None, clusters=clusters)
+        return {METRIC: found}
+
     def differences(a: dict[str, Prediction], b: dict[str, Prediction]) -> dict[str, dict[str, float]]:
         return {i: {m: v - b[i].scores[m] for m, v in p.scores.items()} for i, p in a.items() if i in b}
 
     for (policy, condition), rows in table.items():
-        scores = by_metric({i: p.scores for i, p in rows.items()}, condition)
+        scores = by_metric({i: p.scores for i, p in rows.items()}, condition) | caption_sets(rows, condition)
         out["scores"].setdefault(policy, {})[condition] = scores
         if policy == "adapter" and ("base", condition) in table:
-            out["gain"][condition] = by_metric(differences(rows, table["base", condition]), condition)
+            base = table["base", condition]
+            out["gain"][condition] = by_metric(differences(rows, base), condition) | caption_sets(rows, condition, base)
         if condition == "blank":
             out["note"] = BLANK_NOTE
         if condition != "real":
@@ -178,7 +197,8 @@ def summarize(predictions: Sequence[Prediction], config: EvaluationConfig) -> di
         out["separation"][policy], out["flag"][policy] = _judged(list(rows.values()), config)
         if (policy, "shuffled") in table:
             shuffled = table[policy, "shuffled"]
-            out["reliance"][policy] = by_metric(differences(rows, shuffled), "real")
+            reliance = by_metric(differences(rows, shuffled), "real") | caption_sets(rows, "real", shuffled)
+            out["reliance"][policy] = reliance
             same = {i: normalized(p.text) == normalized(shuffled[i].text) for i, p in rows.items() if i in shuffled}
             out["sensitivity"][policy] = interval([float(not v) for v in same.values()], n_bootstrap)
             claims = [float(v) for i, v in same.items() if kind(rows[i]) == "open"]

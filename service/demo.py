@@ -200,7 +200,15 @@ def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], versi
         grounding = answer["grounding"]["score"] if condition == "real" else None
         scores = score(record, text)
         out[number] = Prediction(
-            policy, condition, record.id, text, scores, grounding, question=record.question, group=record.group
+            policy,
+            condition,
+            record.id,
+            text,
+            scores,
+            grounding,
+            question=record.question,
+            group=record.group,
+            reference=record.answer,
         )
 
     async def ask_every() -> None:
