@@ -374,7 +374,8 @@ def import_llava_med(
     from rich.progress import track
     from transformers.utils import logging
 
-    from hscr.import_llava_med import REPORT, plan_import, write_import
+    from hscr.import_llava_med import plan_import
+    from hscr.llava_med_write import REPORT, write_import
 
     logging.set_verbosity_error()
     plan = plan_import(source, vision_tower)
