@@ -41,7 +41,9 @@ class DataSet:
         images = sorted({i for r in self.records for i in r.images})
         missing = [i for i in images if not (self.folder / i).is_file()]
         if missing:
-            raise ValueError(f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing")
+            raise ValueError(
+                f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing beside {file.name}, as {missing[0]}"
+            )
         content: list[Any] = [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
         self.given = given_preferences(file)
         if self.given is not None:

@@ -1,7 +1,8 @@
 """Convert a checkpoint of the LLaVA fork's class (`microsoft/llava-med-v1.5-mistral-7b`) to a `LlavaForConditionalGeneration` folder.
 
 `plan_import` reads headers only and checks every tensor by name and shape against the target model built on the meta device;
-hscr/llava_med_write.py does what was planned. Safetensors only, as everywhere here: the released checkpoint has them, and a pickle is not opened. docs/import-llava-med.md has the table.
+hscr/llava_med_write.py does what was planned. Safetensors only, as everywhere here: the released checkpoint has them, and a pickle is not
+opened. docs/import-llava-med.md has the table.
 """
 
 from __future__ import annotations

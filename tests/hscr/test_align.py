@@ -388,7 +388,9 @@ def test_a_data_set_without_records_or_images_is_a_clear_error(finished: Finishe
     data = tmp_path / "data"
     shutil.copytree(finished.data, data)
     (data / "images" / "2.png").unlink()
-    with pytest.raises(ValueError, match=r"data set 'data': 1 of 8 images are missing"):
+    with pytest.raises(
+        ValueError, match=r"data set 'data': 1 of 8 images are missing beside records.jsonl, as images/2.png"
+    ):
         DataSet(data)
     (data / "records.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match=r"has no usable record \(line 1: not JSON"):
