@@ -138,7 +138,7 @@ def records_file(data: Path) -> Path:
         return data
     if (data / "records.jsonl").is_file():
         return data / "records.jsonl"
-    found = sorted(data.glob("*.jsonl")) if data.is_dir() else []
+    found = sorted(p for p in data.glob("*.jsonl") if p.is_file()) if data.is_dir() else []
     if len(found) != 1:
         what = (
             "no such file or folder"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hscr import record_fields
 from hscr.records import RejectedRow, VQARecord, parsed, vqa_record
 
 MAX_LABEL_BYTES = 512 * 2**20  # a file of labels is read whole; the largest public set has 120 MB
@@ -48,6 +49,12 @@ class Found:
     record: VQARecord
     image: Path | bytes
     rejected: str | None = None
+
+
+def label_files(source: Path, *suffixes: str) -> list[Path]:
+    """SOURCE itself where it is a file of one of these suffixes, else such files right in it, suffix by suffix; no folder, no pipe."""
+    there = [source] if source.is_file() else sorted(p for p in source.glob("*") if p.is_file())
+    return [file for suffix in suffixes for file in there if file.suffix.lower() == suffix]
 
 
 def split_of(name: str) -> str | None:
@@ -167,4 +174,4 @@ def make(line: int, fields: dict[str, Any], image: Path | bytes, rejected: str |
         row["answer_type"] = "closed" if is_yes_no(row["answer"]) else "open"
     if row["answer_type"] == "closed" and is_yes_no(row["answer"]) and not row.get("options"):
         row["options"] = list(YES_NO)
-    return Found(line, vqa_record(row), image, rejected)
+    return Found(line, vqa_record(row), image, None if rejected is None else record_fields.text(rejected, "rejected"))

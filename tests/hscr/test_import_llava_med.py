@@ -448,6 +448,7 @@ def test_tensors_that_do_not_fit_are_named(copy: Path, change: Any, message: str
             r"mm_projector.0.weight is \[48, 32\], config.json asks for \[48, 1024\]",
         ),
         ({"vocab_size": "300"}, 'vocab_size is "300", must be a number above 0'),
+        ({"vocab_size": 0}, "vocab_size is 0, must be a number above 0"),
         ({"num_attention_heads": 0}, r"config.json: describes no LLaVA-Med \(ZeroDivisionError"),
         ({"hidden_size": None}, r"config.json: describes no LLaVA-Med .*hidden_size"),
         ({"hidden_act": "nosuch"}, r"config.json: describes no LLaVA-Med \(KeyError: 'nosuch'\)"),
