@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hscr import __version__
+from hscr.adapter_folder import save_adapter
 from hscr.answer import Answerer
-from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json, write_manifest
+from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json
 from hscr.config import AlignConfig
 from hscr.data_set import DataSet, checked_preferences
-from hscr.evaluate import evaluate, plan, read_predictions, summarize
+from hscr.evaluate import evaluation_inputs, evaluation_run
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
 from hscr.leaks import check_evaluation
 from hscr.model import VLM, add_lora, require_images
@@ -164,7 +165,7 @@ def _optimizing(
                 "likelihood_displacement",
                 "rewards/chosen fell below zero: the right answers became less likely; raise optimization.anchor or lower lr",
             )
-        _save_adapter(vlm, run.path / "adapter", config, lineage)
+        save_adapter(vlm, run.path / "adapter", config, lineage)
     finally:
         vlm.model = vlm.model.unload()  # the base again, so that evaluation loads the adapter as everybody else does
         vlm.model.requires_grad_(False)
@@ -179,40 +180,13 @@ def _keep_steps(path: Path, last: int) -> None:
     atomic_write(path, b"".join(kept))
 
 
-def _save_adapter(vlm: VLM, folder: Path, config: AlignConfig, lineage: dict[str, str]) -> None:
-    """A PEFT folder that stock peft loads, with its model card, configuration and sha256 manifest; whole or not at all."""
-    temporary = folder.with_name(".adapter.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    vlm.model.save_pretrained(str(temporary), safe_serialization=True)
-    write_json(temporary / "hscr.json", {**config.to_dict(), "lineage": lineage})
-    o, p = config.optimization, config.preference
-    card = f"""---
-library_name: peft
-base_model: {vlm.name}
-tags: [hscr, lora]
----
-# HSCR adapter
-LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
-(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`:
-objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
-visual {p.perturbation.replace("_", " ")} ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
-
-Weights are float32: serve unmerged, or merge in float32 (merging into bfloat16 loses about half of the update).
-Not a medical device; not for diagnosis.
-"""
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    write_manifest(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def _evaluating(
     vlm: VLM, data: DataSet | None, run: RunDir, config: AlignConfig, should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
     stage, adapter = "evaluating", run.path / "adapter"
     digest = verify_manifest(adapter)
-    inputs = json_digest([digest, vlm.digest, data.digest if data else None, asdict(config.evaluation), config.seed])
-    if data is None or config.evaluation.max_records == 0 or run.is_done(stage, inputs):
+    inputs = None if data is None else evaluation_inputs(vlm, data, digest, config)
+    if data is None or inputs is None or config.evaluation.max_records == 0 or run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
     yield Stage(stage, "started")
@@ -223,45 +197,6 @@ def _evaluating(
     )
     run.finish(stage, ["predictions.jsonl", "evaluation.json"])
     yield Stage(stage, "completed")
-
-
-def evaluation_run(
-    answerer: Answerer,
-    data: DataSet,
-    policies: dict[str, str | None],
-    run: RunDir,
-    inputs: str,
-    config: AlignConfig,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Event]:
-    """Evaluate policies into predictions.jsonl and evaluation.json of a run directory, resumable by whole batches."""
-    stage = "evaluating"
-    records = data.records[: config.evaluation.max_records]
-    if not records:
-        raise ValueError("evaluation.max_records: is 0, so there is nothing to evaluate")
-    sizes = [len(rows) for _, _, rows in plan(len(records), list(policies), config.evaluation)]
-    partial = PartialFile(run.path / "predictions.partial.jsonl", sizes, resume=run.start(stage, inputs))
-    done = sum(sizes[: partial.done])
-    rate = Rate(stage, sum(sizes), done)
-    yield rate.at(done)
-    for predictions in evaluate(
-        answerer,
-        records,
-        data.open_images,
-        policies,
-        config.evaluation,
-        seed=config.seed,
-        skip_batches=partial.done,
-    ):
-        partial.append(predictions)
-        done += len(predictions)
-        yield rate.at(done)
-        if should_stop():
-            raise Stopped(stage)
-    partial.rename(run.path / "predictions.jsonl")
-    predictions = read_predictions(run.path / "predictions.jsonl")
-    write_json(run.path / "evaluation.json", summarize(predictions, config.evaluation))
 
 
 def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> Iterator[Event]:

@@ -59,8 +59,9 @@ def tables(
 ) -> None:
     """Compute every table of an evaluation again from its stored predictions, under its own settings: no model, no images."""
     from hscr.artifacts import write_json
-    from hscr.evaluate import read_predictions, summarize
+    from hscr.predictions import read_predictions
     from hscr.progress import evaluation_table
+    from hscr.tables import summarize
 
     path = run / "predictions.jsonl" if run.is_dir() else run
     if not path.is_file():

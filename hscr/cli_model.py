@@ -129,12 +129,10 @@ def evaluate(
     events: Events = "progress",
 ) -> None:
     """Evaluate the base, and an adapter beside it, on DATA: both scorers, with real, blank and shuffled images."""
-    from dataclasses import asdict
-
-    from hscr.align import evaluation_run
     from hscr.answer import Answerer
-    from hscr.artifacts import file_digest, json_digest
+    from hscr.artifacts import file_digest
     from hscr.data_set import DataSet
+    from hscr.evaluate import evaluation_inputs, evaluation_run
     from hscr.leaks import check_evaluation, refuse_own_data
     from hscr.progress import evaluation_table
     from hscr.run_dir import RunDir
@@ -150,7 +148,7 @@ def evaluate(
     if adapter is not None:
         answerer.load_adapter("adapter", adapter)
         policies["adapter"], weights = "adapter", file_digest(adapter / "adapter_model.safetensors")
-    inputs = json_digest([data_set.digest, answerer.vlm.digest, weights, asdict(settings.evaluation), settings.seed])
+    inputs = evaluation_inputs(answerer.vlm, data_set, weights, settings)
     run = RunDir(out)
     with run.locked(), stoppable() as stop:
         if learnt is not None:

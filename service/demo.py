@@ -31,11 +31,13 @@ from rich.table import Table
 
 from hscr.config import EvaluationConfig
 from hscr.demo.data import build
-from hscr.evaluate import CONDITIONS, Prediction, derangement, summarize
+from hscr.evaluate import derangement
+from hscr.predictions import CONDITIONS, Prediction
 from hscr.progress import bars, by_name, evaluation_table
 from hscr.records import VQARecord, read_records
 from hscr.report import image_uri, render
 from hscr.scoring import score
+from hscr.tables import summarize
 
 SPLITS = {"align": 480, "valid": 150, "test": 320}
 CLIENTS = 16  # concurrent questions: enough to keep the engine's batches full

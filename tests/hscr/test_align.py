@@ -25,11 +25,12 @@ from hscr.answer import Answerer, AnswerRequest
 from hscr.artifacts import verify_manifest
 from hscr.config import AlignConfig
 from hscr.data_set import DataSet
-from hscr.evaluate import read_predictions, summarize
 from hscr.events import Checkpoint, Event, Metrics, Progress, Result, Stage, Stopped, to_line
 from hscr.model import VLM, load_model
+from hscr.predictions import read_predictions
 from hscr.run_dir import RunDir
 from hscr.scoring import _caption_libraries
+from hscr.tables import summarize
 from tests.hscr.tiny import picture, save_records
 
 CONFIG = AlignConfig.from_dict(

@@ -11,10 +11,11 @@ from rich.console import Console
 from hscr import figures
 from hscr.caption_sets import METRIC, bleu_interval, caption_counts
 from hscr.config import EvaluationConfig
-from hscr.evaluate import Prediction, summarize
+from hscr.predictions import Prediction
 from hscr.progress import evaluation_table
 from hscr.report import render
 from hscr.scoring import caption_scores, corpus_bleu
+from hscr.tables import summarize
 
 CONFIG = EvaluationConfig(n_bootstrap=200)
 REFERENCES = [

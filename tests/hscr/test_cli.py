@@ -103,6 +103,8 @@ def test_evaluate_compares_base_and_adapter_and_does_not_repeat_itself(
     before = (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns
     assert hscr(*where)[0] == 0
     assert (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns == before
+    assert hscr(*where, "-s", "preference.dropout_ratio=0.3")[0] == 0  # another grounding score: asked again
+    assert (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns > before
     code, _, err = hscr(*where, "-s", "evaluation.max_records=0")
     assert code == 2
     assert "nothing to evaluate" in err
