@@ -5,6 +5,7 @@ What a line must hold is hscr/records.py's part. No torch here.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,6 +95,10 @@ def checked_preferences(path: Path, records: Iterable[VQARecord]) -> Iterator[Pr
             numbers = [*(level.similarity for level in preference.levels), *(w.reward for w in preference.words)]
             if not all(map(math.isfinite, numbers)):
                 raise ValueError("similarity, reward: must be finite")
+            try:
+                json.dumps(to_json(preference), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError("holds half of a surrogate pair, which is no text") from None
         except ValueError as error:
             yield RejectedRow(number, str(error))
         else:

@@ -115,6 +115,10 @@ def objects(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def number(row: dict[str, Any], name: str) -> float:
     """The number under `name`."""
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or (isinstance(value, int) and abs(value) > 2**53)
+    ):
         raise ValueError(f"{name}: must be a number")
     return value

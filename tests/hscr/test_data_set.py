@@ -57,6 +57,12 @@ def test_preference_lines_that_fit_no_record_are_told_with_their_line(folder: Pa
     assert odd[5] == "similarity, reward: must be finite"
     with pytest.raises(ValueError, match=r"preferences.jsonl has 5 lines that fit no record \(line 2: id: used by"):
         DataSet(folder)
+    for changed in ('"text": "\\ud800"', '"source": "\\ud800"', '"replaced": [["\\ud800", "x"]]'):
+        row = json.loads(first)
+        row["levels"] = [{"text": "right", "similarity": 0.5} | json.loads(f"{{{changed}}}")]
+        (folder / "preferences.jsonl").write_text(json.dumps(row))
+        with pytest.raises(ValueError, match="holds half of a surrogate pair"):
+            DataSet(folder)
     (folder / "preferences.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"preferences.jsonl has no line; remove it"):
         DataSet(folder)

@@ -218,6 +218,7 @@ def test_a_line_of_many_megabytes_is_told_and_never_parsed(tmp_path: Path) -> No
         ({"levels": [{"text": 7, "similarity": 0.5}]}, "levels: must have a text"),
         ({"levels": [{"text": " ", "similarity": 0.5}]}, "levels: must have a text"),
         ({"levels": [{"text": "right"}]}, "similarity: must be a number"),
+        ({"levels": [{"text": "right", "similarity": 10**400}]}, "similarity: must be a number"),
         ({"levels": [{"text": "right", "similarity": 0.5, "replaced": ["ab"]}]}, "must be a list of pairs"),
         ({"words": [{"text": "left", "reward": "1"}]}, "reward: must be a number"),
         ({"dropped": {"a": "b"}}, "dropped: must be an object of counts"),
