@@ -94,6 +94,7 @@ def generate(
     """Only the graded wrong answers: preference records as JSONL, to look at or to train elsewhere (see export)."""
     from rich.progress import track
 
+    from hscr.artifacts import appearing
     from hscr.data_set import DataSet
     from hscr.preferences import generate as make
     from hscr.records import write_jsonl
@@ -103,7 +104,8 @@ def generate(
     vlm, similarity = load(model, dtype, device, revision, quantize), load_similarity(settings.preference.similarity)
     made = make(vlm, data_set.records, data_set.open_images, settings.preference, similarity, settings.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out, track(made, "generating", total=len(data_set.records), console=console))
+    with appearing(out) as partial:
+        write_jsonl(partial, track(made, "generating", total=len(data_set.records), console=console))
     tell(f"{len(data_set.records)} records", out)
 
 
