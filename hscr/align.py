@@ -12,71 +12,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from hscr import __version__
+from hscr.adapter_folder import save_adapter
 from hscr.answer import Answerer
-from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json, write_manifest
+from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json
 from hscr.config import AlignConfig
-from hscr.evaluation import evaluation_run, headline
+from hscr.data_set import DataSet, checked_preferences
+from hscr.evaluation import evaluation_inputs, evaluation_run, headline
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
-from hscr.images import decode_image
 from hscr.leaks import check_evaluation, refuse_own_data
 from hscr.model import VLM, add_lora, checkpoint_gradients, require_images
 from hscr.optimize import optimize
 from hscr.parent import as_parent, load_parent, parent_digest, with_parents_shape
 from hscr.preferences import generate
-from hscr.records import VQARecord, read_preferences, read_records, records_file, to_json, write_jsonl
+from hscr.records import read_preferences, write_jsonl
 from hscr.review import read_review, reviewed
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
 from hscr.similarity import load_similarity
 from hscr.token_budget import TokenBudget
-
-
-class DataSet:
-    """The good records of a folder, their images, and the digest that names both."""
-
-    def __init__(self, path: Path) -> None:
-        self.records, self.rejected = read_records(path)
-        self.folder = records_file(path).parent
-        if not self.records:
-            reasons = "; ".join(f"line {r.line}: {r.reason}" for r in self.rejected[:3])
-            raise ValueError(f"data set {path.name!r} has no usable record" + (f" ({reasons})" if reasons else ""))
-        images = sorted({i for r in self.records for i in r.images})
-        missing = [i for i in images if not (self.folder / i).is_file()]
-        if missing:
-            raise ValueError(f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing")
-        content: list[Any] = [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
-        self.given = given_preferences(self.folder, self.records)
-        self.digest = json_digest(content if self.given is None else [*content, file_digest(self.given)])
-
-    def open_image(self, record: VQARecord) -> Image.Image:
-        """The first image, for showing."""
-        return decode_image(self.folder / record.image)
-
-    def open_images(self, record: VQARecord) -> tuple[Image.Image, ...]:
-        """All images, for asking."""
-        return tuple(decode_image(self.folder / image) for image in record.images)
-
-
-def given_preferences(folder: Path, records: list[VQARecord]) -> Path | None:
-    """The preferences.jsonl that a data set brings (an imported preference set), or None. ValueError where it is for other records."""
-    path = folder / "preferences.jsonl"
-    if not path.is_file():
-        return None
-    try:
-        known = {r.id: r for r in records}
-        odd = [p.record.id for p in read_preferences(path) if p.record != known.get(p.record.id)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data set {folder.name!r}: preferences.jsonl is damaged: {error}") from error
-    if odd:
-        raise ValueError(
-            f"data set {folder.name!r}: preferences.jsonl has {len(odd)} records that records.jsonl has not"
-        )
-    return path
 
 
 def align(
@@ -153,7 +108,7 @@ def _generating(
     if data.given is not None:  # the data set brings its graded answers along: nothing is generated
         run.start(stage, inputs)
         partial_file = run.path / "preferences.partial.jsonl"  # the service may read `final` as soon as it is there
-        shutil.copyfile(data.given, partial_file)
+        write_jsonl(partial_file, checked_preferences(data.given, data.records))
         partial_file.rename(final)
         run.finish(stage, [final.name])
         yield Stage(stage, "skipped")
@@ -287,7 +242,7 @@ def _optimizing(
                 "likelihood_displacement",
                 "rewards/chosen fell below zero: the right answers became less likely; raise optimization.anchor or lower lr",
             )
-        _save_adapter(vlm, run.path / "adapter", config, lineage)
+        save_adapter(vlm, run.path / "adapter", config, lineage)
     finally:
         vlm.model = vlm.model.unload()  # the base again, so that evaluation loads the adapter as everybody else does
         vlm.model.requires_grad_(False)
@@ -304,34 +259,6 @@ def _keep_steps(path: Path, last: int) -> None:
     atomic_write(path, b"".join(kept))
 
 
-def _save_adapter(vlm: VLM, folder: Path, config: AlignConfig, lineage: dict[str, str]) -> None:
-    """A PEFT folder that stock peft loads, with its model card, configuration and sha256 manifest; whole or not at all."""
-    temporary = folder.with_name(".adapter.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    vlm.model.save_pretrained(str(temporary), safe_serialization=True)
-    write_json(temporary / "hscr.json", {**config.to_dict(), "lineage": lineage})
-    o, p = config.optimization, config.preference
-    on_top = f" on top of the adapter with the weights `{lineage['parent']}`" if "parent" in lineage else ""
-    card = f"""---
-library_name: peft
-base_model: {vlm.name}
-tags: [hscr, lora]
----
-# HSCR adapter
-LoRA of rank {o.lora_rank} on the language model of `{vlm.name}` (`{lineage["model"]}`), aligned with HSCR
-(arXiv 2506.00805) by hscr {__version__} on the data set `{lineage["data"]}`{on_top}:
-objective {o.objective}, γ = {o.gamma:g}, anchor {o.anchor:g}, lr {o.lr:g}, {o.epochs} epochs,
-visual {p.perturbation.replace("_", " ")} ρ = {p.dropout_ratio:g}. The whole configuration is in `hscr.json`.
-
-Weights are float32: serve unmerged, or merge in float32 (merging into bfloat16 loses about half of the update).
-Not a medical device; not for diagnosis.
-"""
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    write_manifest(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def _evaluating(
     vlm: VLM,
     data: DataSet | None,
@@ -341,24 +268,18 @@ def _evaluating(
     should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     stage, adapter = "evaluating", run.path / "adapter"
-    asked = [
-        verify_manifest(adapter),
-        vlm.digest,
-        data.digest if data else None,
-        asdict(config.evaluation),
-        config.seed,
-    ]
-    inputs = json_digest([*asked, *_on_top_of(parent)])
-    if data is None or config.evaluation.max_records == 0 or run.is_done(stage, inputs):
+    policies: dict[str, str | None] = {"base": None}
+    folders = {label: folder for label, folder in (("adapter", adapter), ("before", parent)) if folder is not None}
+    weights = {"adapter": verify_manifest(adapter)} | ({"before": parent_digest(parent)} if parent else {})
+    inputs = None if data is None else evaluation_inputs(vlm, data, weights, config)
+    if data is None or inputs is None or config.evaluation.max_records == 0 or run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
     yield Stage(stage, "started")
     answerer = Answerer(vlm, dropout_ratio=config.preference.dropout_ratio)
-    policies: dict[str, str | None] = {"base": None}
-    for label, folder in (("adapter", adapter), ("before", parent)):
-        if folder is not None:
-            answerer.load_adapter(label, folder)
-            policies[label] = label
+    for label, folder in folders.items():
+        answerer.load_adapter(label, folder)
+        policies[label] = label
     yield from evaluation_run(answerer, data, policies, run, inputs, config, should_stop=should_stop)
     run.finish(stage, ["predictions.jsonl", "evaluation.json"])
     yield Stage(stage, "completed")

@@ -10,21 +10,21 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hscr import __version__
 from hscr.answer import Answerer
 from hscr.artifacts import file_digest, json_digest, write_json
 from hscr.config import AlignConfig
-from hscr.evaluate import evaluate, plan, read_predictions, summarize
+from hscr.data_set import DataSet
+from hscr.evaluate import evaluate, plan
 from hscr.events import Event, Rate, Result, Stage, Stopped
 from hscr.leaks import check_evaluation, refuse_own_data
 from hscr.model import VLM, require_images
+from hscr.predictions import read_predictions
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
-
-if TYPE_CHECKING:
-    from hscr.align import DataSet
+from hscr.tables import summarize
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -60,8 +60,7 @@ def evaluate_version(
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
         for other in learnt:
             yield from check_evaluation(run, other, data, allow=allow)
-        asked = [asdict(config.evaluation), config.seed, config.preference.dropout_ratio]
-        inputs = json_digest([data.digest, vlm.digest, weights, *asked])
+        inputs = evaluation_inputs(vlm, data, weights, config)
         if run.is_done(stage, inputs):
             yield Stage(stage, "skipped")
         else:
@@ -75,6 +74,12 @@ def evaluate_version(
             yield Stage(stage, "completed")
         yield from _reporting(run, data, inputs)
         yield Result(None, file_digest(out / "evaluation.json"), headline(out / "evaluation.json"))
+
+
+def evaluation_inputs(vlm: VLM, data: DataSet, weights: dict[str, str], config: AlignConfig) -> str:
+    """Digest of all that an evaluation's predictions and tables depend on; `weights` are digests of what is compared with the base."""
+    ratio = config.preference.dropout_ratio  # of the grounding score
+    return json_digest([weights, vlm.digest, data.digest, asdict(config.evaluation), config.seed, ratio])
 
 
 def _reporting(run: RunDir, data: DataSet, evaluated: str) -> Iterator[Event]:

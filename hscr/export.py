@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hscr.artifacts import appearing
 from hscr.records import PreferenceRecord, to_json
 
 _IMAGE = "<image>"  # both trainers want one mark an image in the text
@@ -68,7 +69,7 @@ def llama_factory_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict
 
 
 def hscr_rows(preferences: Iterable[PreferenceRecord]) -> Iterator[dict[str, Any]]:
-    """Whole records: all levels, rewards, what was dropped. `hscr align` takes them as preferences.jsonl beside the records."""
+    """Whole records: all levels, rewards, what was dropped. Beside its images such a file is a data set (hscr/data_set.py)."""
     return map(to_json, preferences)
 
 
@@ -89,9 +90,12 @@ def export_lines(preferences: Iterable[PreferenceRecord], form: str) -> Iterator
 
 
 def write_export(preferences: Iterable[PreferenceRecord], form: str, path: Path) -> int:
-    """Write JSONL in `form`; the number of rows. ValueError for an unknown form."""
+    """Write JSONL in `form`, whole or not at all, even over the file that the records are read from; the number of rows.
+
+    ValueError for an unknown form.
+    """
     lines, rows = export_lines(preferences, form), 0
-    with path.open("w", encoding="utf-8") as file:
+    with appearing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(line)
             rows += 1

@@ -1,30 +1,22 @@
 """Convert a checkpoint of the LLaVA fork's class (`microsoft/llava-med-v1.5-mistral-7b`) to a `LlavaForConditionalGeneration` folder.
 
-`plan_import` reads headers only and checks every tensor by name and shape against the target model built on the meta device; `write_import`
-copies tensor by tensor, so that memory holds one output shard and one tensor, and the folder appears whole or not at all.
-Safetensors only, as everywhere here: the released checkpoint has them, and a pickle is not opened. docs/import-llava-med.md has the table.
+`plan_import` reads headers only and checks every tensor by name and shape against the target model built on the meta device;
+hscr/llava_med_write.py does what was planned. Safetensors only, as everywhere here: the released checkpoint has them, and a pickle is not
+opened. docs/import-llava-med.md has the table.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from hscr.artifacts import write_json
 from hscr.llava_med_checkpoint import (
     COUNTERPARTS,
-    INDEX,
     TORCH_NAMES,
     TOWER_PREFIX,
     TOWERS,
@@ -36,11 +28,8 @@ from hscr.llava_med_checkpoint import (
     tower_file,
     tower_weights,
 )
-from hscr.llava_med_text import check_prompt_ids, make_processor
-from hscr.run_dir import RunDir
+from hscr.llava_med_text import make_processor
 
-REPORT = "import-report.json"
-SHARD_BYTES = 1_000_000_000
 ROWS_MULTIPLE = 64  # as Hugging Face's own LLaVA conversions: matrix products like it
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 # Fork name -> name in published LLaVA folders, which transformers 4 and 5 and other engines read. First match wins.
@@ -98,9 +87,8 @@ def plan_import(source: Path, vision_tower: str | None = None) -> Plan:
     """
     settings = read_settings(source)
     tower = vision_tower or str(settings.get("mm_vision_tower", ""))
-    if (
-        vision_tower is None and tower not in TOWERS and not Path(tower).is_dir()
-    ):  # nothing is fetched that was not asked for
+    # Nothing is fetched that was not asked for.
+    if vision_tower is None and tower not in TOWERS and not Path(tower).is_dir():
         raise ValueError(
             f"{source}: names the vision tower {tower!r}, whose shape is not known here (known: {', '.join(TOWERS)}); "
             "give the tower's folder as --vision-tower"
@@ -108,78 +96,38 @@ def plan_import(source: Path, vision_tower: str | None = None) -> Plan:
     vision = tower_config(tower)
     pixels = None if tower in TOWERS else tower_file(tower, "preprocessor_config.json")
     processor = make_processor(source, vision, settings, pixels)
-    config = _config(settings, vision, processor)
+    config, expected = _target(source, settings, vision, processor)
     stored = read_checkpoint(source)
     if not any(name.startswith(TOWER_PREFIX) for name in stored):
         stored |= tower_weights(vision_tower, source)
-    moves, unused = _moves(stored, config, int(settings.get("vocab_size", 32000)), source)
+    moves, unused = _moves(stored, expected, settings["vocab_size"], source)
     config.dtype = TORCH_NAMES[Counter(m.stored.dtype for m in moves).most_common(1)[0][0]]
     left = {k: v for k, v in settings.items() if k not in TEXT_FIELDS | READ_FIELDS | COUNTERPARTS.keys()}
     return Plan(source, config, processor, moves, unused, tower, left)
 
 
-def write_import(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[Move]:
-    """Write the planned folder, yielding each tensor once it is read; `out` appears when the iterator is exhausted, never before.
-
-    Memory: at most `shard_bytes` of output, or one tensor where that is larger, and one tensor besides.
-    Raises ValueError where `out` exists or cannot be written.
-    """
-    size = sum(m.n_bytes for m in plan.moves)
-    with _appearing(out, size) as folder:
-        plan.config.save_pretrained(folder)
-        ids = {k: getattr(plan.config.text_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**ids).save_pretrained(folder)
-        plan.processor.save_pretrained(folder)
-        check_prompt_ids(plan.source, folder)
-        shards = _shards(plan.moves, shard_bytes)
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        for name, moves in zip(names, shards, strict=True):
-            tensors = {}
-            for move in moves:
-                tensors[move.target] = _tensor(move)
-                yield move
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            del tensors  # before the next shard is gathered, not after
-        where = {m.target: n for n, moves in zip(names, shards, strict=True) for m in moves}
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-        write_json(folder / REPORT, report(plan, where))
-
-
-def report(plan: Plan, where: dict[str, str]) -> dict[str, Any]:
-    """What was done with every tensor. No absolute paths, no time: the same import gives the same bytes, by which a folder is known."""
-    rows = plan.config.text_config.vocab_size
-    return {
-        "source": plan.source.resolve().name,
-        "vision_tower": plan.tower if plan.tower in TOWERS else Path(plan.tower).name,
-        "image_token_id": plan.config.image_token_id,
-        "rows": {
-            "tokens": len(plan.processor.tokenizer),
-            "target": rows,
-            "new rows": "mean of the checkpoint's rows",
-            "multiple of": ROWS_MULTIPLE,
-        },
-        "tensors": [
-            _row(m.stored) | {"target": m.target, "target_shape": m.shape, "file": where[m.target]} for m in plan.moves
-        ],
-        "unused": [_row(stored) | {"reason": reason} for stored, reason in plan.unused],
-        "config_left": plan.config_left,
-    }
-
-
-def _row(stored: Stored) -> dict[str, Any]:
-    return {k: v.name if isinstance(v, Path) else v for k, v in asdict(stored).items()}
+def _target(
+    source: Path, settings: dict[str, Any], vision: Any, processor: Any
+) -> tuple[LlavaConfig, dict[str, tuple[int, ...]]]:
+    """The target's configuration, and its tensors' shapes by their published names; ValueError where config.json describes no model."""
+    layer, n_layers = settings.get("mm_vision_select_layer", -2), vision.num_hidden_layers
+    if not isinstance(layer, int) or not -n_layers - 1 <= layer <= n_layers:
+        raise ValueError(f"{source}: mm_vision_select_layer is {layer!r}, the vision tower has {n_layers} layers")
+    try:
+        config = _config(settings, vision, processor)
+        with torch.device("meta"):
+            state = LlavaForConditionalGeneration(config).state_dict()
+    except Exception as error:  # whatever a class of transformers makes of a field that is no number
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{source / 'config.json'}: describes no LLaVA-Med ({reason}); download it again") from error
+    return config, {_published(name): tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _config(settings: dict[str, Any], vision: Any, processor: Any) -> LlavaConfig:
     """The target's configuration; the embeddings have a row for every token of the processor, in multiples of 64."""
-    known = {*MistralConfig().to_dict(), "rope_theta", "rope_scaling"} - {
-        "model_type",
-        "architectures",
-        "transformers_version",
-    }
-    text = MistralConfig(**{k: v for k, v in settings.items() if k in known})
+    text = MistralConfig(**{k: v for k, v in settings.items() if k in TEXT_FIELDS})
     text.pad_token_id = processor.tokenizer.pad_token_id
-    rows = max(int(settings.get("vocab_size", 32000)), len(processor.tokenizer))
+    rows = max(settings["vocab_size"], len(processor.tokenizer))
     text.vocab_size = -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
     config = LlavaConfig(
         vision_config=vision,
@@ -205,12 +153,9 @@ def _published(state: str) -> str:
 
 
 def _moves(
-    stored: dict[str, Stored], config: LlavaConfig, vocab_size: int, source: Path
+    stored: dict[str, Stored], expected: dict[str, tuple[int, ...]], vocab_size: int, source: Path
 ) -> tuple[tuple[Move, ...], tuple[tuple[Stored, str], ...]]:
     """Every tensor's place in the target, or the reason it has none; ValueError where one is unknown, missing or of another shape."""
-    with torch.device("meta"):
-        state = LlavaForConditionalGeneration(config).state_dict()
-    expected = {_published(name): tuple(tensor.shape) for name, tensor in state.items()}
     moves, unused, unknown, wrong = [], [], [], []
     for name, tensor in stored.items():
         reason = next((why for end, why in UNUSED.items() if name.endswith(end)), None)
@@ -229,62 +174,3 @@ def _moves(
     refuse(source, "of another shape", wrong)
     refuse(source, "missing", sorted(expected.keys() - {m.target for m in moves}))
     return tuple(moves), tuple(unused)
-
-
-def _shards(moves: tuple[Move, ...], limit: int) -> list[list[Move]]:
-    """Consecutive moves of at most `limit` bytes together; a larger tensor stands alone."""
-    shards: list[list[Move]] = [[]]
-    for move in moves:
-        if shards[-1] and sum(m.n_bytes for m in shards[-1]) + move.n_bytes > limit:
-            shards.append([])
-        shards[-1].append(move)
-    return shards
-
-
-def _tensor(move: Move) -> torch.Tensor:
-    """The tensor as the target holds it: bytes unchanged, and new rows (no text has them) the mean of the old ones, so that they stand out
-    neither as input nor as output."""
-    try:
-        with safe_open(move.stored.shard, "pt") as file:
-            tensor = file.get_tensor(move.stored.name)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{move.stored.shard}: cannot be read any more ({error}); leave the source as it is"
-        ) from error
-    if tuple(tensor.shape) == move.shape:
-        return tensor.contiguous()
-    grown = torch.empty(move.shape, dtype=tensor.dtype)
-    grown[: len(tensor)] = tensor
-    total = torch.zeros(move.shape[1:], dtype=torch.float64)
-    for rows in tensor.split(1024):  # a float64 copy of the whole would be four times the tensor
-        total += rows.to(torch.float64).sum(0)
-    grown[len(tensor) :] = (total / len(tensor)).to(tensor.dtype)
-    return grown
-
-
-@contextmanager
-def _appearing(out: Path, n_bytes: int) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` at the end; what a killed import left there is cleared by the next one."""
-    if os.path.lexists(out):
-        raise ValueError(f"{out}: exists already; name another folder with --out, or move it away")
-    work = out.absolute().parent / f".{out.name}.importing"
-    try:
-        with RunDir(work).locked():
-            try:
-                for left in work.iterdir():
-                    if left.name != ".lock":
-                        left.unlink()
-                free = shutil.disk_usage(work).free
-                if free < n_bytes * 1.01:
-                    need = f"needs {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-                    raise ValueError(f"{out}: {need}; make room or choose another --out")
-                yield work
-                for path in work.iterdir():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-                work.rename(out)
-                (out / ".lock").unlink()  # after the renaming: without its lock the folder would be anyone's to clear
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{out}: cannot be written ({error}); nothing is left there, choose another --out") from error

@@ -6,14 +6,13 @@ once. Files are hard-linked where the file system allows, else copied; bytes fro
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hscr.artifacts import bytes_digest, file_digest, json_digest, link_or_copy, write_json
+from hscr.artifacts import appearing_folder, bytes_digest, file_digest, json_digest, link_or_copy, write_json
 from hscr.images import ImageError, decode_image
 from hscr.readers import Found, detect
 from hscr.readers.rows import Part
@@ -80,18 +79,13 @@ def import_data(
     Raises ValueError: OUT is not empty, the layout is not recognised or has no such split, a file is damaged, no row is usable
     (NoUsableRow), the source is beyond `limits` (TooLarge).
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out.name} is there and not empty; choose another folder")
-    kind, parts = detect(source, layout)
-    if split is not None:
-        there = sorted({p.split or "(unnamed)" for p in parts})
-        parts = [p for p in parts if p.split == split]
-        if not parts:
-            raise ValueError(f"--split {split}: {source.name} has only {', '.join(there)}")
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with appearing_folder(out) as partial:
+        kind, parts = detect(source, layout)
+        if split is not None:
+            there = sorted({p.split or "(unnamed)" for p in parts})
+            parts = [p for p in parts if p.split == split]
+            if not parts:
+                raise ValueError(f"--split {split}: {source.name} has only {', '.join(there)}")
         taken = _Taken(partial, tuple(languages), limits)
         for part in parts:
             taken.take(part, kind.rows(part))
@@ -100,11 +94,6 @@ def import_data(
             raise NoUsableRow(f"{source.name}: no usable row" + (f" ({reasons})" if reasons else ""), taken.rejected)
         report = taken.report({"name": source.name, "format": kind.name, "split": split}, parts)
         write_json(partial / "import.json", asdict(report))
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 

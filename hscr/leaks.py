@@ -17,7 +17,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import imagehash
 import numpy as np
@@ -25,12 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hscr.artifacts import json_digest, write_json
+from hscr.data_set import DataSet
 from hscr.events import Event, Warning_
 from hscr.images import decode_image
 from hscr.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from hscr.align import DataSet
 
 HASH_SIDE = 16
 NEAR_BITS = 16

@@ -61,7 +61,7 @@ class Stored:
 
 
 def read_settings(source: Path) -> dict[str, Any]:
-    """The fork's config.json, refused where a field says something that the target class does not compute."""
+    """The fork's config.json with its `vocab_size`, refused where a field says something that the target class does not compute."""
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder; give the folder that the checkpoint was downloaded to")
     try:
@@ -77,6 +77,9 @@ def read_settings(source: Path) -> dict[str, Any]:
         raise ValueError(
             f"{source}: config.json says model_type {kind!r}; only 'llava_mistral' (LLaVA-Med v1.5) is imported"
         )
+    rows = settings.setdefault("vocab_size", 32000)  # MistralConfig's own, which the fork does not write
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"{source}: config.json: vocab_size is {json.dumps(rows)}, must be a number above 0")
     for name, known in COUNTERPARTS.items():
         value = settings.get(name, known[0])
         if value not in known or (name == "mm_projector_type" and value != "mlp2x_gelu"):

@@ -48,7 +48,7 @@ def make_processor(source: Path, vision: Any, settings: dict[str, Any], preproce
     preprocessor: the tower's preprocessor_config.json; without one CLIP's own means are used. Raises ValueError where the tokenizer
     cannot be read or has more tokens than the checkpoint has rows.
     """
-    tokenizer, rows = _tokenizer(source), int(settings.get("vocab_size", 32000))
+    tokenizer, rows = _tokenizer(source), settings["vocab_size"]
     if len(tokenizer) > rows:
         raise ValueError(
             f"{source}: its tokenizer has {len(tokenizer)} tokens, config.json {rows}; put the checkpoint's own tokenizer files there"

@@ -88,7 +88,7 @@ class Rows:
         # The last token of a prompt (always text) goes with the rows, so that every row has one, also without a tail.
         self._columns([(p.input_ids[:-1], p.position_ids[..., :-1]) for p in distinct])
         if prefixes is not None and prefixes.fill(distinct, self.cache):
-            self._extra = {}
+            self._extra.clear()
         else:
             self.logits()
             if prefixes is not None:
@@ -101,7 +101,7 @@ class Rows:
         self.ids = torch.empty((len(prompts), 0), dtype=torch.long, device=self.vlm.device)
         self.mask = self.ids
         self.positions = self.ids.expand(*prompts[0].position_ids.shape[:-1], *self.ids.shape)
-        self._extra = image_inputs(self.vlm, prompts)
+        self._extra: dict[str, Any] = image_inputs(self.vlm, prompts)
 
     def _columns(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Append a block of columns, (ids [T], positions [..., T]) a row, left-padded."""
@@ -132,7 +132,7 @@ class Rows:
             logits_to_keep=last,
             **self._extra,
         ).logits
-        self._extra = {}  # the features are in the cache now
+        self._extra.clear()  # the features are in the cache now
         return logits
 
     def append(self, chosen: Sequence[int]) -> None:

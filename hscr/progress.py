@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -98,13 +99,13 @@ def draw(events: Iterable[e.Event], console: Console) -> None:
                 note = f"loss {event.values['loss']:.3f}  rewards/chosen {event.values['rewards/chosen']:+.3f}"
                 progress.update(task(event.stage), note=note)
             elif isinstance(event, e.Warning_):
-                progress.console.print(f"[yellow]warning:[/] {event.message}")
+                progress.console.print(f"[yellow]warning:[/] {escape(event.message)}", soft_wrap=True)
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """Scores with intervals, a row a metric, a column a policy, and the reading of the gain."""
     table = Table(title="real image, 95 % intervals")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")  # a name cut off says nothing
     for policy in evaluation["scores"]:
         table.add_column(policy, justify="right")
     table.add_column("reading")
@@ -143,6 +144,7 @@ def grounded_text(answer: Answer) -> Text:
             text.append(token.text, style=f"on rgb({40 - strength // 5},{60 + strength // 2},{50 - strength // 5})")
         elif token.is_content or token.text.strip().isprintable():
             text.append("" if token.text.startswith("<") else token.text)
-    text = text if text.plain.strip() else Text(answer.text)
+    start = len(text.plain) - len(text.plain.lstrip())  # tokenizers write the first word's space into its token
+    text = text[start:] if text.plain.strip() else Text(answer.text)
     score = "" if answer.score is None else f"\ngrounding {answer.score:+.3f} nats (its least grounded word)"
     return Text.assemble(text, (score, "dim"))

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hscr import record_fields as fields
+
 ANSWER_TYPES = ("open", "closed", "caption")
-MAX_TEXT_CHARS = 20_000
-MAX_IMAGES = 16
+MAX_LINE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def to_json(value: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(value, dict_factory=_row).items() if v not in (None, (), {}, [])}
 
 
-def _row(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dataclass as a dict in the form that it had before it could hold more, for digests depend on that."""
-    row = {k: v for k, v in fields if (k, v) != ("source", "replacement")}
+    row = {k: v for k, v in pairs if (k, v) != ("source", "replacement")}
     further = row.pop("further_images", ())
     return (
         {"images" if k == "image" else k: (v, *further) if k == "image" else v for k, v in row.items()}
@@ -110,81 +111,25 @@ def vqa_record(row: Any) -> VQARecord:
     """Parse one JSON object; ValueError says which field is wrong and how."""
     if not isinstance(row, dict):
         raise ValueError("a line must be a JSON object")
-    text: dict[str, str] = {}
-    images: list[str] = []
-    for name in ("id", "image", "question", "answer"):
-        value = row.get(name)
-        if name == "image":
-            images = _images(row)
-            continue
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name in ("id", "answer"):
-            value = str(value)  # VQA-RAD has numeric answers
-        text[name] = checked_text(value, name)
+    identity = fields.text_or_number(row.get("id"), "id")
+    images = fields.image_paths(row)
+    question, answer = fields.text(row.get("question"), "question"), fields.text_or_number(row.get("answer"), "answer")
     kind = row.get("answer_type") or "open"
     if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
         raise ValueError(f"answer_type: must be {', '.join(ANSWER_TYPES[:-1])} or {ANSWER_TYPES[-1]}")
-    options = row.get("options") or []
-    if not (isinstance(options, list) and all(isinstance(o, str) and o for o in options)):
-        raise ValueError("options: must be a list of texts")
-    grounded = row.get("grounded") or []
-    if not isinstance(grounded, list):
-        raise ValueError("grounded: must be a list")
-    group, meta = row.get("group"), row.get("meta") or {}
-    if group is not None and not isinstance(group, str):
-        raise ValueError("group: must be a text")
-    if not isinstance(meta, dict):
-        raise ValueError("meta: must be an object")
+    group = row.get("group")
     return VQARecord(
-        **text,
-        image=images[0],
-        further_images=tuple(images[1:]),
+        identity,
+        images[0],
+        question,
+        answer,
         answer_type=kind.lower(),
-        options=tuple(options),
-        grounded=tuple(_grounded(g) for g in grounded),
-        group=group,
-        meta=meta,
+        options=fields.options(row.get("options") or []),
+        grounded=tuple(GroundedWord(*g) for g in fields.grounded(row.get("grounded") or [])),
+        group=None if group is None else fields.storable(group, "group"),
+        meta=fields.meta(row.get("meta") or {}),
+        further_images=tuple(images[1:]),
     )
-
-
-def checked_text(value: Any, name: str) -> str:
-    """The text, stripped; ValueError, with `name` in it, where it is none that can be stored and trained on."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}: must be a text that is not empty")
-    if len(value) > MAX_TEXT_CHARS:
-        raise ValueError(f"{name}: longer than {MAX_TEXT_CHARS} characters")
-    if "\x00" in value:
-        raise ValueError(f"{name}: holds a NUL character")
-    if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{name}: holds half of a surrogate pair, which is no text")
-    return value.strip()
-
-
-def _images(row: dict[str, Any]) -> list[str]:
-    """The paths under `image` (one) or `images` (a list)."""
-    several = row.get("images")
-    if several is None:
-        return [_image_path(row.get("image"), "image")]
-    if "image" in row:
-        raise ValueError("image: give image or images, not both")
-    if not isinstance(several, list) or not 0 < len(several) <= MAX_IMAGES:
-        raise ValueError(f"images: must be a list of 1 to {MAX_IMAGES} paths")
-    return [_image_path(path, "images") for path in several]
-
-
-def _image_path(value: Any, name: str) -> str:
-    text = checked_text(value, name)
-    path = Path(text)
-    if path.is_absolute() or ".." in path.parts or "\\" in text:
-        raise ValueError(f"{name}: must be a path inside the data set's folder")
-    if len(text) > 1000 or any(len(part.encode()) > 255 for part in path.parts):
-        raise ValueError(f"{name}: the path is longer than a file system allows")
-    return text
-
-
-def _grounded(row: Any) -> GroundedWord:
-    if not (isinstance(row, dict) and isinstance(row.get("word"), str) and isinstance(row.get("among"), list)):
-        raise ValueError('grounded: must be a list of {"word": text, "among": [texts]}')
-    return GroundedWord(row["word"], tuple(str(w) for w in row["among"]))
 
 
 def records_file(data: Path) -> Path:
@@ -193,7 +138,7 @@ def records_file(data: Path) -> Path:
         return data
     if (data / "records.jsonl").is_file():
         return data / "records.jsonl"
-    found = sorted(data.glob("*.jsonl")) if data.is_dir() else []
+    found = sorted(p for p in data.glob("*.jsonl") if p.is_file()) if data.is_dir() else []
     if len(found) != 1:
         what = (
             "no such file or folder"
@@ -204,49 +149,89 @@ def records_file(data: Path) -> Path:
     return found[0]
 
 
+def parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, value) of a JSONL file's lines that are not empty; a line that is no JSON is its ValueError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > MAX_LINE_BYTES:
+                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+                    pass  # never whole in memory: a line of gigabytes is no record
+                yield number, ValueError(f"longer than {MAX_LINE_BYTES} bytes")
+            elif line.strip():
+                yield number, parsed(line)
+
+
+def parsed(line: bytes) -> Any:
+    """The value of a line of JSON, or the ValueError that says why it is none."""
+    try:
+        return json.loads(line)
+    except RecursionError:
+        return ValueError("nested too deeply")
+    except UnicodeDecodeError:
+        return ValueError("not UTF-8")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not JSON: {error.msg}")
+    except ValueError as error:  # an integer of thousands of digits
+        return error
+
+
 def read_records(data: Path) -> tuple[list[VQARecord], list[RejectedRow]]:
-    """All good records of a data set and all rejected rows (bad JSON, bad field, repeated id), in file order."""
+    """All good records of a data set and all rejected rows (bad JSON, bad field, repeated id), in file order.
+
+    A file of preference records is read too: each line's `record`.
+    """
     records: list[VQARecord] = []
     rejected: list[RejectedRow] = []
     seen: set[str] = set()
-    with records_file(data).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = vqa_record(json.loads(line))
-                if record.id in seen:
-                    raise ValueError("id: used by an earlier line")
-            except RecursionError:
-                rejected.append(RejectedRow(number, "nested too deeply"))
-            except UnicodeDecodeError:
-                rejected.append(RejectedRow(number, "not UTF-8"))
-            except json.JSONDecodeError as error:
-                rejected.append(RejectedRow(number, f"not JSON: {error.msg}"))
-            except ValueError as error:
-                rejected.append(RejectedRow(number, str(error)))
-            else:
-                seen.add(record.id)
-                records.append(record)
+    for number, row in parsed_lines(records_file(data)):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            record = vqa_record(row["record"] if is_preference(row) else row)
+            if record.id in seen:
+                raise ValueError("id: used by an earlier line")
+        except ValueError as error:
+            rejected.append(RejectedRow(number, str(error)))
+        else:
+            seen.add(record.id)
+            records.append(record)
     return records, rejected
 
 
-def preference_record(row: dict[str, Any]) -> PreferenceRecord:
-    """The inverse of to_json for a preference record."""
+def is_preference(row: Any) -> bool:
+    """Whether a line's value is a preference record's rather than a VQA record's."""
+    return isinstance(row, dict) and isinstance(row.get("record"), dict) and "id" not in row
+
+
+def holds_preferences(path: Path) -> bool:
+    """Whether a JSONL file's first line is a preference record."""
+    return is_preference(next((row for _, row in parsed_lines(path)), None))
+
+
+def preference_record(row: Any) -> PreferenceRecord:
+    """The inverse of to_json for a preference record; ValueError says which field is wrong and how."""
+    if not is_preference(row):
+        raise ValueError("record: must be an object")
+    words, dropped = fields.objects(row, "words"), row.get("dropped", {})
+    if not (isinstance(dropped, dict) and all(isinstance(n, int) for n in dropped.values())):
+        raise ValueError("dropped: must be an object of counts")
     return PreferenceRecord(
         record=vqa_record(row["record"]),
-        levels=tuple(
-            Level(
-                r["text"],
-                r["similarity"],
-                tuple((a, b) for a, b in r.get("replaced", ())),
-                r.get("source", "replacement"),
-            )
-            for r in row.get("levels", ())
+        levels=tuple(map(_level, fields.objects(row, "levels"))),
+        words=tuple(
+            WordReward(str(w.get("text")), fields.number(w, "reward"), w.get("coupled") is True) for w in words
         ),
-        words=tuple(WordReward(**w) for w in row.get("words", ())),
-        dropped=row.get("dropped", {}),
+        dropped=dropped,
     )
+
+
+def _level(row: dict[str, Any]) -> Level:
+    said, replaced, source = row.get("text"), row.get("replaced", []), row.get("source", "replacement")
+    if not (isinstance(said, str) and said.strip() and isinstance(source, str)):
+        raise ValueError("levels: must have a text that is not empty, and no source or a word as source")
+    if not (isinstance(replaced, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in replaced)):
+        raise ValueError("levels: `replaced` must be a list of pairs of words")
+    return Level(said, fields.number(row, "similarity"), tuple((str(a), str(b)) for a, b in replaced), source)
 
 
 def read_preferences(path: Path) -> Iterator[PreferenceRecord]:

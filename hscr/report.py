@@ -20,7 +20,7 @@ from PIL import Image
 
 from hscr import figures
 from hscr.artifacts import atomic_write, verify_manifest, write_json
-from hscr.evaluate import Prediction, read_predictions
+from hscr.predictions import Prediction, read_predictions
 from hscr.records import PreferenceRecord, VQARecord, read_preferences
 
 OpenImage = Callable[[VQARecord], Image.Image]

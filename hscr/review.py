@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hscr.artifacts import bytes_digest
-from hscr.records import Level, PreferenceRecord, checked_text, preference_record
+from hscr.record_fields import text as checked_text
+from hscr.records import Level, PreferenceRecord, preference_record
 from hscr.similarity import Similarity, normalized
 
 

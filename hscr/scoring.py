@@ -110,7 +110,8 @@ def grounded_words(prediction: str, grounded: Sequence[GroundedWord]) -> list[bo
 def caption_scores(prediction: str, reference: str) -> dict[str, float]:
     """BLEU-4 (sacrebleu's sentence BLEU, effective order) and ROUGE-L (F1, stemmed), both in [0, 1].
 
-    They are means over captions, as paired intervals need; `corpus_bleu` is another number. Raises ValueError where the extra is missing.
+    One caption's: their mean is not the set's BLEU, which hscr/caption_sets.py brings into the tables. Raises ValueError where the
+    extra is missing.
     """
     bleu, rouge = _caption_libraries()
     return {
@@ -122,8 +123,8 @@ def caption_scores(prediction: str, reference: str) -> dict[str, float]:
 def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     """BLEU-4 of a whole set of captions (sacrebleu's corpus BLEU: counts are added before they are divided), in [0, 1].
 
-    It is what papers print; it is no mean over captions, so the paired intervals are those of `caption_scores`. There is no METEOR: nltk's
-    needs WordNet, which is a download. Raises ValueError where the extra is missing, or for no or unpaired captions.
+    It is what papers print; hscr/caption_sets.py has it with intervals. There is no METEOR: nltk's needs WordNet,
+    which is a download. Raises ValueError where the extra is missing, or for no or unpaired captions.
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError("captions: must be one or more, each with its reference")
@@ -148,7 +149,12 @@ def _caption_libraries() -> tuple[Any, Any]:
 def check_scorable(records: Iterable[VQARecord]) -> None:
     """ValueError where a record needs a scorer that is not installed: said before hours of work, not after."""
     if any(r.answer_type == "caption" for r in records):
-        _caption_libraries()
+        require_caption_libraries()
+
+
+def require_caption_libraries() -> None:
+    """ValueError where the extra that captions need is not installed, with the command that installs it."""
+    _caption_libraries()
 
 
 def score(record: VQARecord, prediction: str) -> dict[str, float]:

@@ -44,13 +44,13 @@ def interval(
     of = np.arange(len(x)) if clusters is None else np.unique([str(c) for c in clusters], return_inverse=True)[1]
     sums, sizes = np.bincount(of, weights=x), np.bincount(of)
     means = np.concatenate(
-        [sums[draw].sum(axis=1) / sizes[draw].sum(axis=1) for draw in _draws(len(sums), n_bootstrap, seed)]
+        [sums[draw].sum(axis=1) / sizes[draw].sum(axis=1) for draw in resamples(len(sums), n_bootstrap, seed)]
     )
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(x.mean()), "low": float(low), "high": float(high), "n": len(x)}
 
 
-def _draws(n: int, n_bootstrap: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def resamples(n: int, n_bootstrap: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """Resampled indices [b, n], in chunks of b."""
     random = np.random.default_rng(seed)
     rows = max(1, _CELLS // n)
@@ -109,7 +109,7 @@ def separation(answers: Sequence[Judged], n_bootstrap: int, seed: int = 0) -> di
     n, n_wrong = len(answers), sum(a.wrong for a in answers)
     whole = _grouped(answers, np.ones(n))
     areas, curves = [], []
-    for draw in _draws(n, n_bootstrap, seed):
+    for draw in resamples(n, n_bootstrap, seed):
         counts = np.array([np.bincount(row, minlength=n) for row in draw], dtype=float)
         groups = _grouped(answers, counts)
         areas.append(groups.auroc())

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hscr.artifacts import link_or_copy, write_json
+from hscr.artifacts import appearing_folder, link_or_copy, write_json
+from hscr.data_set import PREFERENCES, given_preferences
 from hscr.leaks import Prints, near, prints
 from hscr.records import VQARecord, read_preferences, read_records, records_file, write_jsonl
 
@@ -88,10 +88,14 @@ def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> di
 
     Raises ValueError: OUT is not empty, no usable record, an image is missing or damaged, a part stays empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out.name} is there and not empty; choose another folder")
+    with appearing_folder(out) as partial:
+        return _split(data, partial, shares, seed)
+
+
+def _split(data: Path, out: Path, shares: dict[str, float], seed: int) -> dict[str, Any]:
     records, rejected = read_records(data)
-    folder = records_file(data).parent
+    file = records_file(data)
+    folder, given = file.parent, given_preferences(file)
     if not records:
         raise ValueError(f"data set {data.name!r} has no usable record")
     names = units(records, folder)
@@ -111,29 +115,20 @@ def split_data(data: Path, out: Path, shares: dict[str, float], seed: int) -> di
         "shares": shares,
         "parts": {n: {"records": len(found), "groups": len(members[n])} for n, found in parts.items()},
         "records_without_group": sum(r.group is None for r in records),
-        "largest_group": max(map(names.count, set(names))),
+        "largest_group": max(Counter(names).values()),
         "rejected": len(rejected),
     }
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for name, found in parts.items():
-            _write(partial / name, folder, found)
-        write_json(partial / "split.json", summary)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    for name, found in parts.items():
+        _write(out / name, folder, found, given)
+    write_json(out / "split.json", summary)
     return summary
 
 
-def _write(target: Path, source: Path, records: Sequence[VQARecord]) -> None:
+def _write(target: Path, source: Path, records: Sequence[VQARecord], given: Path | None) -> None:
     target.mkdir(parents=True)
     write_jsonl(target / "records.jsonl", records)
     for image in sorted({image for r in records for image in r.images}):
         link_or_copy(source / image, target / image)
-    if (source / "preferences.jsonl").is_file():
+    if given is not None:
         ids = {r.id for r in records}
-        kept = (p for p in read_preferences(source / "preferences.jsonl") if p.record.id in ids)
-        write_jsonl(target / "preferences.jsonl", kept)
+        write_jsonl(target / PREFERENCES, (p for p in read_preferences(given) if p.record.id in ids))

@@ -18,8 +18,16 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest, json_digest
+from hscr.data_set import PREFERENCES, checked_preferences, given_preferences
 from hscr.images import ImageError, decode_image
-from hscr.records import RejectedRow, VQARecord, read_preferences, read_records, records_file, to_json, write_jsonl
+from hscr.records import (
+    RejectedRow,
+    VQARecord,
+    read_records,
+    records_file,
+    to_json,
+    write_jsonl,
+)
 from service import audit
 from service.adapters import sync_tree
 from service.archive import ArchiveLimits, discard, flatten, unpack
@@ -40,7 +48,7 @@ class Content:
     images: dict[str, str]  # path -> digest
     digest: str
     format: str = "hscr"
-    given: bool = False  # an imported preference set brings its levels in preferences.jsonl
+    given: Path | None = None  # the file of preference records that a preference set brings along
 
 
 def folder(data_dir: Path, digest: str) -> Path:
@@ -78,7 +86,7 @@ def import_upload(
         else:
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
-            content = _imported(_read(source, rows_max), source, report)
+            content = _imported(_read(source, rows_max), report)
         _store(source, content, folder(data_dir, content.digest))
     finally:
         discard(incoming)
@@ -89,12 +97,10 @@ def import_upload(
         return dataset, new
 
 
-def _imported(content: Content, source: Path, report: dict[str, Any]) -> Content:
-    """An imported data set as our own reading found it, with the rows that the import left out, and its levels where it has any."""
+def _imported(content: Content, report: dict[str, Any]) -> Content:
+    """An imported data set as our own reading found it, with the rows that the import left out."""
     rows = [{**row, "reason": row["reason"][:300]} for row in report["rejected"]] + content.rejected
-    given = source / "preferences.jsonl"
-    digest = json_digest([content.digest, file_digest(given)]) if given.is_file() else content.digest
-    return replace(content, rejected=rows, digest=digest, format=report["source"]["format"], given=given.is_file())
+    return replace(content, rejected=rows, format=report["source"]["format"])
 
 
 def _read(source: Path, rows_max: int) -> Content:
@@ -133,7 +139,25 @@ def _read(source: Path, rows_max: int) -> Content:
     used = {image for record in kept for image in record.images}  # a good image beside a bad one has no record left
     images = {image: digest for image, digest in images.items() if image in used}
     told = [asdict(row) for row in rejected]
-    return Content(kept, told, images, json_digest([[to_json(r) for r in kept], sorted(images.items())]))
+    digest, given = json_digest([[to_json(r) for r in kept], sorted(images.items())]), given_preferences(path)
+    if given is not None:
+        told += _odd_preferences(given, records, set() if given != path else {row.line for row in rejected})
+        digest = json_digest([digest, file_digest(given)])
+    return Content(kept, told, images, digest, given=given)
+
+
+def _odd_preferences(given: Path, records: list[VQARecord], told: set[int]) -> list[dict[str, Any]]:
+    """The lines of a data set's preference records that fit none of its records; `told` are lines whose record was rejected already."""
+    n, odd = 0, []
+    for row in checked_preferences(given, records):
+        n += 1
+        if isinstance(row, RejectedRow):
+            odd.append({"file": given.name, **asdict(row)})
+    if len(odd) == n:
+        raise Problem(
+            "dataset_empty", f"No line of {given.name} fits a record; `rejected` says why.", rejected=odd[:20]
+        )
+    return [row for row in odd if row["line"] not in told]
 
 
 def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
@@ -155,10 +179,9 @@ def _store(source: Path, content: Content, final: Path) -> None:
             (whole / image).parent.mkdir(parents=True, exist_ok=True)
             (source / image).rename(whole / image)
         write_jsonl(whole / "records.jsonl", content.records)
-        if content.given:
-            ids = {r.id for r in content.records}
-            levels = (p for p in read_preferences(source / "preferences.jsonl") if p.record.id in ids)
-            write_jsonl(whole / "preferences.jsonl", levels)
+        if content.given is not None:
+            checked = checked_preferences(content.given, content.records)
+            write_jsonl(whole / PREFERENCES, (row for row in checked if not isinstance(row, RejectedRow)))
         sync_tree(whole)
         try:
             whole.rename(final)

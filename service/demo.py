@@ -31,11 +31,13 @@ from rich.table import Table
 
 from hscr.config import EvaluationConfig
 from hscr.demo.data import build
-from hscr.evaluate import CONDITIONS, Prediction, derangement, summarize
+from hscr.evaluate import derangement
+from hscr.predictions import CONDITIONS, Prediction
 from hscr.progress import bars, by_name, evaluation_table
 from hscr.records import VQARecord, read_records
 from hscr.report import image_uri, render
 from hscr.scoring import score
+from hscr.tables import summarize
 
 SPLITS = {"align": 480, "valid": 150, "test": 320}
 CLIENTS = 16  # concurrent questions: enough to keep the engine's batches full
@@ -200,7 +202,15 @@ def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], versi
         grounding = answer["grounding"]["score"] if condition == "real" else None
         scores = score(record, text)
         out[number] = Prediction(
-            policy, condition, record.id, text, scores, grounding, question=record.question, group=record.group
+            policy,
+            condition,
+            record.id,
+            text,
+            scores,
+            grounding,
+            question=record.question,
+            group=record.group,
+            reference=record.answer,
         )
 
     async def ask_every() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hscr.readers.rows import Found, Part, each, find_image, image_target, make, row_id, split_of, text
+from hscr.readers.rows import Found, Part, each, find_image, image_target, label_files, make, row_id, split_of, text
 from hscr.records import RejectedRow
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def parquet_parts(source: Path, columns: set[str]) -> list[Part]:
     """One part a parquet file that has these columns."""
-    files = (
-        [source] if source.is_file() else [*sorted(source.glob("*.parquet")), *sorted(source.glob("data/*.parquet"))]
-    )
-    files = [f for f in files if f.suffix.lower() == ".parquet"]
+    files = [*label_files(source, ".parquet"), *label_files(source / "data", ".parquet")]
     return [Part(f, split_of(f.name), f.parent) for f in files if columns <= set(open_parquet(f).schema_arrow.names)]
 
 
@@ -49,7 +46,9 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in open_parquet(path).iter_batches(batch_size=_BATCH_ROWS):
             yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except MemoryError:  # few bytes of a parquet file may hold gigabytes
+        raise MemoryError(f"{path.name}: {_BATCH_ROWS} of its rows need more memory than there is") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: is damaged ({type(error).__name__})") from None
 
 

@@ -17,6 +17,7 @@ from hscr.readers.rows import (
     first_object,
     image_target,
     json_items,
+    label_files,
     make,
     row_id,
     split_of,
@@ -28,8 +29,7 @@ _IMAGE = "<image>"
 
 
 def parts(source: Path) -> list[Part]:
-    files = [source] if source.is_file() else [*sorted(source.glob("*.json")), *sorted(source.glob("*.jsonl"))]
-    found = [f for f in files if f.suffix.lower() in (".json", ".jsonl") and "conversations" in first_object(f)]
+    found = [f for f in label_files(source, ".json", ".jsonl") if "conversations" in first_object(f)]
     return [Part(file, split_of(file.name), file.parent) for file in found]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hscr.readers.rows import Found, Part, each, find_image, make, read_limited, row_id, split_of, text
+from hscr.readers.rows import Found, Part, each, find_image, label_files, make, read_limited, row_id, split_of, text
 from hscr.records import RejectedRow
 
 
@@ -39,8 +39,8 @@ def load_plain(path: Path) -> Any:
 
 def parts(source: Path) -> list[Part]:
     """One part a `*_qa.pkl`; none where the source holds none."""
-    files = [source] if source.is_file() else sorted(source.glob("qas/*/*_qa.pkl")) or sorted(source.glob("*_qa.pkl"))
-    found = [f for f in files if f.name.endswith("_qa.pkl")]
+    nested = [f for folder in sorted(source.glob("qas/*")) for f in label_files(folder, ".pkl")]
+    found = [f for f in nested or label_files(source, ".pkl") if f.name.endswith("_qa.pkl")]
     return [Part(f, split_of(f.name), f.parents[2] if f.parent.parent.name == "qas" else f.parent) for f in found]
 
 
@@ -53,10 +53,10 @@ def rows(part: Part) -> Iterator[Found | RejectedRow]:
 
 def _found(line: int, row: dict[str, Any], part: Part) -> Found:
     name = text(row.get("image"))
+    if not isinstance(name, str):  # never str() of it: lists in a pickle may share their items a billion times over
+        raise ValueError("image: the row names none")
     folders = [f"images/{part.split}", "images"] if part.split else ["images"]
-    places = [
-        find_image(part.root, f"{name}{suffix}" if name else name, folders) for suffix in (".jpg", ".png", ".jpeg", "")
-    ]
+    places = [find_image(part.root, name and f"{name}{suffix}", folders) for suffix in (".jpg", ".png", ".jpeg", "")]
     image = next((p for p in places if p.is_file()), places[0])
     fields = {
         "id": row_id(part, line),

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hscr.records import RejectedRow, VQARecord, vqa_record
+from hscr import record_fields
+from hscr.records import RejectedRow, VQARecord, parsed, vqa_record
 
 MAX_LABEL_BYTES = 512 * 2**20  # a file of labels is read whole; the largest public set has 120 MB
 YES_NO = ("yes", "no")
@@ -50,6 +51,12 @@ class Found:
     rejected: str | None = None
 
 
+def label_files(source: Path, *suffixes: str) -> list[Path]:
+    """SOURCE itself where it is a file of one of these suffixes, else such files right in it, suffix by suffix; no folder, no pipe."""
+    there = [source] if source.is_file() else sorted(p for p in source.glob("*") if p.is_file())
+    return [file for suffix in suffixes for file in there if file.suffix.lower() == suffix]
+
+
 def split_of(name: str) -> str | None:
     """The split that a file's name begins with or is ("validate.json" → valid, "test-00000-of-00001" → test), or None."""
     word = name.lower().replace("_", "-").split(".")[0].split("-")[0]
@@ -75,7 +82,7 @@ def json_items(path: Path) -> Iterator[tuple[int, Any]]:
     """
     data = read_limited(path)
     if path.suffix.lower() == ".jsonl":
-        yield from ((n, _line(line)) for n, line in enumerate(data.splitlines(), 1) if line.strip())
+        yield from ((n, parsed(line)) for n, line in enumerate(data.splitlines(), 1) if line.strip())
         return
     try:
         items = json.loads(data)
@@ -86,19 +93,6 @@ def json_items(path: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(items, list):
         raise ValueError(f"{path.name}: must hold a JSON list")
     yield from enumerate(items, 1)
-
-
-def _line(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except RecursionError:
-        return ValueError("nested too deeply")
-    except UnicodeDecodeError:
-        return ValueError("not UTF-8")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg}")
-    except ValueError as error:  # an integer of thousands of digits
-        return error
 
 
 def each(
@@ -180,4 +174,4 @@ def make(line: int, fields: dict[str, Any], image: Path | bytes, rejected: str |
         row["answer_type"] = "closed" if is_yes_no(row["answer"]) else "open"
     if row["answer_type"] == "closed" and is_yes_no(row["answer"]) and not row.get("options"):
         row["options"] = list(YES_NO)
-    return Found(line, vqa_record(row), image, rejected)
+    return Found(line, vqa_record(row), image, None if rejected is None else record_fields.text(rejected, "rejected"))

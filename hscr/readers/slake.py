@@ -18,6 +18,7 @@ from hscr.readers.rows import (
     first_object,
     image_target,
     json_items,
+    label_files,
     make,
     split_of,
     text,
@@ -29,8 +30,7 @@ FIELDS = {"img_name", "q_lang", "question"}
 
 def parts(source: Path) -> list[Part]:
     """One part a split file; none where the source holds no such file."""
-    files = [source] if source.is_file() else sorted(source.glob("*.json"))
-    found = [f for f in files if f.suffix.lower() == ".json" and first_object(f).keys() >= FIELDS]
+    found = [f for f in label_files(source, ".json") if first_object(f).keys() >= FIELDS]
     return [Part(file, split_of(file.name), file.parent) for file in found]
 
 

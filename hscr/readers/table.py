@@ -19,6 +19,7 @@ from hscr.readers.rows import (
     first_object,
     image_target,
     json_items,
+    label_files,
     make,
     row_id,
     split_of,
@@ -32,15 +33,14 @@ _OPTIONAL = ("answer_type", "options", "group", "grounded", "meta")
 
 def parts(source: Path) -> list[Part]:
     """Every CSV and JSONL whose header (first row) has the columns."""
-    files = [source] if source.is_file() else [*sorted(source.glob("*.csv")), *sorted(source.glob("*.jsonl"))]
-    return [Part(f, split_of(f.name), f.parent) for f in files if _columns(f) >= COLUMNS]
+    return [
+        Part(f, split_of(f.name), f.parent) for f in label_files(source, ".csv", ".jsonl") if _columns(f) >= COLUMNS
+    ]
 
 
 def _columns(path: Path) -> set[str]:
     if path.suffix.lower() == ".jsonl":
         return set(first_object(path))
-    if path.suffix.lower() != ".csv":
-        return set()
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return {name.strip() for name in next(csv.reader([file.readline(100_000)]), [])}
 
@@ -54,6 +54,8 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         names = [name.strip() for name in next(reader, [])]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path.name}: its header names a column twice")
         while True:
             line = reader.line_num + 1
             try:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from hscr.readers.hf_parquet import embedded, parquet_parts, parquet_rows
-from hscr.readers.rows import Found, Part, each, first_object, json_items, make, row_id, split_of
+from hscr.readers.rows import Found, Part, each, first_object, json_items, label_files, make, row_id, split_of
 from hscr.records import RejectedRow
 
 FIELDS = {"prompt", "chosen", "rejected"}
 
 
 def parts(source: Path) -> list[Part]:
-    files = [source] if source.is_file() else [*sorted(source.glob("*.json")), *sorted(source.glob("*.jsonl"))]
-    texts = [f for f in files if f.suffix.lower() in (".json", ".jsonl") and first_object(f).keys() >= FIELDS]
+    texts = [f for f in label_files(source, ".json", ".jsonl") if first_object(f).keys() >= FIELDS]
     return [Part(f, split_of(f.name), f.parent) for f in texts] or parquet_parts(source, FIELDS)
 
 

@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hscr.readers.rows import Found, Part, each, find_image, first_object, image_target, json_items, make, text
+from hscr.readers.rows import (
+    Found,
+    Part,
+    each,
+    find_image,
+    first_object,
+    image_target,
+    json_items,
+    label_files,
+    make,
+    text,
+)
 from hscr.records import RejectedRow
 
 FIELDS = {"qid", "phrase_type", "image_name"}
@@ -21,8 +32,7 @@ _FOLDERS = ("VQA_RAD Image Folder", "images", ".")
 
 def parts(source: Path) -> list[Part]:
     """The JSON file twice, once a split; none where the source holds no such file."""
-    files = [source] if source.is_file() else sorted(source.glob("*.json"))
-    found = [f for f in files if f.suffix.lower() == ".json" and first_object(f).keys() >= FIELDS]
+    found = [f for f in label_files(source, ".json") if first_object(f).keys() >= FIELDS]
     return [Part(file, split, file.parent) for file in found for split in ("train", "test")]
 
 

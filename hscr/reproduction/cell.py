@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from hscr.align import DataSet
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, json_digest
 from hscr.config import EvaluationConfig
+from hscr.data_set import DataSet
 from hscr.demo.base import BEFORE_HABITS, MODEL_FOLDER
-from hscr.evaluate import Prediction, evaluate
+from hscr.evaluate import evaluate
 from hscr.feature_cache import FeatureCache
 from hscr.model import VLM, add_lora, encode_answer, encode_prompts, load_model
 from hscr.optimize import optimize
 from hscr.packing import packed_logits, token_logprobs
+from hscr.predictions import Prediction
 from hscr.preferences import generate
 from hscr.records import PreferenceRecord, VQARecord, read_preferences, write_jsonl
 from hscr.reproduction.measures import probed

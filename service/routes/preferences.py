@@ -8,7 +8,8 @@ from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from hscr.records import MAX_TEXT_CHARS, PreferenceRecord, to_json
+from hscr.record_fields import MAX_TEXT_CHARS
+from hscr.records import PreferenceRecord, to_json
 from service import datasets, jobs, preferences, reviews
 from service.errors import Problem
 from service.models import Dataset, PreferenceEdit

@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from hscr.images import ImageError, decode_images
-from hscr.records import MAX_IMAGES
+from hscr.record_fields import MAX_IMAGES
 from service import adapters
 from service.adapters import Resolved
 from service.batcher import Batcher, Closed, Full

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from hscr.cli import DEMO_MODEL
+from hscr.cli_options import DEMO_MODEL
 from hscr.demo.data import build
 from hscr.records import read_records
 

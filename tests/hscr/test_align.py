@@ -20,15 +20,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from hscr.align import DataSet, _result, align
+from hscr.align import _result, align
 from hscr.answer import Answerer, AnswerRequest
 from hscr.artifacts import verify_manifest
 from hscr.config import AlignConfig
-from hscr.evaluate import read_predictions, summarize
+from hscr.data_set import DataSet
 from hscr.events import Checkpoint, Event, Metrics, Progress, Result, Stage, Stopped, to_line
 from hscr.model import VLM, load_model
+from hscr.predictions import read_predictions
 from hscr.run_dir import RunDir
 from hscr.scoring import _caption_libraries
+from hscr.tables import summarize
 from tests.hscr.tiny import picture, save_records
 
 CONFIG = AlignConfig.from_dict(
@@ -387,7 +389,9 @@ def test_a_data_set_without_records_or_images_is_a_clear_error(finished: Finishe
     data = tmp_path / "data"
     shutil.copytree(finished.data, data)
     (data / "images" / "2.png").unlink()
-    with pytest.raises(ValueError, match=r"data set 'data': 1 of 8 images are missing"):
+    with pytest.raises(
+        ValueError, match=r"data set 'data': 1 of 8 images are missing beside records.jsonl, as images/2.png"
+    ):
         DataSet(data)
     (data / "records.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match=r"has no usable record \(line 1: not JSON"):

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from hscr import cli
+from hscr import cli, cli_data, cli_demo, cli_events, cli_model, cli_options
 from hscr.artifacts import json_digest
-from hscr.cli import app, configuration
+from hscr.cli import app
+from hscr.cli_options import configuration
 from hscr.events import Stopped
 from hscr.records import read_preferences
 from hscr.run_dir import RunDir
@@ -48,7 +49,8 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(cli, "console", Console(stderr=True, width=300, color_system=None))
+    for module in (cli, cli_data, cli_demo, cli_events, cli_model, cli_options):
+        monkeypatch.setattr(module, "console", Console(stderr=True, width=300, color_system=None))
 
 
 COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
@@ -101,6 +103,8 @@ def test_evaluate_compares_base_and_adapter_and_does_not_repeat_itself(
     before = (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns
     assert hscr(*where)[0] == 0
     assert (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns == before
+    assert hscr(*where, "-s", "preference.dropout_ratio=0.3")[0] == 0  # another grounding score: asked again
+    assert (tmp_path / "out" / "predictions.jsonl").stat().st_mtime_ns > before
     code, _, err = hscr(*where, "-s", "evaluation.max_records=0")
     assert code == 2
     assert "nothing to evaluate" in err
@@ -181,7 +185,13 @@ def test_ask_prints_an_answer_and_json_with_everything(hscr: Any, tiny_folder: P
             ["align", "{data}", "-o", "{tmp}/o", "-m", "{model}", "--quantize", "8bit"],
             "quantize: must be 4bit, not '8bit'",
         ),
-        (["ask", "{tmp}/none.png", "Where?"], "the image file is missing"),
+        (["ask", "{tmp}/none.png", "Where?"], "none.png: the image file is missing"),
+        (
+            ["ask", "{data}/images/0.png", "Where?", "-i", "{data}/records.jsonl"],
+            "records.jsonl: the data is not a PNG",
+        ),
+        (["ask", "{data}/images/0.png", "Where?", "--adapter", "{tmp}/[/b]"], "[/b]; give the adapter folder of a run"),
+        (["evaluate", "{data}", "-o", "{tmp}/o", "--adapter", "{tmp}"], "--adapter: no adapter_model.safetensors in"),
         (
             ["ask", "{data}/images/0.png", "Where?", "-i", "{data}/images/1.png", "-m", "{model}"],
             "a record has 2, and llava takes one a prompt",
@@ -250,6 +260,20 @@ def test_a_crash_is_no_bad_input(hscr: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cli, "app", crash)
     with pytest.raises(RuntimeError, match="CUDA error"):
         hscr("align")
+
+
+def test_paths_with_brackets_are_told_as_they_are_and_a_run_serves_as_its_adapter(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run [/] 1"
+    code, _, err = hscr("align", data_folder, "-m", tiny_folder, "-o", run, *FAST)
+    assert code == 0
+    assert f"adapter: {run / 'adapter'}\n" in err
+    assert "is_gradient_checkpointing" not in err
+    code, _, err = hscr("export", run, "-o", tmp_path / "[bold]" / "[x].jsonl")
+    assert (code, f"rows: {tmp_path / '[bold]' / '[x].jsonl'}\n" in err) == (0, True)
+    where = ["ask", data_folder / "images" / "0.png", "Where?", "-m", tiny_folder, "--max-tokens", 5]
+    assert hscr(*where, "--adapter", run, "--json")[1] == hscr(*where, "--adapter", run / "adapter", "--json")[1]
 
 
 def test_a_locked_run_directory_is_bad_input(hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -328,4 +352,28 @@ def test_an_imported_preference_set_is_aligned_on_without_generating(
     (tmp_path / "in" / "preferences.jsonl").write_text(text.replace("Where is", "Where was"))
     code, out, _ = hscr("align", tmp_path / "in", "-m", tiny_folder, "-o", tmp_path / "run2", *FAST, "--events", "json")
     assert code == 2
-    assert "records that records.jsonl has not" in out
+    assert "lines that fit no record (line 1: record: is none of the data set's" in out
+
+
+def test_our_own_export_is_aligned_on_with_its_levels_alone_or_beside_the_records(
+    hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    assert hscr("generate", data_folder, "-m", tiny_folder, "-o", tmp_path / "g.jsonl", *FAST)[0] == 0
+    made = list(read_preferences(tmp_path / "g.jsonl"))
+    assert any(p.levels for p in made)
+    for name in ("preferences.jsonl", "pairs.jsonl"):
+        out = tmp_path / name.removesuffix(".jsonl")
+        file = data_folder / name
+        assert hscr("export", tmp_path / "g.jsonl", "--format", "hscr", "-o", file)[0] == 0
+        file.write_text(file.read_text().rstrip("\n"))  # an editor's last line is no torn one
+        data = file if name == "pairs.jsonl" else data_folder
+        code, text, _ = hscr("align", data, "-m", tiny_folder, "-o", out, *FAST, "--events", "json")
+        assert code == 0, text
+        assert '"given_levels"' in text
+        assert list(read_preferences(out / "preferences.jsonl")) == made
+        file.unlink()
+    assert hscr("export", tmp_path / "g.jsonl", "--format", "hscr", "-o", data_folder / "pairs.jsonl")[0] == 0
+    where = ["split", data_folder / "pairs.jsonl", "-o", tmp_path / "parts", "--shares", "a=.5,b=.5"]
+    assert hscr(*where)[0] == 0
+    kept = [p for part in "ab" for p in read_preferences(tmp_path / "parts" / part / "preferences.jsonl")]
+    assert sorted(kept, key=lambda p: p.record.id) == made

@@ -15,11 +15,13 @@ from PIL import Image
 
 from hscr.answer import Answer, Answerer, AnswerRequest
 from hscr.config import EvaluationConfig
-from hscr.evaluate import Prediction, derangement, evaluate, plan, read_predictions, summarize, verdict
+from hscr.evaluate import derangement, evaluate, plan
 from hscr.images import decode_image
 from hscr.model import VLM
+from hscr.predictions import Prediction, read_predictions
 from hscr.records import VQARecord, read_records, to_json
 from hscr.selective import in_calibration_part, interval
+from hscr.tables import summarize, verdict
 
 CONFIG = EvaluationConfig(max_new_tokens=4, batch_size=3, n_bootstrap=200)
 

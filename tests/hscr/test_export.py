@@ -1,6 +1,7 @@
 """Preference records for other trainers."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,22 @@ def test_files_hold_a_row_a_line(tmp_path: Path) -> None:
     assert len([json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]) == 2
     assert write_export(RECORDS, "hscr", tmp_path / "h.jsonl") == 2
     assert list(read_preferences(tmp_path / "h.jsonl")) == RECORDS
+
+
+def test_an_export_over_its_own_source_loses_nothing_and_half_an_export_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "preferences.jsonl"
+    write_export(RECORDS, "hscr", path)
+    assert write_export(read_preferences(path), "hscr", path) == 2
+    assert list(read_preferences(path)) == RECORDS
+
+    def broken() -> Iterator[PreferenceRecord]:
+        yield RECORDS[0]
+        raise ValueError("the source is damaged")
+
+    with pytest.raises(ValueError, match="damaged"):
+        write_export(broken(), "trl", path)
+    assert list(read_preferences(path)) == RECORDS
+    assert [p.name for p in tmp_path.iterdir()] == ["preferences.jsonl"]
 
 
 def test_an_unknown_format_is_refused_and_writes_nothing(tmp_path: Path) -> None:

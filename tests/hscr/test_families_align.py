@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from hscr.align import DataSet, align
+from hscr.align import align
 from hscr.answer import Answerer, AnswerRequest
 from hscr.config import AlignConfig
+from hscr.data_set import DataSet
 from hscr.families import FAMILIES
 from hscr.images import as_images
 from hscr.model import load_model

@@ -28,7 +28,9 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from hscr.import_llava_med import REPORT, plan_import, write_import
+from hscr.import_llava_med import plan_import
+from hscr.llava_med_text import _sentencepiece_vocabulary, check_prompt_ids
+from hscr.llava_med_write import REPORT, write_import
 from hscr.model import encode_answer, encode_prompts, load_model
 from tests.hscr.tiny import picture
 
@@ -365,6 +367,15 @@ def test_shards_and_half_precision(tmp_path: Path) -> None:
         m.target for m in moved
     )
     assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
+    held = [list(load_file(shard).values()) for shard in shards]
+    sizes = [sum(t.nbytes for t in tensors) for tensors in held]
+    assert all(size <= 40_000 or len(tensors) == 1 for size, tensors in zip(sizes, held, strict=True))
+    assert any(len(tensors) > 1 for tensors in held)
+    first = [next(m.n_bytes for m in moved if m.target in load_file(shard)) for shard in shards]
+    assert all(a + b > 40_000 for a, b in zip(sizes, first[1:], strict=False))  # no shard ends before it must
+    each = tmp_path / "a tensor a shard"
+    list(write_import(plan, each, shard_bytes=1))
+    assert len(list(each.glob("model-*.safetensors"))) == len(moved)
     model, info = LlavaForConditionalGeneration.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert model.dtype == torch.bfloat16
     assert not any(info.values()), info
@@ -428,7 +439,21 @@ def test_tensors_that_do_not_fit_are_named(copy: Path, change: Any, message: str
         ({"mm_projector_type": "linear"}, 'mm_projector_type = "linear"'),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end = true"),
         ({"image_aspect_ratio": "anyres"}, 'image_aspect_ratio = "anyres"'),
-        ({"mm_vision_tower": "/nowhere/clip"}, "'/nowhere/clip'.*--vision-tower"),
+        (
+            {"mm_vision_tower": "/nowhere/clip"},
+            "names the vision tower '/nowhere/clip', whose shape is not known here.*--vision-tower",
+        ),
+        (
+            {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
+            r"mm_projector.0.weight is \[48, 32\], config.json asks for \[48, 1024\]",
+        ),
+        ({"vocab_size": "300"}, 'vocab_size is "300", must be a number above 0'),
+        ({"vocab_size": 0}, "vocab_size is 0, must be a number above 0"),
+        ({"num_attention_heads": 0}, r"config.json: describes no LLaVA-Med \(ZeroDivisionError"),
+        ({"hidden_size": None}, r"config.json: describes no LLaVA-Med .*hidden_size"),
+        ({"hidden_act": "nosuch"}, r"config.json: describes no LLaVA-Med \(KeyError: 'nosuch'\)"),
+        ({"mm_vision_select_layer": 4}, "mm_vision_select_layer is 4, the vision tower has 3 layers"),
+        ({"mm_vision_select_layer": "last"}, "mm_vision_select_layer is 'last', the vision tower has 3 layers"),
         ({"vocab_size": 300}, "tokenizer has 335 tokens, config.json 300"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
     ],
@@ -460,6 +485,67 @@ def test_broken_downloads_are_named(copy: Path, tmp_path: Path) -> None:
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer cannot be read .*must be there, whole"):
         plan_import(copy)
+
+
+def test_a_broken_config_index_or_tower_is_named(copy: Path, checkpoint: Path, tmp_path: Path) -> None:
+    clip = shutil.copytree(checkpoint.parent / "clip", tmp_path / "clip")
+    change_config(clip, model_type="siglip_vision_model")
+    with pytest.raises(ValueError, match=r"clip': is a 'siglip_vision_model'; give a CLIP as --vision-tower"):
+        plan_import(copy, str(clip))
+    index = copy / "model.safetensors.index.json"
+    for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 1}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"index.json: is no index of weights .*download it again"):
+            plan_import(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: cannot be read .*download it again"):
+        plan_import(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"copy: no config.json there; give the folder that holds it"):
+        plan_import(copy)
+
+
+def test_a_source_that_changes_under_the_import_is_named(copy: Path, tmp_path: Path) -> None:
+    plan = plan_import(copy)
+    (copy / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"00002-of-00002.safetensors: cannot be read any more .*leave the source as it is"
+    ):
+        list(write_import(plan, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_tokenizer_that_reads_otherwise_is_refused(
+    copy: Path, checkpoint: Path, converted: Path, tmp_path: Path
+) -> None:
+    """Piece by piece with "▁" first, as the fork reads, or not at all; and every prompt begins with <s>."""
+    check_prompt_ids(checkpoint, converted)
+    damaged = shutil.copytree(converted, tmp_path / "damaged")
+    stored = json.loads((damaged / "tokenizer.json").read_text())
+    assert stored["pre_tokenizer"]["prepend_scheme"] == "always"
+    stored["pre_tokenizer"]["prepend_scheme"] = "first"
+    (damaged / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"its tokenizer reads a prompt as .*the converted one as"):
+        check_prompt_ids(checkpoint, damaged)
+    source = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(source | {"post_processor": None}))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="its tokenizer reads a prompt as"):
+        convert(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sentencepiece_model_needs_pieces_and_each_once() -> None:
+    def model(*pieces: str) -> bytes:
+        fields = [b"\x0a" + bytes([len(p)]) + p.encode() for p in pieces]
+        return b"".join(b"\x0a" + bytes([len(f)]) + f for f in fields)
+
+    assert _sentencepiece_vocabulary(model("<unk>", "a", "b")) == {"<unk>": 0, "a": 1, "b": 2}
+    for pieces in (("<unk>", "a"), ("<unk>", "a", "a")):
+        with pytest.raises(ValueError, match="is no sentencepiece model"):
+            _sentencepiece_vocabulary(model(*pieces))
 
 
 def test_index_and_files_must_agree(copy: Path) -> None:
@@ -517,7 +603,8 @@ def test_no_room_and_no_right_are_said(checkpoint: Path, tmp_path: Path, monkeyp
 MEASURE = """
 import sys, json, threading, time
 from pathlib import Path
-from hscr.import_llava_med import plan_import, write_import
+from hscr.import_llava_med import plan_import
+from hscr.llava_med_write import write_import
 plan = plan_import(Path(sys.argv[1]))
 def kib(field):
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from hscr.align import DataSet
+from hscr.data_set import DataSet
 from hscr.demo import data
 from hscr.events import Warning_
 from hscr.leaks import Leak, check_evaluation, describe, find_leaks, prints, refuse_own_data

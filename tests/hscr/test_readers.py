@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -413,3 +415,71 @@ def test_an_unknown_layout_is_told_with_those_that_are_known(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="no such file or folder"):
         detect(tmp_path / "none")
     assert set(LAYOUTS) == {"vqa-rad", "slake", "pathvqa", "llava", "trl", "hf-parquet", "table"}
+
+
+# Hostile sources: told in a line, never a crash, an endless wait or a file outside the source.
+
+
+def test_folders_and_pipes_with_the_names_of_labels_are_no_labels(tmp_path: Path) -> None:
+    """A pipe that nobody writes to would be read for ever."""
+    source = tmp_path / "in"
+    put(source / "a.png", png(0))
+    put(source / "R.JSONL", {"image": "a.png", "question": "Where?", "answer": "left"})
+    for name in ("x.csv", "x.json", "x.jsonl", "x.parquet", "qas/train/x_qa.pkl", "data"):
+        put(source / name / "inside", "x")
+    for name in ("pipe.csv", "pipe.json", "pipe.jsonl", "pipe.parquet", "pipe_qa.pkl"):
+        os.mkfifo(source / name)
+    records, report = imported(source)
+    assert list(records) == ["R-1"]
+    assert report.rejected == []
+
+
+def test_lists_in_a_pickle_that_share_their_items_a_billion_times_are_never_written_out(tmp_path: Path) -> None:
+    laughs: list[Any] = []
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    good = {"image": "a", "question": "Where?", "answer": "left"}
+    rows = [good, good | {"image": laughs}, good | {"question": laughs}, good | {"answer": laughs}, {"image": 5}]
+    put(tmp_path / "in" / "images" / "a.png", png(0))
+    put(tmp_path / "in" / "train_qa.pkl", pickle.dumps(rows))
+    records, report = imported(tmp_path / "in")
+    assert list(records) == ["train_qa-1"]
+    assert [r["line"] for r in report.rejected] == [2, 3, 4, 5]
+
+
+def test_a_rejected_answer_that_is_no_text_leaves_its_row_out_not_the_whole_import(tmp_path: Path) -> None:
+    good = {"images": ["a.png"], "prompt": "Where?", "chosen": "left", "rejected": "right"}
+    rows = [good, *(good | {"rejected": x} for x in ("\ud800", "a\x00b", "z" * 20_001))]
+    put(tmp_path / "in" / "a.png", png(0))
+    put(tmp_path / "in" / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    records, report = imported(tmp_path / "in")
+    assert len(records) == 1
+    found = list(reasons(report).values())
+    assert [r.split(":")[0] for r in found] == ["rejected"] * 3
+    assert ["surrogate" in found[0], "NUL" in found[1], "longer" in found[2]] == [True] * 3
+
+
+def test_a_parquet_file_with_text_that_is_no_utf8_or_more_rows_than_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(struct.pack("<ii", 0, 2)), pa.py_buffer(b"\xff\xfe"))
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": pa.array([{"bytes": png(0), "path": "x"}]), "question": text, "answer": ["left"]})
+    pq.write_table(table, tmp_path / "in" / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"train-0.parquet: is damaged \(UnicodeDecodeError\)"):
+        import_data(tmp_path / "in", tmp_path / "out")
+
+    def starved(self: Any, **options: Any) -> Any:
+        raise pa.ArrowMemoryError("malloc of size 1073741824 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", starved)
+    with pytest.raises(MemoryError, match=r"train-0.parquet: 64 of its rows need more memory"):
+        import_data(tmp_path / "in", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.png", png(0))
+    put(tmp_path / "in" / "t.csv", "image,question,answer,answer\na.png,Where?,left,right\n")
+    with pytest.raises(ValueError, match=r"t.csv: its header names a column twice"):
+        import_data(tmp_path / "in", tmp_path / "out")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hscr.records import (
+    MAX_LINE_BYTES,
     GroundedWord,
     Level,
     PreferenceRecord,
@@ -179,3 +180,52 @@ def test_only_an_unusual_source_of_a_level_is_written() -> None:
     row = to_json(PreferenceRecord(vqa_record(GOOD), levels, (), {}))
     assert row["levels"][0] == {"text": "right", "similarity": 0.5, "replaced": ()}
     assert row["levels"][1]["source"] == "random"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"answer": float("nan")}, "answer: is nan"),
+        ({"id": float("inf")}, "id: is inf"),
+        ({"options": ["yes", "\ud800"]}, "options: holds half of a surrogate pair"),
+        ({"options": ["yes", "x" * 20_001]}, "options: longer than"),
+        ({"group": "a\x00"}, "group: holds a NUL character"),
+        ({"grounded": [{"word": "left", "among": ["\udfff"]}]}, "grounded: holds half of a surrogate pair"),
+        ({"meta": {"age": float("nan")}}, "meta: holds nan, which is no JSON"),
+        ({"meta": {"\ud800": 1}}, "meta: holds half of a surrogate pair"),
+        ({"meta": {"a": [{"b": "\x00"}]}}, "meta: holds a NUL character"),
+        ({"meta": {"a": json.loads("[" * 400 + "]" * 400)}}, "meta: nested more than 20 levels deep"),
+    ],
+)
+def test_what_no_file_or_database_takes_is_refused_in_every_field(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        vqa_record(GOOD | change)
+
+
+def test_a_line_of_many_megabytes_is_told_and_never_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(GOOD | {"meta": {"x": "y" * MAX_LINE_BYTES}}) + "\n" + json.dumps(GOOD))
+    records, rejected = read_records(path)
+    assert [r.id for r in records] == ["a"]
+    assert [(r.line, r.reason) for r in rejected] == [(1, f"longer than {MAX_LINE_BYTES} bytes")]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"record": 1}, "record: must be an object"),
+        ({"levels": 5}, "levels: must be a list of objects"),
+        ({"levels": [{"text": 7, "similarity": 0.5}]}, "levels: must have a text"),
+        ({"levels": [{"text": " ", "similarity": 0.5}]}, "levels: must have a text"),
+        ({"levels": [{"text": "right"}]}, "similarity: must be a number"),
+        ({"levels": [{"text": "right", "similarity": 10**400}]}, "similarity: must be a number"),
+        ({"levels": [{"text": "right", "similarity": 0.5, "replaced": ["ab"]}]}, "must be a list of pairs"),
+        ({"words": [{"text": "left", "reward": "1"}]}, "reward: must be a number"),
+        ({"dropped": {"a": "b"}}, "dropped: must be an object of counts"),
+    ],
+)
+def test_a_preference_record_that_is_none_names_its_field(change: dict[str, Any], reason: str) -> None:
+    row = {"record": GOOD, "levels": [{"text": "right", "similarity": 0.5}]}
+    assert preference_record(row).levels == (Level("right", 0.5),)
+    with pytest.raises(ValueError, match=reason):
+        preference_record(row | change)

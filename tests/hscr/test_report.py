@@ -11,9 +11,10 @@ from PIL import Image
 
 from hscr import figures
 from hscr.config import AlignConfig, EvaluationConfig
-from hscr.evaluate import Prediction, summarize
+from hscr.predictions import Prediction
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward, write_jsonl
 from hscr.report import displaced, distributions, write_report
+from hscr.tables import summarize
 
 LONG = "<script>alert(1)</script> " + "word " * 3500
 

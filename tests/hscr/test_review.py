@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hscr.align import DataSet, align
+from hscr.align import align
 from hscr.artifacts import bytes_digest, file_digest, write_json
+from hscr.data_set import DataSet
 from hscr.events import Stopped
 from hscr.model import load_model
 from hscr.records import Level, PreferenceRecord, VQARecord, read_preferences, to_json

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from hscr.data_set import DataSet
+from hscr.records import read_preferences
 from service.settings import Settings
 from tests.conftest import dataset_zip, png, record, zip_of
 
@@ -100,6 +102,39 @@ def test_no_usable_record_is_refused_with_reasons(client: TestClient, settings: 
     assert (answer.status_code, answer.json()["code"]) == (422, "dataset_empty")
     assert answer.json()["rejected"][0] == {"line": 1, "reason": "image: the image file is missing"}
     assert leftovers(settings) == []
+
+
+def graded(*numbers: int, **change: Any) -> bytes:
+    """Lines of preference records."""
+    level = {"text": "right", "similarity": 0.5, "source": "sampled"}
+    return lines(*({"record": {**record(n), "answer_type": "open", **change}, "levels": [level]} for n in numbers))
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside its records", "alone"])
+def test_our_own_export_comes_back_with_its_levels(client: TestClient, settings: Settings, beside: bool) -> None:
+    """One image is missing: its record goes, and its levels with it."""
+    files = {"preferences.jsonl": graded(0, 1, 2), **{f"images/{i}.png": png() for i in (0, 2)}}
+    if beside:
+        files["records.jsonl"] = lines(*(record(n) for n in range(3)))
+    body = send(client, zip_of(files), name="x").json()
+    assert (body["format"], body["n_records"], body["rejected"][0]["line"], body["n_rejected"]) == ("hscr", 2, 2, 1)
+    stored = settings.data_dir / "datasets" / body["digest"].replace(":", "-")
+    kept = list(read_preferences(stored / "preferences.jsonl"))
+    assert [(p.record.id, p.levels[0].source) for p in kept] == [("r0", "sampled"), ("r2", "sampled")]
+    assert [r.id for r in DataSet(stored).records] == ["r0", "r2"]
+    plain = zip_of({k: v for k, v in files.items() if k != "preferences.jsonl"} | {"records.jsonl": lines(record(0))})
+    assert send(client, plain, name="x").json()["digest"] != body["digest"]
+
+
+def test_preference_lines_that_fit_no_record_are_listed_or_refuse_the_upload(client: TestClient) -> None:
+    whole = {"records.jsonl": lines(record(0), record(1)), **{f"images/{i}.png": png() for i in (0, 1)}}
+    body = send(client, zip_of({**whole, "preferences.jsonl": graded(0) + graded(1, question="Another?")})).json()
+    assert body["n_records"] == 2
+    odd = {"file": "preferences.jsonl", "line": 2, "reason": "record: is none of the data set's"}
+    assert body["rejected"] == [odd]
+    answer = send(client, zip_of({**whole, "preferences.jsonl": graded(5)}))
+    assert (answer.status_code, answer.json()["code"]) == (422, "dataset_empty")
+    assert answer.json()["rejected"] == [{**odd, "line": 1}]
 
 
 def bomb() -> bytes:

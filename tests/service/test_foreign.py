@@ -170,6 +170,13 @@ def test_labels_that_need_more_memory_than_allowed_take_only_the_child(settings:
     assert leftovers(settings) == []
 
 
+def test_a_folder_with_the_name_of_labels_is_no_labels(client: TestClient) -> None:
+    files = {"x.jsonl/a.png": png(), "t.csv": b"image,question,answer\nx.jsonl/a.png,Where?,left\n"}
+    assert send(client, zip_of(files)).json()["n_records"] == 1
+    answer = send(client, zip_of({"x.jsonl/a.png": png(), "y.png": png()}), format="hscr")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_archive")
+
+
 def test_no_usable_row_is_refused_with_reasons(client: TestClient, settings: Settings) -> None:
     answer = send(client, zip_of({"t.csv": b"image,question,answer\nb.png,Where?,left\n"}))
     assert (answer.status_code, answer.json()["code"]) == (422, "dataset_empty")

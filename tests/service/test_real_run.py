@@ -10,7 +10,8 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
-from hscr.align import DataSet
+from hscr.data_set import DataSet, checked_preferences
+from hscr.records import read_preferences
 from service.app import create_app
 from service.db import Database, upgrade
 from service.settings import Settings
@@ -67,6 +68,10 @@ def test_align_through_the_service_and_ask_base_and_adapter(tmp_path: Path, monk
         zipfile.ZipFile(io.BytesIO(export)).extractall(again_folder)
         assert len(DataSet(again_folder).records) == 8
         assert DataSet(again_folder).given == again_folder / "preferences.jsonl"
+        back = client.post("/datasets", files={"file": ("again.zip", export)}, data={"name": "again"}).json()
+        stored = DataSet(settings.data_dir / "datasets" / back["digest"].replace(":", "-"))
+        made = read_preferences(again_folder / "preferences.jsonl")
+        assert list(checked_preferences(stored.folder / "preferences.jsonl", stored.records)) == list(made)
 
         other = client.post(
             "/datasets", files={"file": ("y.zip", zipped(save_records(tmp_path / "more", 4, first=20)))}

@@ -1,0 +1,60 @@
+"""A run on the command line: its events printed as lines or drawn as bars, and signals that stop it after a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from hscr.cli_options import console
+from hscr.events import Event, to_line
+from hscr.progress import draw
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped after a checkpoint, the same command goes on
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """SIGTERM and the first Ctrl-C ask the run to stop after its next checkpoint; the second Ctrl-C stops it at once.
+
+    A run that a supervisor started (HSCR_PARENT_PID) dies with it: a killed supervisor's run must never write beside the next attempt.
+    """
+    stop = threading.Event()
+
+    def ask(signum: int, frame: object) -> None:
+        if stop.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        console.print("stopping after a checkpoint…")
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    parent = int(os.environ.get("HSCR_PARENT_PID", "0"))
+    if parent:
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(0.5)
+            os._exit(EXIT_STOPPED)
+
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def show(events: Iterable[Event], mode: str) -> None:
+    """Print events as JSON lines, or draw them as progress bars."""
+    if mode == "json":
+        for event in events:
+            sys.stdout.write(to_line(event) + "\n")
+            sys.stdout.flush()
+    elif mode == "progress":
+        draw(events, console)
+    else:
+        raise ValueError("--events: must be progress or json")

@@ -1,0 +1,214 @@
+"""The commands that need a model: align, generate, evaluate, ask. `align` and `evaluate` are also what the service's worker runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from hscr.cli_events import show, stoppable
+from hscr.cli_options import (
+    DEMO_MODEL,
+    AllowLeak,
+    ConfigFile,
+    Data,
+    Device,
+    DType,
+    Events,
+    Model,
+    Out,
+    Quantize,
+    Revision,
+    Seed,
+    Set,
+    adapter_folder,
+    configuration,
+    console,
+    leak_setting,
+    load,
+    tell,
+)
+from hscr.config import PRESETS
+
+
+def align(
+    data: Data,
+    out: Out,
+    model: Model = str(DEMO_MODEL),
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="Data set to evaluate base and adapter on.")] = None,
+    preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
+    config: ConfigFile = None,
+    set_: Set = None,
+    allow_leak: AllowLeak = False,
+    seed: Seed = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    quantize: Quantize = None,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(help="generating: look at preferences.jsonl first; the same command without it goes on."),
+    ] = None,
+    review: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of rejected and corrected preferences (hscr/review.py says its form)."),
+    ] = None,
+    parent: Annotated[
+        Path | None, typer.Option(help="PEFT folder to align on top of: the policy starts as it, the reference is it.")
+    ] = None,
+    trained_on: Annotated[
+        list[Path] | None,
+        typer.Option(help="A data set that PARENT was aligned on: not to be evaluated on. Repeatable."),
+    ] = None,
+    events: Events = "progress",
+) -> None:
+    """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
+    from hscr.align import align as run
+    from hscr.data_set import DataSet
+
+    settings = configuration(preset_name, config, [*(set_ or ()), *leak_setting(allow_leak)], seed)
+    data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
+    for row in data_set.rejected[:20]:
+        console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
+    vlm = load(model, dtype, device, revision, quantize)
+    with stoppable() as stop:
+        made = run(
+            vlm,
+            data_set,
+            out,
+            settings,
+            evaluation_data=evaluation,
+            stop_after=stop_after,
+            review=review,
+            parent=adapter_folder(parent, "--parent"),
+            learnt=[DataSet(path) for path in trained_on or ()],
+            should_stop=stop.is_set,
+        )
+        show(made, events)
+    if events == "progress":
+        tell("adapter", out / "adapter")
+        tell("report", out / "report.html")
+        if (out / "evaluation.json").is_file():
+            from hscr.progress import evaluation_table
+
+            Console().print(evaluation_table(json.loads((out / "evaluation.json").read_text())))
+
+
+def generate(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file of preference records to write.")],
+    model: Model = str(DEMO_MODEL),
+    preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
+    config: ConfigFile = None,
+    set_: Set = None,
+    seed: Seed = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    quantize: Quantize = None,
+) -> None:
+    """Only the graded wrong answers: preference records as JSONL, to look at or to train elsewhere (see export)."""
+    from rich.progress import track
+
+    from hscr.artifacts import appearing
+    from hscr.data_set import DataSet
+    from hscr.preferences import generate as make
+    from hscr.records import write_jsonl
+    from hscr.similarity import load_similarity
+
+    settings, data_set = configuration(preset_name, config, set_, seed), DataSet(data)
+    vlm, similarity = load(model, dtype, device, revision, quantize), load_similarity(settings.preference.similarity)
+    made = make(vlm, data_set.records, data_set.open_images, settings.preference, similarity, settings.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(out) as partial:
+        write_jsonl(partial, track(made, "generating", total=len(data_set.records), console=console))
+    tell(f"{len(data_set.records)} records", out)
+
+
+def evaluate(
+    data: Data,
+    out: Out,
+    model: Model = str(DEMO_MODEL),
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT folder, or a run directory, to compare with the base.")
+    ] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="PEFT folder that ADAPTER may replace: compared with it, question by question.")
+    ] = None,
+    trained_on: Annotated[
+        list[Path] | None,
+        typer.Option(help="A data set that an adapter was aligned on: refuse pictures that are in both. Repeatable."),
+    ] = None,
+    allow_leak: AllowLeak = False,
+    config: ConfigFile = None,
+    set_: Set = None,
+    seed: Seed = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    quantize: Quantize = None,
+    events: Events = "progress",
+) -> None:
+    """Evaluate the base, and an adapter beside it, on DATA: both scorers, with real, blank and shuffled images."""
+    from hscr.data_set import DataSet
+    from hscr.evaluation import evaluate_version
+    from hscr.progress import evaluation_table
+
+    settings = configuration("paper", config, [*(set_ or ()), *leak_setting(allow_leak)], seed)
+    data_set, learnt = DataSet(data), [DataSet(path) for path in trained_on or ()]
+    adapter, before = adapter_folder(adapter), adapter_folder(before, "--before")
+    vlm = load(model, dtype, device, revision, quantize)
+    with stoppable() as stop:
+        made = evaluate_version(
+            vlm, data_set, out, settings, adapter=adapter, before=before, learnt=learnt, should_stop=stop.is_set
+        )
+        show(made, events)
+    if events == "progress":
+        Console().print(evaluation_table(json.loads((out / "evaluation.json").read_text())))
+
+
+def ask(
+    image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP file.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
+    model: Model = str(DEMO_MODEL),
+    adapter: Annotated[Path | None, typer.Option(help="PEFT folder or run directory.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=10)] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    also: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A further image, after the first. Repeatable.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    quantize: Quantize = None,
+) -> None:
+    """Ask one question about one image or several; words are shown with how far they rest on the image (nats)."""
+    from dataclasses import asdict
+
+    from hscr.answer import Answerer, AnswerRequest
+    from hscr.images import ImageError, decode_image
+    from hscr.progress import grounded_text
+
+    pictures = []
+    for path in (image, *(also or ())):
+        try:
+            pictures.append(decode_image(path))
+        except ImageError as error:
+            raise ValueError(f"{path}: {error}") from None
+    adapter = adapter_folder(adapter)
+    answerer = Answerer(load(model, dtype, device, revision, quantize))
+    if adapter is not None:
+        answerer.load_adapter("adapter", adapter)
+    name = "adapter" if adapter else None
+    request = AnswerRequest(pictures, question, name, max_tokens, temperature, seed, grounding="tokens")
+    answer = answerer.answer([request])[0]
+    if json_:
+        typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
+    else:
+        Console().print(grounded_text(answer))

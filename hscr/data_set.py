@@ -1,0 +1,106 @@
+"""A data set on disk: a folder's good records, their images, the graded answers it may bring along, and the digest that names it all.
+
+What a line must hold is hscr/records.py's part. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hscr.artifacts import file_digest, json_digest
+from hscr.images import decode_image
+from hscr.records import (
+    PreferenceRecord,
+    RejectedRow,
+    VQARecord,
+    holds_preferences,
+    parsed_lines,
+    preference_record,
+    read_records,
+    records_file,
+    to_json,
+)
+
+PREFERENCES = "preferences.jsonl"
+
+
+class DataSet:
+    """The good records of a folder, their images, and the digest that names both."""
+
+    def __init__(self, path: Path) -> None:
+        self.records, self.rejected = read_records(path)
+        file = records_file(path)
+        self.folder = file.parent
+        if not self.records:
+            raise ValueError(f"data set {path.name!r} has no usable record{_reasons(self.rejected)}")
+        images = sorted({i for r in self.records for i in r.images})
+        missing = [i for i in images if not (self.folder / i).is_file()]
+        if missing:
+            raise ValueError(
+                f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing beside {file.name}, as {missing[0]}"
+            )
+        content: list[Any] = [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
+        self.given = given_preferences(file)
+        if self.given is not None:
+            checked = list(checked_preferences(self.given, self.records))
+            odd = [row for row in checked if isinstance(row, RejectedRow)]
+            if odd or not checked:
+                raise ValueError(
+                    f"data set {path.name!r}: {self.given.name} has "
+                    + (f"{len(odd)} lines that fit no record{_reasons(odd)}" if odd else "no line; remove it")
+                )
+        self.digest = json_digest(content if self.given is None else [*content, file_digest(self.given)])
+
+    def open_image(self, record: VQARecord) -> Image.Image:
+        """The first image, for showing."""
+        return decode_image(self.folder / record.image)
+
+    def open_images(self, record: VQARecord) -> tuple[Image.Image, ...]:
+        """All images, for asking."""
+        return tuple(decode_image(self.folder / image) for image in record.images)
+
+
+def _reasons(rejected: list[RejectedRow]) -> str:
+    return f" ({'; '.join(f'line {r.line}: {r.reason}' for r in rejected[:3])})" if rejected else ""
+
+
+def given_preferences(records: Path) -> Path | None:
+    """The graded answers that a data set brings: its own file where that holds preference records, else preferences.jsonl beside it."""
+    if holds_preferences(records):
+        return records
+    beside = records.with_name(PREFERENCES)
+    return beside if beside.is_file() else None
+
+
+def checked_preferences(path: Path, records: Iterable[VQARecord]) -> Iterator[PreferenceRecord | RejectedRow]:
+    """Preference records in file order; a line that is none, or none of these records', is a RejectedRow."""
+    known = {r.id: r for r in records}
+    seen: set[str] = set()
+    for number, row in parsed_lines(path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            preference = preference_record(row)
+            identity = preference.record.id
+            if identity in seen:
+                raise ValueError("id: used by an earlier line")
+            if preference.record != known.get(identity):
+                raise ValueError("record: is none of the data set's")
+            numbers = [*(level.similarity for level in preference.levels), *(w.reward for w in preference.words)]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError("similarity, reward: must be finite")
+            try:
+                json.dumps(to_json(preference), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError("holds half of a surrogate pair, which is no text") from None
+        except ValueError as error:
+            yield RejectedRow(number, str(error))
+        else:
+            seen.add(identity)
+            yield preference
