@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test test-all chaos lint install clean
+.PHONY: demo bench test test-all chaos lint install clean
 
 demo: $(READY)  ## the main job on the embedded default: data, service, align, ask, table, report
 	@exec $(BIN)/hscr demo $(ARGS)
 
 test: $(READY)  ## all tests that CI runs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+bench: $(READY)  ## ours beside the plain routes and the peers, in a small form: under 10 minutes
+	@for name in optimize generate scale; do $(BIN)/python -m benchmarks.bench_$$name --quick || exit 1; done
 
 test-all: test  ## what takes longer: rebuilds the demo model from nothing and checks it
 	@$(BIN)/hscr demo-model --rebuild --out build/demo-model

@@ -110,6 +110,9 @@ def generate(
     device: Device = "auto",
     revision: Revision = None,
     quantize: Quantize = None,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: only the Ith of N parts; all parts in order are the whole.", metavar="I/N")
+    ] = None,
 ) -> None:
     """Only the graded wrong answers: preference records as JSONL, to look at or to train elsewhere (see export)."""
     from rich.progress import track
@@ -117,16 +120,35 @@ def generate(
     from hscr.artifacts import appearing
     from hscr.data_set import DataSet
     from hscr.preferences import generate as make
+    from hscr.preferences import shard_bounds
     from hscr.records import write_jsonl
     from hscr.similarity import load_similarity
 
     settings, data_set = configuration(preset_name, config, set_, seed), DataSet(data)
+    start, stop = shard_bounds(len(data_set.records), settings.preference.batch_size, *_part_of(shard))
     vlm, similarity = load(model, dtype, device, revision, quantize), load_similarity(settings.preference.similarity)
-    made = make(vlm, data_set.records, data_set.open_images, settings.preference, similarity, settings.seed)
+    made = make(
+        vlm,
+        data_set.records,
+        data_set.open_images,
+        settings.preference,
+        similarity,
+        settings.seed,
+        start=start,
+        stop=stop,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with appearing(out) as partial:
-        write_jsonl(partial, track(made, "generating", total=len(data_set.records), console=console))
-    tell(f"{len(data_set.records)} records", out)
+        write_jsonl(partial, track(made, "generating", total=stop - start, console=console))
+    tell(f"{stop - start} records", out)
+
+
+def _part_of(shard: str | None) -> tuple[int, int]:
+    """ "2/4" -> (2, 4); the whole where there is no shard."""
+    part, slash, of = (shard or "1/1").partition("/")
+    if not (slash and part.isdecimal() and of.isdecimal()):
+        raise ValueError(f"--shard {shard}: write I/N, for example 2/4")
+    return int(part), int(of)
 
 
 def evaluate(

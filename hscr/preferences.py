@@ -36,17 +36,20 @@ def generate(
     seed: int = 0,
     *,
     start: int = 0,
+    stop: int | None = None,
     budget: TokenBudget | None = None,
 ) -> Iterator[PreferenceRecord]:
     """Yield one preference record a VQA record, in order. A record without a usable level comes out with `levels` empty and reasons.
 
-    A resumed run gives all records again and `start`, the number already made: random words come from the whole data set's answers.
+    A resumed run gives all records again and `start`, the number already made; a shard (`shard_bounds`) gives `start` and `stop`: random
+    words come from the whole data set's answers.
     `budget` (default: the configuration's) shrinks where the device runs out of memory; its owner sees it.
     """
     budget = budget or TokenBudget(config.token_budget)
     contexts = word_contexts(r.answer for r in records) if config.candidates == "random" else {}
-    for at in range(start, len(records), config.batch_size):
-        batch = records[at : at + config.batch_size]
+    end = len(records) if stop is None else stop
+    for at in range(start, end, config.batch_size):
+        batch = records[at : min(at + config.batch_size, end)]
         images = [open_image(r) for r in batch]
 
         def made(tokens: int, batch: Sequence[VQARecord] = batch, images: Sequence[Images] = images) -> _Made:
@@ -55,6 +58,18 @@ def generate(
 
         for draft, candidates in budget.within(made):
             yield _rank(draft, candidates, config, similarity)
+
+
+def shard_bounds(n: int, batch_size: int, part: int, of: int) -> tuple[int, int]:
+    """Records [start, stop) of shard `part` (from 1) of `of`: whole batches, so that all shards in order are one worker's result.
+
+    ValueError where there is no such shard.
+    """
+    if not 1 <= part <= of:
+        raise ValueError(f"shard: must be 1/{of} to {of}/{of}")
+    batches = -(-n // batch_size)
+    start, stop = (batches * k // of * batch_size for k in (part - 1, part))
+    return min(start, n), min(stop, n)
 
 
 def _batch_made(

@@ -20,7 +20,7 @@ import hscr.replacement
 from hscr.config import PERTURBATIONS, REWARDS, PreferenceConfig
 from hscr.images import decode_image
 from hscr.model import VLM, encode_answer, encode_prompts
-from hscr.preferences import generate
+from hscr.preferences import generate, shard_bounds
 from hscr.records import PreferenceRecord, VQARecord, read_records
 from hscr.replacement import hallucinated_token, same_word
 from hscr.reward import Branches, words_of
@@ -399,3 +399,23 @@ def test_levels_of_generated_records_hold_gap_and_limit(vlm: VLM, records: list[
             assert all(a - b >= 0.1 - 1e-6 for a, b in itertools.pairwise(values))
             texts = [x.text for x in result.levels]
             assert values == pytest.approx(token_f1(result.record.answer, texts), abs=1e-6)
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 5])
+def test_shards_in_order_are_one_workers_result(vlm: VLM, records: list[VQARecord], open_image: Any, of: int) -> None:
+    config = dataclasses.replace(OPEN, batch_size=2, candidates="random")
+    whole = made(vlm, records, open_image, config)
+    parts = []
+    for part in range(1, of + 1):
+        start, stop = shard_bounds(len(records), 2, part, of)
+        parts += list(generate(vlm, records, open_image, config, token_f1, seed=1, start=start, stop=stop))
+    assert parts == whole
+
+
+def test_shards_by_hand() -> None:
+    """Seven records in batches of two are four batches: 1 and 1 and 2 of them for three shards; a fifth shard of five gets none twice."""
+    assert [shard_bounds(7, 2, part, 3) for part in (1, 2, 3)] == [(0, 2), (2, 4), (4, 7)]
+    assert [shard_bounds(7, 2, part, 5) for part in range(1, 6)] == [(0, 0), (0, 2), (2, 4), (4, 6), (6, 7)]
+    for part in (0, 4):
+        with pytest.raises(ValueError, match="shard: must be 1/3 to 3/3"):
+            shard_bounds(7, 2, part, 3)
