@@ -116,7 +116,7 @@ def test_evaluate_compares_base_and_adapter_and_does_not_repeat_itself(
     assert "Over the version before" in (tmp_path / "out" / "report.html").read_text()
     code, _, err = hscr(*where, "--before", tmp_path)
     assert code == 2
-    assert "has no adapter_model.safetensors" in err
+    assert "--before: no adapter_model.safetensors in" in err
 
 
 def test_tables_again_from_the_predictions_equal_the_stored_evaluation(
