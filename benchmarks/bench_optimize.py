@@ -86,13 +86,12 @@ def naive(vlm: VLM, data: Path, preferences: Sequence[PreferenceRecord], config:
         optimizer.zero_grad(set_to_none=True)
 
 
-def trl(model: Path, data: Path, levels: int, *, checkpointing: bool) -> Any:
-    """A DPOTrainer ready to train on our export; LoRA on the same modules. A record's pairs share a batch."""
+def trl(model: Any, processor: Any, data: Path, levels: int, *, checkpointing: bool) -> Any:
+    """A DPOTrainer of a loaded model, ready to train on our export; LoRA on the same modules. A record's pairs share a batch."""
     import os
 
     from datasets import Image, List, load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import DPOConfig, DPOTrainer
 
     from hscr.export import write_export
@@ -104,7 +103,7 @@ def trl(model: Path, data: Path, levels: int, *, checkpointing: bool) -> Any:
     config = configuration()
     cuda = torch.cuda.is_available()
     return DPOTrainer(
-        model=AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16 if cuda else torch.float32),
+        model=model,
         args=DPOConfig(
             output_dir=str(data / "trl"),
             num_train_epochs=EPOCHS,
@@ -120,7 +119,7 @@ def trl(model: Path, data: Path, levels: int, *, checkpointing: bool) -> Any:
             disable_tqdm=True,
         ),
         train_dataset=rows.cast_column("images", List(Image())),
-        processing_class=AutoProcessor.from_pretrained(model),
+        processing_class=processor,
         peft_config=LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -187,8 +186,11 @@ def child(method: str, model: Path, data: Path, levels: int, count: bool) -> Non
         import contextlib
         import io
 
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer = trl(model, data, levels, checkpointing=method == "trl")
+            trainer = trl(loaded, AutoProcessor.from_pretrained(model), data, levels, checkpointing=method == "trl")
 
         def work() -> None:
             with contextlib.redirect_stdout(io.StringIO()):

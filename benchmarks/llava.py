@@ -39,7 +39,7 @@ QUESTION = "What does this picture show in the upper left, and how large is it?"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a LLaVA: `patches` a side, decoder layers and widths, tower layers and width."""
+    """Sizes of a LLaVA: `patches` a side, decoder layers and widths, tower layers and width. 0: follows from the others."""
 
     patches: int = 24
     layers: int = 4
@@ -47,10 +47,18 @@ class Shape:
     heads: int = 8
     tower_layers: int = 6
     tower_hidden: int = 192
+    kv_heads: int = 0
+    inner: int = 0
+    vocabulary: int = 0
 
 
-def save_llava(folder: Path, shape: Shape, seed: int = 0) -> Path:
-    """A Hugging Face folder with random float32 weights."""
+SHAPE_7B = Shape(
+    layers=32, hidden=4096, heads=32, tower_layers=24, tower_hidden=1024, kv_heads=8, inner=14336, vocabulary=32064
+)
+
+
+def processor_of(shape: Shape) -> LlavaProcessor:
+    """A processor with a tokenizer of a token a word."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,44 +77,56 @@ def save_llava(folder: Path, shape: Shape, seed: int = 0) -> Path:
         extra_special_tokens={"image_token": "<image>"},
     )
     side = shape.patches * 14
-    LlavaProcessor(
+    return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=fast,
         patch_size=14,
         vision_feature_select_strategy="default",
         chat_template=TEMPLATE,
         num_additional_image_tokens=1,
-    ).save_pretrained(folder)
+    )
+
+
+def random_llava(shape: Shape, processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
+    """A model with random weights, in torch's default dtype and on its default device."""
     torch.manual_seed(seed)
+    vocabulary = processor.tokenizer.get_vocab()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=shape.tower_hidden,
             intermediate_size=4 * shape.tower_hidden,
             num_hidden_layers=shape.tower_layers,
-            num_attention_heads=shape.tower_hidden // 32,
-            image_size=side,
+            num_attention_heads=max(shape.tower_hidden // 64, 1),
+            image_size=shape.patches * 14,
             patch_size=14,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(fast),
+            vocab_size=shape.vocabulary or len(vocabulary),
             hidden_size=shape.hidden,
-            intermediate_size=shape.hidden * 11 // 4,
+            intermediate_size=shape.inner or shape.hidden * 11 // 4,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
-            initializer_range=0.1,
+            num_key_value_heads=shape.kv_heads or shape.heads,
+            initializer_range=0.1 if shape.hidden < 1024 else 0.02,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
         ),
-        image_token_index=fast.get_vocab()["<image>"],
+        image_token_index=vocabulary["<image>"],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder)
+    return model
+
+
+def save_llava(folder: Path, shape: Shape, seed: int = 0) -> Path:
+    """A Hugging Face folder with random float32 weights."""
+    processor = processor_of(shape)
+    processor.save_pretrained(folder)
+    random_llava(shape, processor, seed).save_pretrained(folder)
     return folder
 
 

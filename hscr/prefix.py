@@ -10,12 +10,51 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
 from hscr.visual_tokens import Prompt
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values in buffers with room to spare: a new token is written into them, where the stock layer copies the whole cache."""
+
+    ROOM = 64  # tokens
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        held = self.get_seq_length()
+        if held == 0 or torch.is_grad_enabled():  # what a graph holds must not be written to
+            self._buffers = []
+            return super().update(key_states, value_states, *args, **kwargs)
+        now = held + key_states.shape[-2]
+        if not self._buffers or self._buffers[0].shape[-2] < now:
+            held_now: list[Any] = [self.keys, self.values]
+            self._buffers = [F.pad(t, (0, 0, 0, now - held + self.ROOM)) for t in held_now]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., held:now, :] = new
+        self.keys, self.values = (buffer[..., :now, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = []  # of other rows
+
+
+def empty_cache(vlm: VLM) -> DynamicCache:
+    """A cache for the model's language model; layers with a sliding window stay stock."""
+    # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration says.
+    cache = DynamicCache() if vlm.family.masks is not None else DynamicCache(config=vlm.base.config.get_text_config())
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layer_class_to_replicate = GrowingLayer if cache.layer_class_to_replicate is DynamicLayer else None
+    return cache
 
 
 class Prefixes:
@@ -72,15 +111,14 @@ class Rows:
         """`prefixes` is looked into before a prompt is computed, and remembers it after."""
         self.vlm = vlm
         config = vlm.base.config.get_text_config()
-        # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration says.
         self.own_masks = vlm.family.masks is not None
-        self.cache = DynamicCache() if self.own_masks else DynamicCache(config=config)
+        self.cache = empty_cache(vlm)
         distinct = list({id(p): p for p in prompts}.values())
         width = max(len(p.input_ids) for p in prompts) + max(map(len, tails))
         # Padding amid a row would count against a sliding window, which the cache measures in columns.
         window = None if self.own_masks else getattr(config, "sliding_window", None)
         alone = len(distinct) == len(prompts) and prefixes is None
-        if alone or (window is not None and width > window):
+        if alone or (window is not None and width >= window):
             self._start(prompts)
             self._columns([_tokens(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
             return
