@@ -18,6 +18,7 @@ from hscr.adapter_folder import save_adapter
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json
 from hscr.config import AlignConfig
+from hscr.costs import measured
 from hscr.data_set import DataSet, checked_preferences
 from hscr.evaluation import evaluation_inputs, evaluation_run, headline
 from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
@@ -56,7 +57,7 @@ def align(
     whose pictures the evaluation must not show either.
 
     Afterwards `out` holds config.json, preferences.jsonl (reviewed.jsonl), adapter/ (a PEFT folder), predictions.jsonl, evaluation.json,
-    report.html and report.json, and manifest.json with the digests of every stage's inputs and outputs.
+    report.html and report.json, costs.json (hscr/costs.py), and manifest.json with the digests of every stage's inputs and outputs.
     """
     if stop_after not in (None, "generating"):
         raise ValueError("--stop-after: only `generating` can be looked at before the run goes on")
@@ -77,12 +78,15 @@ def align(
                 refuse_own_data(parent, evaluation_data.digest)
             for seen in (*learnt, data):
                 yield from check_evaluation(run, seen, evaluation_data, allow=config.evaluation.allow_leak)
-        yield from _generating(vlm, data, run, config, parent, should_stop)
+        generating = _generating(vlm, data, run, config, parent, should_stop)
+        yield from measured(out, "generating", generating, vlm)
         if stop_after == "generating":
             raise Stopped(stop_after)
         preferences = _reviewing(run, config, review)
-        yield from _optimizing(vlm, data, preferences, run, config, lineage, parent, should_stop)
-        yield from _evaluating(vlm, evaluation_data, run, config, parent, should_stop)
+        optimizing = _optimizing(vlm, data, preferences, run, config, lineage, parent, should_stop)
+        yield from measured(out, "optimizing", optimizing, vlm)
+        evaluating = _evaluating(vlm, evaluation_data, run, config, parent, should_stop)
+        yield from measured(out, "evaluating", evaluating, vlm)
         yield from _reporting(run, data, evaluation_data)
         yield _result(out)
 
@@ -224,6 +228,7 @@ def _optimizing(
         ):
             if rate is None:
                 rate = Rate(stage, step.total, step.step - 1)
+                yield rate.at(step.step - 1)
                 _keep_steps(steps, step.step - 1)
             with steps.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step.step, **step.metrics}) + "\n")
@@ -296,6 +301,8 @@ def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> I
         "steps.jsonl",
         "predictions.jsonl",
         "evaluation.json",
+        "plan.json",
+        "costs.json",
     )
     made_from = [run.path / n for n in names]
     inputs = json_digest([file_digest(p) if p.is_file() else None for p in made_from])

@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 
-def linear_shapes(model: str, revision: str | None = None) -> dict[str, tuple[int, int]]:
-    """Names and shapes, from config.json alone: the model is built on no device and no weight is read. ValueError for an unknown model.
-
-    Not those that make the visual features, which all policies share.
-    """
+def built_on_meta(model: str, revision: str | None = None) -> Any:
+    """The model from config.json alone, on no device: no weight is read. ValueError for an unknown model."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from hscr.families import makes_features
 
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise ValueError("no such model at hand") from error
     with torch.device("meta"):
-        built = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    found = {n: m.weight.shape for n, m in built.named_modules() if isinstance(m, torch.nn.Linear)}
-    return {name: (shape[0], shape[1]) for name, shape in found.items() if not makes_features(name)}
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+
+
+def linear_shapes(model: str, revision: str | None = None) -> dict[str, tuple[int, int]]:
+    """Names and shapes of linear layers, but not of those that make the visual features, which all policies share."""
+    import torch
+
+    from hscr.families import makes_features
+
+    found = built_on_meta(model, revision).named_modules()
+    shapes = {n: m.weight.shape for n, m in found if isinstance(m, torch.nn.Linear)}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items() if not makes_features(name)}
 
 
 if __name__ == "__main__":

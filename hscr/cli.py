@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(rich_help_panel=METHOD)(cli_model.align)
+app.command(rich_help_panel=METHOD)(cli_model.plan)
 app.command(rich_help_panel=METHOD)(cli_model.generate)
 app.command(rich_help_panel=METHOD)(cli_model.evaluate)
 app.command(rich_help_panel=METHOD)(cli_data.tables)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -30,9 +30,14 @@ from hscr.cli_options import (
     console,
     leak_setting,
     load,
+    quiet,
     tell,
 )
-from hscr.config import PRESETS
+from hscr.config import PRESETS, AlignConfig
+
+if TYPE_CHECKING:
+    from hscr.data_set import DataSet
+    from hscr.model import VLM
 
 
 def align(
@@ -76,6 +81,8 @@ def align(
         console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
     vlm = load(model, dtype, device, revision, quantize)
     with stoppable() as stop:
+        if not (out / "plan.json").is_file():  # of the first attempt
+            planned(vlm, data_set, settings, evaluation, out, events)
         made = run(
             vlm,
             data_set,
@@ -96,6 +103,59 @@ def align(
             from hscr.progress import evaluation_table
 
             Console().print(evaluation_table(json.loads((out / "evaluation.json").read_text())))
+
+
+def planned(vlm: VLM, data: DataSet, settings: AlignConfig, evaluation: DataSet | None, out: Path, events: str) -> None:
+    """Write OUT/plan.json, which the report compares with what happens, and say what is to be expected."""
+    from hscr.artifacts import write_json
+    from hscr.plan import estimate
+    from hscr.progress import plan_line
+
+    expected = estimate(vlm, data, settings, evaluation)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "plan.json", expected.to_dict())
+    if events == "progress":
+        console.print(plan_line(expected), soft_wrap=True)
+
+
+def plan(
+    data: Data,
+    model: Model = str(DEMO_MODEL),
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="Data set to evaluate base and adapter on.")] = None,
+    preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
+    config: ConfigFile = None,
+    set_: Set = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB that the run may have [default: what the device has free].", min=0)
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Estimate time and memory of `align`, and settings that fit the device. Reads no weights; times two random layers."""
+    from hscr.data_set import DataSet
+    from hscr.model import device_and_dtype, set_threads
+    from hscr.plan import estimate, skeleton
+    from hscr.progress import plan_line, plan_table
+
+    quiet()
+    set_threads()
+    settings = configuration(preset_name, config, set_)
+    where, kind = device_and_dtype(device, dtype)
+    expected = estimate(
+        skeleton(model, revision),
+        DataSet(data),
+        settings,
+        DataSet(eval_data) if eval_data else None,
+        device=where,
+        dtype=kind,
+        available=None if memory is None else round(memory * 2**30),
+    )
+    if json_:
+        typer.echo(json.dumps(expected.to_dict()))
+    else:
+        Console().print(plan_table(expected), plan_line(expected), soft_wrap=True)
 
 
 def generate(

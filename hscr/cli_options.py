@@ -87,16 +87,21 @@ def leak_setting(allow: bool) -> list[str]:
     return ["evaluation.allow_leak=true"] if allow else []
 
 
-def load(model: str, dtype: str, device: str, revision: str | None, quantize: str | None) -> VLM:
-    """The model, quietly: no bars of weights, no warning that only concerns the libraries."""
+def quiet() -> None:
+    """No bars of weights, no warning that only concerns the libraries."""
     from transformers.utils import logging
-
-    from hscr.feature_cache import features_folder
-    from hscr.model import load_model, set_threads
 
     logging.disable_progress_bar()
     # peft asks transformers by an old name; nothing that a user could do about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def load(model: str, dtype: str, device: str, revision: str | None, quantize: str | None) -> VLM:
+    """The model, with the command's features on disk."""
+    from hscr.feature_cache import features_folder
+    from hscr.model import load_model, set_threads
+
+    quiet()
     set_threads()
     return load_model(
         model, dtype=dtype, device=device, revision=revision, quantize=quantize, feature_cache=features_folder()

@@ -116,25 +116,15 @@ def load_model(
     feature_cache: a folder that keeps image features across runs, up to `feature_cache_bytes`.
     Raises ValueError for an unknown name, folder, architecture, dtype or quantisation, or where a package is missing.
     """
-    try:
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device: no such device {device!r}") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} is not available here")
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype == "auto":
-        dtype = "bfloat16" if where.type == "cuda" else "float32"
-    if dtype not in kinds:
-        raise ValueError(f"dtype: must be auto or one of {', '.join(kinds)}")
+    where, kind = device_and_dtype(device, dtype)
     source = str(name)
     config = _config_json(source, revision)
     family = family_of(config.get("model_type"), source)
-    options = {} if quantize is None else _quantized(quantize, where, kinds[dtype], family)
+    options = {} if quantize is None else _quantized(quantize, where, kind, family)
     try:
         processor = load_processor(family, source, revision, config.get("text_config", {}).get("model_type", "llama"))
         model = AutoModelForImageTextToText.from_pretrained(
-            source, revision=revision, dtype=kinds[dtype], trust_remote_code=False, use_safetensors=True, **options
+            source, revision=revision, dtype=kind, trust_remote_code=False, use_safetensors=True, **options
         )
     except OSError as error:
         raise ValueError(f"model {source!r}: {str(error).splitlines()[0]}") from error
@@ -150,9 +140,25 @@ def load_model(
     digest = digest if quantize is None else f"{digest}+{quantize}"
     disk = None
     if feature_cache is not None and digest != "hub:None":
-        identity = [digest, dtype, where.type, torch.__version__, transformers.__version__]
+        identity = [digest, str(kind).removeprefix("torch."), where.type, torch.__version__, transformers.__version__]
         disk = DiskFeatures(feature_cache, identity=identity, device=where, max_bytes=feature_cache_bytes)
     return VLM(model, processor, family, where, source, digest, features=FeatureCache(disk=disk))
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What `auto` and names stand for on this machine. Raises ValueError for an unknown or absent one."""
+    try:
+        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device: no such device {device!r}") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} is not available here")
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        dtype = "bfloat16" if where.type == "cuda" else "float32"
+    if dtype not in kinds:
+        raise ValueError(f"dtype: must be auto or one of {', '.join(kinds)}")
+    return where, kinds[dtype]
 
 
 def _config_json(source: str, revision: str | None) -> dict[str, Any]:
@@ -252,8 +258,9 @@ def _chat(vlm: VLM, question: str, answer: str | None = None, n_images: int = 1)
     return vlm.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
 
 
-def _processed(vlm: VLM, images: Sequence[Image.Image], question: str) -> Any:
+def processed(vlm: VLM, images: Sequence[Image.Image], question: str) -> Any:
     """The processor's tensors of one prompt: input_ids [1, T] with a placeholder a visual token, pixel_values and their like."""
+    question = _plain(vlm, question)
     chat, bos = _chat(vlm, question, n_images=len(images)), vlm.tokenizer.bos_token
     # A template that writes the first token itself must not get a second one; stock apply_chat_template does the same.
     special = bos is None or not chat.startswith(bos)
@@ -278,7 +285,7 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str])
     missing: dict[str, dict[str, torch.Tensor]] = {}
     known: dict[str, torch.Tensor] = {}  # held here: a `put` below may evict what this very batch needs
     for item, question in zip(images, questions, strict=True):
-        pictures, question = as_images(item), _plain(vlm, question)
+        pictures = as_images(item)
         require_images(vlm, len(pictures))
         keys = [bytes_digest(f"{i.mode}{i.size}".encode() + i.tobytes()) for i in pictures]
         asked = "\n".join([str(len(keys)), *keys, question])
@@ -290,10 +297,10 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str])
             # Met before: the processor, which resizes every image, has nothing to add.
             ids, positions = met[0], met[1:].squeeze(0)
         else:
-            batch = _processed(vlm, pictures, question)
+            batch = processed(vlm, pictures, question)
             for key, picture in zip(keys, pictures, strict=True):
                 if key not in known and key not in missing:
-                    missing[key] = _pixels(batch if len(pictures) == 1 else _processed(vlm, [picture], question))
+                    missing[key] = _pixels(batch if len(pictures) == 1 else processed(vlm, [picture], question))
             ids = batch["input_ids"][0]
             positions = vlm.family.positions(vlm.base, ids, batch)
             vlm.tokens.put(asked, torch.cat([ids[None], positions.reshape(-1, len(ids))]))

@@ -25,6 +25,7 @@ from hscr import events as e
 
 if TYPE_CHECKING:
     from hscr.answer import Answer
+    from hscr.plan import Plan
 
 
 LINE_EVERY_S = 15.0
@@ -100,6 +101,43 @@ def draw(events: Iterable[e.Event], console: Console) -> None:
                 progress.update(task(event.stage), note=note)
             elif isinstance(event, e.Warning_):
                 progress.console.print(f"[yellow]warning:[/] {escape(event.message)}", soft_wrap=True)
+
+
+def plan_line(plan: Plan) -> str:
+    """What to expect of a run, in a line."""
+    if plan.fits:
+        memory = f"of {_gib(plan.available_bytes)} free on {plan.device}"
+    elif plan.settings:
+        memory = f"where {plan.device} has {_gib(plan.available_bytes)}; it fits with " + " ".join(
+            f"-s {name}={str(value).lower()}" for name, value in plan.settings.items()
+        )
+    else:
+        memory = f"where {plan.device} has {_gib(plan.available_bytes)}; try --quantize 4bit (CUDA) or a larger device"
+    return f"expected: about {duration(plan.seconds)}, {_gib(plan.bytes)} {memory}"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row a stage."""
+    table = Table(
+        title=f"{plan.parameters / 1e6:,.1f} M parameters in {plan.dtype}; a record: {plan.prompt_tokens:.0f} tokens "
+        f"({plan.visual_tokens:.0f} visual) and answers of {plan.answer_tokens:.0f}"
+    )
+    for name in ("stage", "units", "time", "memory"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in plan.stages:
+        table.add_row(stage.stage, str(stage.units), duration(stage.seconds), _gib(stage.bytes))
+    return table
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _gib(n: float) -> str:
+    return f"{n / 2**30:.2g} GiB" if n < 2**33 else f"{n / 2**30:.0f} GiB"
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:

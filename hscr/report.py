@@ -115,6 +115,7 @@ def write_report(
         "preferences": _preferences(preferences),
         "distributions": distributions(preferences),
         "training": _training(steps),
+        "costs": costs(run),
         "evaluation": evaluation,
         "examples": [{k: v for k, v in e.items() if k != "record"} for e in examples],
         "answers": [{k: v for k, v in a.items() if k != "record"} for a in answers],
@@ -142,6 +143,22 @@ def write_evaluation_report(run: Path, records: Sequence[VQARecord], open_image:
     drawn = _figures({**summary, "distributions": {}}, ())
     html = render("evaluation.html", **{**summary, "answers": shown}, figures=drawn)
     atomic_write(run / "report.html", html.encode())
+
+
+def costs(run: Path) -> list[dict[str, Any]]:
+    """What each stage took beside what was planned, for as many units as were timed: a killed attempt is in neither."""
+    took = json.loads((run / "costs.json").read_text()) if (run / "costs.json").is_file() else {}
+    planned = json.loads((run / "plan.json").read_text())["stages"] if (run / "plan.json").is_file() else []
+    by_stage = {p["stage"]: p for p in planned if p["units"]}
+    rows = []
+    for stage, cost in took.items():
+        row, plan = {"stage": stage, **cost}, by_stage.get(stage)
+        if plan is not None:
+            # The optimisation's units are steps, its plan's are records.
+            share = 1.0 if stage == "optimizing" else cost["units"] / plan["units"]
+            row |= {"planned_seconds": plan["seconds"] * share, "planned_bytes": plan["bytes"]}
+        rows.append(row)
+    return rows
 
 
 def _figures(summary: dict[str, Any], steps: Sequence[dict[str, float]]) -> dict[str, list[str]]:

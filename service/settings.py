@@ -45,6 +45,8 @@ class Settings(BaseSettings):
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
     evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
+    plan_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "plan"]
+    plan_max_s: float = Field(default=60.0, gt=0)  # an estimate may take so long
     run_threads: int = Field(default=1, ge=1)
     feature_cache: str = (
         ""  # folder of image features, shared by runs and engine; empty = in the data folder, `off` = none
@@ -87,7 +89,7 @@ class Settings(BaseSettings):
     import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout
     import_max_s: float = Field(default=3600.0, gt=0)
 
-    @field_validator("run_command", "evaluate_command", mode="before")
+    @field_validator("run_command", "evaluate_command", "plan_command", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """A JSON list, or a command line as a shell would split it."""

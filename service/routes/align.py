@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Response
+from fastapi import APIRouter, Body, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
 from hscr.config import AlignConfig, preset
-from service import adapters, audit, datasets, evaluations, job_requests, jobs, webhooks
+from service import adapters, audit, datasets, evaluations, job_requests, jobs, plans, webhooks
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
@@ -77,14 +77,57 @@ class AlignRequest(BaseModel):
     ] = Field(default_factory=dict, max_length=32)
 
 
-@router.post("/align", status_code=202, summary="Start an align job")
+class StageView(BaseModel):
+    stage: str
+    units: int = Field(description="Records; answers for `evaluating`.")
+    seconds: float
+    bytes: int = Field(description="Peak, the weights in it.")
+
+
+class PlanView(BaseModel):
+    """What a run will take, estimated on the device of this replica; hscr/plan.py says what is not in it."""
+
+    device: str
+    dtype: str
+    parameters: int
+    weights_bytes: int
+    prompt_tokens: float
+    visual_tokens: float
+    answer_tokens: float
+    stages: list[StageView]
+    seconds: float
+    bytes: int
+    available_bytes: int
+    fits: bool
+    settings: dict[str, Any] = Field(
+        description="Changes of the configuration under which it would fit; empty if it does."
+    )
+
+
+class DryRun(BaseModel):
+    """The checked configuration of a job that was not started, its counts, and the plan."""
+
+    dry_run: Literal[True] = True
+    records: int
+    evaluation_records: int
+    config: dict[str, Any]
+    plan: PlanView
+
+
+@router.post(
+    "/align",
+    status_code=202,
+    summary="Start an align job",
+    responses={200: {"model": DryRun, "description": "With dry_run: the plan; nothing is stored"}},
+)
 def align(
     state: Service,
     who: Who,
     response: Response,
     request: Annotated[AlignRequest, Body(openapi_examples=EXAMPLES)],
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
-) -> JobView:
+    dry_run: Annotated[bool, Query(description="Only check everything and estimate time and memory.")] = False,
+) -> Any:
     """202 means: the job is stored and will run. With an Idempotency-Key, sending the request again makes no second job."""
     config, evaluation_dataset = _configuration(request)
     if request.model not in (None, state.settings.model_id):
@@ -95,19 +138,35 @@ def align(
     if request.webhook is not None:
         webhooks.check_url(request.webhook, state.settings)
 
-    def make(session: Session) -> tuple[str, dict[str, Any]]:
+    def checked(session: Session) -> tuple[dict[str, Any], tuple[str, int, str] | None]:
+        """The configuration and the version to align on top of."""
         for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
             if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
                 raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
-        source, values = None, config.to_dict()
-        if request.parent is not None:
-            found = adapters.resolve(session, request.parent)
-            parent = adapters.get_version(session, found.name, found.version)
-            check_served(state, parent)
-            values["optimization"] |= adapters.lora_shape(parent)
-            if evaluation_dataset is not None:
-                evaluations.check_unseen(session, parent, datasets.get(session, evaluation_dataset), values)
-            source = (parent.adapter_name, parent.version, parent.digest)
+        values = config.to_dict()
+        if request.parent is None:
+            return values, None
+        found = adapters.resolve(session, request.parent)
+        parent = adapters.get_version(session, found.name, found.version)
+        check_served(state, parent)
+        values["optimization"] |= adapters.lora_shape(parent)
+        if evaluation_dataset is not None:
+            evaluations.check_unseen(session, parent, datasets.get(session, evaluation_dataset), values)
+        return values, (parent.adapter_name, parent.version, parent.digest)
+
+    if dry_run:
+        with state.database.read() as session:
+            values, _ = checked(session)
+            data = datasets.get(session, request.dataset)
+            other = None if evaluation_dataset is None else datasets.get(session, evaluation_dataset)
+            n, n_evaluated = data.n_records, other.n_records if other else 0
+            digests = data.digest, None if other is None else other.digest
+        expected = plans.estimate(state.settings, *digests, values)
+        response.status_code = 200
+        return DryRun(records=n, evaluation_records=n_evaluated, config=values, plan=PlanView.model_validate(expected))
+
+    def make(session: Session) -> tuple[str, dict[str, Any]]:
+        values, source = checked(session)
         job_requests.check_room(session, who.id, state.settings.key_waiting_max)
         job = jobs.create(
             session,

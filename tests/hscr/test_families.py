@@ -196,15 +196,15 @@ def test_the_tower_runs_once_a_distinct_image_also_among_several(vlm: VLM, monke
 def test_a_prompt_met_before_is_the_same_without_the_processor(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     images, questions = [picture(0), picture(1)], ["Where is it?", "Is it left or right?"]
     first = encode_prompts(vlm, images, questions)
-    stock, processed = hscr.model._processed, []
+    stock, seen = hscr.model.processed, []
 
     def counted(*args: Any) -> Any:
-        processed.append(args[2])
+        seen.append(args[2])
         return stock(*args)
 
-    monkeypatch.setattr(hscr.model, "_processed", counted)
+    monkeypatch.setattr(hscr.model, "processed", counted)
     again = encode_prompts(vlm, images, questions)
-    assert not processed
+    assert not seen
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.position_ids, b.position_ids)
@@ -212,10 +212,10 @@ def test_a_prompt_met_before_is_the_same_without_the_processor(vlm: VLM, monkeyp
         assert torch.equal(a.features, b.features)
         assert a.image == b.image
     encode_prompts(vlm, images, questions[::-1])  # each question with the other image: met, but not so
-    assert processed == questions[::-1]
+    assert seen == questions[::-1]
     vlm.features = FeatureCache()  # features are gone: the prompt alone is not enough
     encode_prompts(vlm, images[:1], questions[:1])
-    assert len(processed) == 3
+    assert len(seen) == 3
 
 
 def test_a_processor_that_does_not_fit_its_model_is_named(folder: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -263,3 +264,41 @@ def test_quiet_stream_says_that_it_is_alive(
     timer.join()
     assert text_.count(": still here") >= 2
     assert text_.rstrip().rpartition("data: ")[2].startswith('{"seq": 2')
+
+
+def test_dry_run_gives_the_real_plan_and_stores_nothing(client: TestClient, database: Database, dataset: Any) -> None:
+    body = {"dataset": dataset.id, "adapter": "brain", "evaluation": {"dataset": dataset.id, "allow_leak": True}}
+    answer = client.post("/align?dry_run=true", json=body, headers={"Idempotency-Key": "dry"})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert (found["dry_run"], found["records"], found["evaluation_records"]) == (
+        True,
+        dataset.n_records,
+        dataset.n_records,
+    )
+    assert found["config"]["optimization"]["epochs"] == 2
+    plan = found["plan"]
+    assert [s["stage"] for s in plan["stages"]] == ["generating", "optimizing", "evaluating"]
+    assert plan["stages"][0]["units"] == dataset.n_records
+    assert plan["fits"]
+    assert plan["seconds"] > 0
+    assert [count(database, t) for t in (Job, Outbox, IdempotencyKey)] == [0, 0, 0]
+
+
+def test_dry_run_checks_what_a_start_checks(client: TestClient, dataset: Any) -> None:
+    for change, code in (
+        ({"dataset": "ds_none"}, "dataset_not_found"),
+        ({"optimization": {"lr": -1.0}}, "invalid_config"),
+    ):
+        answer = client.post("/align?dry_run=true", json={"dataset": dataset.id, "adapter": "brain"} | change)
+        assert answer.json()["code"] == code
+
+
+def test_a_plan_that_cannot_be_made_says_so(client: TestClient, dataset: Any, settings: Any) -> None:
+    body = {"dataset": dataset.id, "adapter": "brain"}
+    settings.plan_command = [sys.executable, "-c", "raise SystemExit('/secret/path')"]
+    answer = client.post("/align?dry_run=true", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (503, "plan_unavailable")
+    assert "secret" not in answer.text
+    settings.plan_command, settings.plan_max_s = [sys.executable, "-c", "import time; time.sleep(60)"], 0.3
+    assert client.post("/align?dry_run=true", json=body).json()["code"] == "plan_unavailable"

@@ -1,0 +1,155 @@
+"""The plan of a run: it follows the model's shapes, the data and the settings, says what fits, and is near what happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.llava import Shape, save_data, save_llava
+from hscr.cli import app
+from hscr.config import AlignConfig, preset
+from hscr.data_set import DataSet
+from hscr.model import add_lora, load_model
+from hscr.plan import Plan, estimate, skeleton
+from hscr.probe import Probe
+from tests.hscr.tiny_families import NAMES, save_tiny
+
+CPU = torch.device("cpu")
+SHAPE = Shape(patches=6, layers=3, hidden=64, heads=4, tower_layers=2, tower_hidden=64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llava(tmp_path_factory.mktemp("plan") / "model", SHAPE)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    folder = tmp_path_factory.mktemp("plan") / "data"
+    save_data(folder, 6, 12, 3)
+    (folder / "preferences.jsonl").unlink()
+    return DataSet(folder)
+
+
+def planned(model: Path, data: DataSet, config: AlignConfig | None = None, available: int | None = None) -> Plan:
+    return estimate(
+        skeleton(str(model)),
+        data,
+        config or preset("recommended"),
+        data,
+        device=CPU,
+        dtype=torch.float32,
+        available=available,
+    )
+
+
+def test_without_weights_it_counts_what_the_loaded_model_has(model: Path, data: DataSet) -> None:
+    plan, loaded = planned(model, data), estimate(load_model(model, device="cpu"), data, preset("recommended"), data)
+    assert (plan.visual_tokens, plan.prompt_tokens, plan.answer_tokens) == (
+        loaded.visual_tokens,
+        loaded.prompt_tokens,
+        loaded.answer_tokens,
+    )
+    assert plan.visual_tokens == SHAPE.patches**2
+    weights = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+    assert plan.weights_bytes == loaded.weights_bytes == pytest.approx(weights, rel=0.05)
+    assert [(s.stage, s.units) for s in plan.stages] == [("generating", 6), ("optimizing", 6), ("evaluating", 36)]
+
+
+def test_no_weight_is_read(model: Path, data: DataSet) -> None:
+    assert all(p.is_meta for p in skeleton(str(model)).base.parameters())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_can_be_planned(family: str, tmp_path: Path, data: DataSet) -> None:
+    plan = planned(save_tiny(family, tmp_path / family), data)
+    assert plan.fits
+    assert all(s.seconds > 0 and s.bytes > plan.weights_bytes for s in plan.stages)
+
+
+def test_what_a_layer_keeps_for_its_backward_pass_is_what_the_model_keeps(model: Path) -> None:
+    """Bytes that autograd saves in the whole decoder, over layers and tokens, against the probe's two random layers.
+
+    The probe has the final norm for two layers, the model for three: it counts a little too much.
+    """
+    from torch.autograd.graph import saved_tensors_hooks
+
+    vlm, config = load_model(model, device="cpu"), preset("recommended").optimization
+    probe = Probe(vlm, config, CPU, torch.float32)
+    add_lora(vlm, config, seed=0)
+    weights = {t.untyped_storage().data_ptr() for t in (*vlm.model.parameters(), *vlm.model.buffers())}
+    held: dict[int, int] = {}
+    kept = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            kept.append(tensor)
+        return tensor
+
+    ids = torch.arange(4, 164)[None]
+    with saved_tensors_hooks(note, lambda t: t):
+        vlm.model(input_ids=ids, logits_to_keep=1, use_cache=False)
+    assert probe.saved_bytes(160) * 160 * SHAPE.layers == pytest.approx(sum(held.values()), rel=0.2)
+
+
+def test_more_levels_epochs_and_answers_take_longer(model: Path, data: DataSet) -> None:
+    def optimizing(**optimization: object) -> float:
+        return planned(model, data, AlignConfig.from_dict({"optimization": optimization})).stages[1].seconds
+
+    assert optimizing(epochs=20) > 4 * optimizing(epochs=2)  # 20 to 2, and a reference pass each: about 6.6
+    blank = AlignConfig.from_dict({"evaluation": {"counterfactual": False}})
+    assert planned(model, data).stages[2].seconds > 1.5 * planned(model, data, blank).stages[2].seconds
+
+
+def test_too_small_a_device_gets_settings_that_fit_it(model: Path, data: DataSet) -> None:
+    whole = planned(model, data)
+    assert whole.fits
+    assert whole.settings == {}
+    tight = int(whole.weights_bytes + 0.5 * (whole.bytes - whole.weights_bytes))
+    plan = planned(model, data, available=tight)
+    assert not plan.fits
+    assert plan.settings
+    config = preset("recommended").to_dict()
+    for name, value in plan.settings.items():
+        section, key = name.split(".")
+        config[section][key] = value
+    assert planned(model, data, AlignConfig.from_dict(config), available=tight).fits
+    hopeless = planned(model, data, available=plan.weights_bytes // 2)
+    assert (hopeless.fits, hopeless.settings) == (False, {})
+
+
+def test_checkpointing_takes_less_memory_and_more_time(model: Path, data: DataSet) -> None:
+    plain = planned(model, data).stages[1]
+    light = planned(model, data, AlignConfig.from_dict({"optimization": {"gradient_checkpointing": True}})).stages[1]
+    assert light.bytes < plain.bytes
+    assert light.seconds > plain.seconds
+
+
+def test_plan_command_and_the_report_beside_what_happened(
+    model: Path, tmp_path: Path, data: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hscr plan` prints it; `hscr align` writes plan.json first, costs.json as it goes, and both are in the report."""
+    run = CliRunner()
+    asked = run.invoke(app, ["plan", str(data.folder), "-m", str(model), "--json"])
+    assert asked.exit_code == 0, asked.output
+    assert json.loads(asked.stdout.splitlines()[-1])["fits"]
+    shown = run.invoke(app, ["plan", str(data.folder), "-m", str(model), "--memory", "0.001"])
+    assert "generating" in shown.stdout
+    assert "larger device" in shown.stdout
+    out = tmp_path / "run"
+    done = run.invoke(
+        app, ["align", str(data.folder), "-m", str(model), "--out", str(out), "-s", "preference.similarity=token_f1"]
+    )
+    assert done.exit_code == 0, done.output
+    plan = json.loads((out / "plan.json").read_text())
+    costs = {c["stage"]: c for c in json.loads((out / "report.json").read_text())["costs"]}
+    assert costs.keys() == {"generating", "optimizing"}  # no evaluation was asked for
+    assert costs["generating"]["units"] == 6
+    assert costs["generating"]["planned_seconds"] == plan["stages"][0]["seconds"]
+    assert all(c["seconds"] > 0 and c["bytes"] > 2**20 for c in costs.values())
+    assert "What it took" in (out / "report.html").read_text()
