@@ -27,6 +27,7 @@ from hscr.model import VLM, add_lora, checkpoint_gradients, require_images
 from hscr.optimize import optimize
 from hscr.parent import as_parent, load_parent, parent_digest, with_parents_shape
 from hscr.preferences import generate
+from hscr.processes import rank, told
 from hscr.records import read_preferences, write_jsonl
 from hscr.review import read_review, reviewed
 from hscr.run_dir import PartialFile, RunDir
@@ -63,9 +64,12 @@ def align(
         raise ValueError("--stop-after: only `generating` can be looked at before the run goes on")
     check_scorable(evaluation_data.records if evaluation_data else ())
     require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
-    run = RunDir(out)
     if parent is not None:
         config = with_parents_shape(config, parent)
+    if rank() > 0:
+        _following(vlm, data, out, config, parent)
+        return
+    run = RunDir(out)
     with run.locked():
         lineage = {"model": vlm.digest, "model_name": vlm.name, "data": data.digest, "hscr": __version__}
         if review is not None:
@@ -200,6 +204,7 @@ def _optimizing(
     asked = [file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed]
     inputs = json_digest([*asked, *_on_top_of(parent)])
     if run.is_done(stage, inputs):
+        told("")  # nothing to follow
         yield Stage(stage, "skipped")
         return
     yield Stage(stage, "started")
@@ -208,10 +213,8 @@ def _optimizing(
         # The evaluation of an adapter that will be another: without --eval nothing would ever replace it.
         for name in ("reference.json", "steps.jsonl", "evaluation.json", "predictions.jsonl"):
             (run.path / name).unlink(missing_ok=True)
-    if parent is None:
-        add_lora(vlm, config.optimization, config.seed)
-    else:
-        load_parent(vlm, parent, trainable=True)
+    told(preferences.name)
+    _put_on_adapter(vlm, config, parent)
     rate: Rate | None = None
     chosen: list[float] = []
     tokens = config.optimization.token_budget
@@ -255,6 +258,29 @@ def _optimizing(
         vlm.on_top = False
     run.finish(stage, ["adapter"])
     yield Stage(stage, "completed")
+
+
+def _put_on_adapter(vlm: VLM, config: AlignConfig, parent: Path | None) -> None:
+    if parent is None:
+        add_lora(vlm, config.optimization, config.seed)
+    else:
+        load_parent(vlm, parent, trainable=True)
+
+
+def _following(vlm: VLM, data: DataSet, out: Path, config: AlignConfig, parent: Path | None) -> None:
+    """What a process after the first does: its share of the optimisation's steps, once the first has generated the preferences."""
+    preferences: str = told(None)
+    if preferences:
+        _put_on_adapter(vlm, config, parent)
+        for _ in optimize(
+            vlm,
+            list(read_preferences(out / preferences)),
+            data.open_images,
+            config.optimization,
+            out,
+            seed=config.seed,
+        ):
+            pass
 
 
 def _keep_steps(path: Path, last: int) -> None:

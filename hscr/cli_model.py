@@ -69,19 +69,24 @@ def align(
         list[Path] | None,
         typer.Option(help="A data set that PARENT was aligned on: not to be evaluated on. Repeatable."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes (one a GPU) that share the steps of the optimisation on this machine.")
+    ] = 1,
     events: Events = "progress",
 ) -> None:
     """Align MODEL on DATA: graded wrong answers from the model itself, multi-level optimisation, an evaluated LoRA adapter."""
     from hscr.align import align as run
     from hscr.data_set import DataSet
+    from hscr.processes import followers, rank
 
     settings = configuration(preset_name, config, [*(set_ or ()), *leak_setting(allow_leak)], seed)
     data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
     for row in data_set.rejected[:20]:
         console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
-    vlm = load(model, dtype, device, revision, quantize)
-    with stoppable() as stop:
-        if not (out / "plan.json").is_file():  # of the first attempt
+    with stoppable() as stop, followers(processes):
+        first = rank() == 0
+        vlm = load(model, dtype, device, revision, quantize)
+        if first and not (out / "plan.json").is_file():  # of the first attempt
             planned(vlm, data_set, settings, evaluation, out, events)
         made = run(
             vlm,
@@ -95,8 +100,8 @@ def align(
             learnt=[DataSet(path) for path in trained_on or ()],
             should_stop=stop.is_set,
         )
-        show(made, events)
-    if events == "progress":
+        show(made, events if first else "json")
+    if first and events == "progress":
         tell("adapter", out / "adapter")
         tell("report", out / "report.html")
         if (out / "evaluation.json").is_file():

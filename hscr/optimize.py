@@ -24,6 +24,7 @@ from hscr.images import Images
 from hscr.losses import RecordLogProbs, record_loss
 from hscr.model import VLM, checkpoint_gradients, encode_answer, encode_prompts, reference_policy
 from hscr.packing import answer_logits, shares_prefix, token_logprobs
+from hscr.processes import add_up, gathered, own_share, rank, told
 from hscr.records import PreferenceRecord, VQARecord
 from hscr.token_budget import TokenBudget, budget_batches
 from hscr.visual_tokens import derived_seed
@@ -68,6 +69,8 @@ def optimize(
 ) -> Iterator[TrainStep]:
     """Train the adapter that `add_lora` put on `vlm`, yielding every step; resumes from FOLDER/checkpoints where there is one.
 
+    With several processes (hscr/processes.py) all of them call this alike; each scores its share of every step.
+
     Stops early, after a checkpoint, once `should_stop()`: the last step yielded then has step < total. Raises ValueError where no record
     can teach anything under `config` (no levels and no supervised term).
     """
@@ -90,7 +93,9 @@ def optimize(
     checkpoint_gradients(vlm, config.gradient_checkpointing)
     budget = TokenBudget(config.token_budget)
     # Before a checkpoint is restored: the policy may have begun as its own reference.
-    reference = _reference(vlm, items, open_image, config, budget, folder / "reference.json")
+    if rank() == 0:
+        _keep_reference(vlm, items, open_image, config, budget, folder / "reference.json")
+    reference = [torch.tensor(row) for row in told(_kept(folder / "reference.json") if rank() == 0 else None)]
     plan = batch_plan(len(items), config.batch_size, config.epochs, seed)
     parameters = {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
@@ -105,12 +110,13 @@ def optimize(
         def gradients(tokens: int, batch: list[int] = batch) -> dict[str, list[float]]:
             optimizer.zero_grad(set_to_none=True)  # also of an attempt that ran out of memory half-way
             metrics: defaultdict[str, list[float]] = defaultdict(list)
+            share = own_share(batch)
             for part, scored in answer_logprobs(
-                vlm, [items[i] for i in batch], open_image, tokens, checkpointing=config.gradient_checkpointing
+                vlm, [items[i] for i in share], open_image, tokens, checkpointing=config.gradient_checkpointing
             ):
                 losses = []
                 for at, policy in zip(part, scored, strict=True):
-                    item, own = items[batch[at]], reference[batch[at]].to(policy.device)
+                    item, own = items[share[at]], reference[share[at]].to(policy.device)
                     loss, values = record_loss(RecordLogProbs(policy, own, item.n_tokens.to(policy.device)), config)
                     losses.append(loss)
                     for name, value in values.items():
@@ -118,7 +124,10 @@ def optimize(
                 (torch.stack(losses).sum() / len(batch)).backward()
             return metrics
 
-        metrics = budget.within(gradients)
+        shares = gathered(budget.within(gradients))
+        add_up(parameters.values())
+        metrics = {name: [v for own in shares for v in own.get(name, ())] for own in shares for name in own}
+        budget.tokens = min(gathered(budget.tokens))
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         means |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
@@ -128,11 +137,11 @@ def optimize(
                 raise ArithmeticError(f"{name} is {means[name]} at step {step}; a smaller lr or gamma may help")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        stop = should_stop()
+        stop = any(gathered(should_stop()))
         digest = None
         if stop or step % config.checkpoint_every == 0 or step == len(plan):
             state = {"step": step, "plan": plan, "token_budget": budget.tokens}
-            digest = save_checkpoint(checkpoints, state, parameters, optimizer)
+            digest = told(save_checkpoint(checkpoints, state, parameters, optimizer) if rank() == 0 else None)
         yield TrainStep(step, len(plan), means, digest, budget.tokens)
         if stop:
             return
@@ -188,15 +197,21 @@ def answer_logprobs(
             )
 
 
-def _reference(
+def _kept(path: Path) -> list[list[float]]:
+    """JSON keeps every float exactly."""
+    rows: list[list[float]] = json.loads(path.read_text())
+    return rows
+
+
+def _keep_reference(
     vlm: VLM,
     items: Sequence[Item],
     open_image: Callable[[VQARecord], Images],
     config: OptimizationConfig,
     budget: TokenBudget,
     path: Path,
-) -> list[Tensor]:
-    """log π_sft of every answer, adapter off; read back from `path` where it is there (JSON keeps every float exactly)."""
+) -> None:
+    """Write log π_sft of every answer, adapter off, to `path` unless it is there."""
     if not path.is_file():
         rows: list[list[float]] = []
         with torch.no_grad(), reference_policy(vlm):
@@ -212,4 +227,3 @@ def _reference(
                 made = budget.within(scored)
                 rows += [made[i] for i in range(len(chunk))]
         write_json(path, rows)
-    return [torch.tensor(row) for row in json.loads(path.read_text())]

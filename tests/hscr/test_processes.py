@@ -1,0 +1,97 @@
+"""Two processes make the adapter that one makes, within rounding; a run stopped half-way goes on; no follower outlives the first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from benchmarks.llava import Shape, save_data, save_llava
+from hscr.cli import app
+
+SHAPE = Shape(patches=4, layers=2, hidden=32, heads=2, tower_layers=2, tower_hidden=32)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    save_llava(folder / "model", SHAPE)
+    save_data(folder / "data", 9, 6, 3)
+    return folder
+
+
+def command(place: Path, out: str, processes: int, epochs: int = 3) -> list[str]:
+    settings = {"epochs": epochs, "batch_size": 4, "lr": 1e-3, "checkpoint_every": 2, "anchor": 1.0}
+    options = [x for name, value in settings.items() for x in ("-s", f"optimization.{name}={value}")]
+    data, model = str(place / "data"), str(place / "model")
+    start = [sys.executable, "-m", "hscr", "align", data, "-m", model, "-o", str(place / out), "--events", "json"]
+    return [*start, "--processes", str(processes), *options]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HSCR_FEATURE_CACHE": "off"}
+
+
+def adapter(place: Path, out: str) -> dict[str, torch.Tensor]:
+    return load_file(place / out / "adapter" / "adapter_model.safetensors")
+
+
+def align(place: Path, out: str, processes: int) -> dict[str, torch.Tensor]:
+    done = subprocess.run(
+        command(place, out, processes), env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return adapter(place, out)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
+
+
+def test_two_processes_make_the_adapter_of_one_and_a_stopped_run_goes_on(place: Path) -> None:
+    """Nine records in batches of 4, 4 and 1: in an epoch's last step the second process has no record."""
+    made = CliRunner().invoke(app, command(place, "one", 1)[3:])
+    assert made.exit_code == 0, made.output
+    one = adapter(place, "one")
+    assert max(t.abs().max() for n, t in one.items() if "lora_B" in n) > 1e-4  # it did move
+    assert_same(one, align(place, "two", 2))
+    steps = [(place / out / "steps.jsonl").read_text().count("\n") for out in ("one", "two")]
+    assert steps == [9, 9]
+
+    with started(place, "stopped") as run:
+        until_a_checkpoint(run)
+        run.send_signal(signal.SIGTERM)
+        assert run.stdout is not None
+        rest = run.stdout.read()
+        assert run.wait(60) in (0, 75), rest
+    assert_same(one, align(place, "stopped", 2))
+
+
+def started(place: Path, out: str, epochs: int = 3) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(place, out, 2, epochs), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def until_a_checkpoint(run: subprocess.Popen[str]) -> None:
+    assert run.stdout is not None
+    assert any('"checkpoint"' in line for line in run.stdout)
+
+
+def test_no_follower_is_left_where_the_first_is_killed(place: Path) -> None:
+    with started(place, "killed", epochs=500) as run:
+        until_a_checkpoint(run)
+        children = psutil.Process(run.pid).children()
+        assert len(children) == 1
+        run.kill()
+    assert not psutil.wait_procs(children, timeout=20)[1]
