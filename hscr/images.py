@@ -126,7 +126,9 @@ def _read(data: bytes | Path, limits: ImageLimits) -> tuple[bytes, bytes]:
 
 def _is_dicom(head: bytes) -> bool:
     """DICOM's own mark, or (files from before it, and of careless tools) an element of group 2 or 8 in either byte order at the start."""
-    return head[128:132] == b"DICM" or ((head[:2] in (b"\x02\0", b"\x08\0") or head[:2] == b"\0\x08") and len(head) > 132)
+    return head[128:132] == b"DICM" or (
+        (head[:2] in (b"\x02\0", b"\x08\0") or head[:2] == b"\0\x08") and len(head) > 132
+    )
 
 
 def _is_nifti(head: bytes) -> bool:
