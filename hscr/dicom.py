@@ -72,10 +72,12 @@ def _inflated(data: bytes, limit: int) -> bytes:
     if len(content) > limit:
         raise ImageError(f"the DICOM file unpacks to more than {limit} bytes")
     from pydicom.dataset import FileMetaDataset
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.uid import UID
 
     plain = FileMetaDataset(meta)
-    plain.TransferSyntaxUID = _EXPLICIT
-    out = io.BytesIO()
+    plain.TransferSyntaxUID = UID(_EXPLICIT)
+    out = DicomBytesIO()
     out.write(b"\0" * 128 + b"DICM")
     write_file_meta_info(out, plain, enforce_standard=False)
     return out.getvalue() + content
@@ -107,14 +109,14 @@ def _rgb(dataset: Dataset, frame: int, view: View) -> NDArray[np.uint8]:
 def _frame(dataset: Dataset, frame: int) -> NDArray[Any]:
     """The stored values of one frame, [rows, columns] or [rows, columns, 3] in RGB."""
     from pydicom.pixels import pixel_array
+    from pydicom.uid import UID
 
     if (
         "TransferSyntaxUID" not in dataset.file_meta
     ):  # a file without its first group: pydicom has found the encoding out
         implicit, little = dataset.original_encoding
-        dataset.file_meta.TransferSyntaxUID = (
-            "1.2.840.10008.1.2" if implicit else _EXPLICIT if little else "1.2.840.10008.1.2.2"
-        )
+        syntax = "1.2.840.10008.1.2" if implicit else _EXPLICIT if little else "1.2.840.10008.1.2.2"
+        dataset.file_meta.TransferSyntaxUID = UID(syntax)
     plugin = "pylibjpeg" if dataset.file_meta.TransferSyntaxUID.is_compressed else ""
     try:
         return pixel_array(dataset, index=frame, decoding_plugin=plugin)

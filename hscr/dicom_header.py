@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import io
 import re
 import warnings
 from typing import TYPE_CHECKING
@@ -66,6 +65,8 @@ def note(dataset: Dataset) -> Note:
 def cleaned(data: bytes, key: bytes, limits: ImageLimits = ImageLimits()) -> bytes:
     """A DICOM file of the same pixels with nothing but the attributes above. Raises ImageError, and what pydicom raises on damaged data."""
     from pydicom.dataset import FileMetaDataset
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_dataset, write_file_meta_info
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     with warnings.catch_warnings():
@@ -82,15 +83,11 @@ def cleaned(data: bytes, key: bytes, limits: ImageLimits = ImageLimits()) -> byt
             kept.file_meta.MediaStorageSOPClassUID = kept.SOPClassUID
         if "SOPInstanceUID" in kept:
             kept.file_meta.MediaStorageSOPInstanceUID = kept.SOPInstanceUID
-        out = io.BytesIO()
+        out = DicomBytesIO()
         out.write(b"\0" * 128 + b"DICM")
-        from pydicom.filebase import DicomFileLike
-        from pydicom.filewriter import write_dataset, write_file_meta_info
-
         write_file_meta_info(out, kept.file_meta, enforce_standard=False)
-        body = DicomFileLike(out)
-        body.is_implicit_VR, body.is_little_endian = syntax.is_implicit_VR, syntax.is_little_endian
-        write_dataset(body, kept)
+        out.is_implicit_VR, out.is_little_endian = syntax.is_implicit_VR, syntax.is_little_endian
+        write_dataset(out, kept)
         return out.getvalue()
 
 

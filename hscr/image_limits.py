@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ def grey(values: NDArray[np.generic], low: float | None = None, high: float | No
 
     What is not finite is 0.
     """
-    real = np.asarray(values, dtype=np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    real: NDArray[Any] = np.asarray(values, dtype=np.float32 if values.dtype.itemsize <= 2 else np.float64)
     finite = np.isfinite(real)
     if low is None or high is None:
         inside = real if finite.all() else real[finite]

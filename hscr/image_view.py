@@ -1,4 +1,4 @@
-"""Which two dimensions of a file are the image: the frame, plane and slice, and the window of grey values. Plain values; knows no format."""
+"""Which two dimensions of a file are the image: the frame, plane and slice, and the window of grey values. Knows no format."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def pixel_digest(image: Image.Image) -> str:
 
 
 def prints(files: Sequence[Picture]) -> Prints:
-    """Fingerprint every picture; a file named twice with one view is read once. Raises ImageError (a ValueError) where one cannot be decoded."""
+    """Fingerprint every picture; a file named twice with one view is read once. Raises ImageError (a ValueError) for a damaged one."""
     known: dict[Picture, tuple[str, NDArray[np.uint64]]] = {}
     for file in files:
         if file not in known:

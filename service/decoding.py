@@ -41,7 +41,8 @@ class _Child:
 
     @property
     def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         return self.process.stdin, self.process.stdout
 
     def end(self) -> None:

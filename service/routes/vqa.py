@@ -96,7 +96,7 @@ class ImageNote(BaseModel):
     format: str
     modality: str | None = Field(description="Of a DICOM file, where it is a known one.")
     flags: list[str] = Field(
-        description="Why the pixels may show who the patient is: burned_in_annotation, recognizable_features, ultrasound, secondary_capture."
+        description="Why the pixels may show who it is: burned_in_annotation, recognizable_features, ultrasound, secondary_capture."
     )
 
 
