@@ -1,4 +1,4 @@
-"""What decoding in a process of its own adds to a PNG's time: medians of both routes, interleaved. `python -m benchmarks.bench_decoding`."""
+"""What decoding in a process of its own adds to a PNG's time: medians. `python -m benchmarks.bench_decoding`."""
 
 from __future__ import annotations
 
