@@ -59,11 +59,12 @@ class DataSet:
 
     def open_image(self, record: VQARecord) -> Image.Image:
         """The first image, for showing."""
-        return decode_image(self.folder / record.image)
+        image, view = record.shown[0]
+        return decode_image(self.folder / image, view=view)
 
     def open_images(self, record: VQARecord) -> tuple[Image.Image, ...]:
         """All images, for asking."""
-        return tuple(decode_image(self.folder / image) for image in record.images)
+        return tuple(decode_image(self.folder / image, view=view) for image, view in record.shown)
 
 
 def _reasons(rejected: list[RejectedRow]) -> str:

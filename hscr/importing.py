@@ -19,7 +19,15 @@ from hscr.readers.rows import Part
 from hscr.records import Level, PreferenceRecord, RejectedRow, VQARecord, write_jsonl
 from hscr.similarity import normalized, token_f1
 
-_SUFFIXES = {b"\x89P": ".png", b"\xff\xd8": ".jpg", b"RI": ".webp"}
+_SUFFIXES = {
+    b"\x89P": ".png",
+    b"\xff\xd8": ".jpg",
+    b"RI": ".webp",
+    b"II": ".tif",
+    b"MM": ".tif",
+    b"BM": ".bmp",
+    b"GI": ".gif",
+}
 
 
 @dataclass(frozen=True)

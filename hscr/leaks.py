@@ -26,7 +26,7 @@ from PIL import Image
 from hscr.artifacts import json_digest, write_json
 from hscr.data_set import DataSet
 from hscr.events import Event, Warning_
-from hscr.images import decode_image
+from hscr.images import View, decode_image
 from hscr.run_dir import RunDir
 
 HASH_SIDE = 16
@@ -55,17 +55,20 @@ class Prints:
     hashes: NDArray[np.uint64]
 
 
+Picture = Path | tuple[Path, View]  # a file, or what a view shows of it
+
+
 def pixel_digest(image: Image.Image) -> str:
     """Digest of an RGB picture's size and pixels."""
     return hashlib.sha256(f"{image.width}x{image.height}/".encode() + image.tobytes()).hexdigest()
 
 
-def prints(files: Sequence[Path]) -> Prints:
-    """Fingerprint every picture; a file named twice is read once. Raises ImageError (a ValueError) where one cannot be decoded."""
-    known: dict[Path, tuple[str, NDArray[np.uint64]]] = {}
+def prints(files: Sequence[Picture]) -> Prints:
+    """Fingerprint every picture; a file named twice with one view is read once. Raises ImageError (a ValueError) for a damaged one."""
+    known: dict[Picture, tuple[str, NDArray[np.uint64]]] = {}
     for file in files:
         if file not in known:
-            image = decode_image(file)
+            image = decode_image(file) if isinstance(file, Path) else decode_image(file[0], view=file[1])
             bits = np.packbits(imagehash.phash(image, hash_size=HASH_SIDE).hash.ravel())
             known[file] = pixel_digest(image), bits.view(np.uint64)
     hashes = [known[file][1] for file in files]
@@ -85,7 +88,7 @@ def near(first: Prints, second: Prints) -> Iterator[tuple[int, int, bool, int]]:
             yield i, j, first.pixels[i] == second.pixels[j], int(distance[row, column])
 
 
-def find_leaks(first: Sequence[Path], second: Sequence[Path]) -> list[Leak]:
+def find_leaks(first: Sequence[Picture], second: Sequence[Picture]) -> list[Leak]:
     """Leaks between two data sets, given the picture of every record; the same ones before the near ones, else by number."""
     found = [Leak(i + 1, j + 1, same, bits) for i, j, same, bits in near(prints(first), prints(second))]
     return sorted(found, key=lambda leak: (not leak.same, leak.distance, leak.second, leak.first))
@@ -93,7 +96,9 @@ def find_leaks(first: Sequence[Path], second: Sequence[Path]) -> list[Leak]:
 
 def _record_leaks(data: DataSet, evaluation: DataSet) -> list[Leak]:
     """Leaks between the records of two data sets, each of one picture or several; of a pair of records the nearest pictures count."""
-    shown = [[(n, d.folder / i) for n, r in enumerate(d.records, 1) for i in r.images] for d in (data, evaluation)]
+    shown = [
+        [(n, (d.folder / i, v)) for n, r in enumerate(d.records, 1) for i, v in r.shown] for d in (data, evaluation)
+    ]
     found: dict[tuple[int, int], Leak] = {}
     for leak in find_leaks(*([file for _, file in pictures] for pictures in shown)):
         pair = shown[0][leak.first - 1][0], shown[1][leak.second - 1][0]

@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hscr.image_view import View, parsed_view
+
 MAX_TEXT_CHARS = 20_000
 MAX_IMAGES = 16
 MAX_META_DEPTH = 20
@@ -61,6 +63,18 @@ def _image_path(value: Any, name: str) -> str:
     if len(path) > 1000 or any(len(part.encode()) > 255 for part in parts):
         raise ValueError(f"{name}: the path is longer than a file system allows")
     return path
+
+
+def views(row: dict[str, Any], n: int) -> tuple[View, ...]:
+    """The view under `view` (of one image) or the views under `views` (a list, one an image); nothing where all are the usual one."""
+    one, several = row.get("view"), row.get("views")
+    if one is not None and (several is not None or n != 1):
+        raise ValueError("view: is for one image; give views with images")
+    if several is not None and not (isinstance(several, list) and len(several) == n):
+        raise ValueError("views: must be a list with one object for each image")
+    given = [one] if one is not None else several or []
+    parsed = tuple(parsed_view(v, "view" if one is not None else "views") for v in given)
+    return parsed if any(view != View() for view in parsed) else ()
 
 
 def options(value: Any) -> tuple[str, ...]:

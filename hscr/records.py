@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hscr import record_fields as fields
+from hscr.image_view import View
 
 ANSWER_TYPES = ("open", "closed", "caption")
 MAX_LINE_BYTES = 4 * 2**20
@@ -29,7 +30,10 @@ class GroundedWord:
 
 @dataclass(frozen=True)
 class VQARecord:
-    """One question on one image or several, one reference answer. `image` and `further_images` are paths relative to the folder."""
+    """One question on one image or several, one reference answer. `image` and `further_images` are paths relative to the folder.
+
+    `views` says for each image which frame, slice or window of its file is meant; empty where no file needs that.
+    """
 
     id: str
     image: str
@@ -41,11 +45,17 @@ class VQARecord:
     group: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     further_images: tuple[str, ...] = ()
+    views: tuple[View, ...] = ()
 
     @property
     def images(self) -> tuple[str, ...]:
         """All images, in the order in which the question sees them."""
         return (self.image, *self.further_images)
+
+    @property
+    def shown(self) -> tuple[tuple[str, View], ...]:
+        """Each image with its view, in order."""
+        return tuple(zip(self.images, self.views or [View()] * len(self.images), strict=True))
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,17 @@ def to_json(value: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(value, dict_factory=_row).items() if v not in (None, (), {}, [])}
 
 
+_VIEW = {field.name for field in dataclasses.fields(View)}
+
+
 def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dataclass as a dict in the form that it had before it could hold more, for digests depend on that."""
     row = {k: v for k, v in pairs if (k, v) != ("source", "replacement")}
-    further = row.pop("further_images", ())
+    if row.keys() == _VIEW:
+        return {k: v for k, v in row.items() if v is not None}
+    further, views = row.pop("further_images", ()), row.pop("views", ())
+    if any(views):
+        row |= {"views": views} if further else {"view": views[0]}
     return (
         {"images" if k == "image" else k: (v, *further) if k == "image" else v for k, v in row.items()}
         if further
@@ -129,6 +146,7 @@ def vqa_record(row: Any) -> VQARecord:
         group=None if group is None else fields.storable(group, "group"),
         meta=fields.meta(row.get("meta") or {}),
         further_images=tuple(images[1:]),
+        views=fields.views(row, len(images)),
     )
 
 

@@ -40,7 +40,7 @@ def parse_shares(text: str) -> dict[str, float]:
 def units(records: Sequence[VQARecord], folder: Path) -> list[str]:
     """The name of each record's unit, which stays whole: the least of its groups' names, or of its pictures' digests where it has none."""
     owners = [i for i, r in enumerate(records) for _ in r.images]  # of each picture: its record
-    found = prints([folder / image for r in records for image in r.images])
+    found = prints([(folder / image, view) for r in records for image, view in r.shown])
     names = [""] * len(records)
     for i, pixels in reversed(
         list(zip(owners, found.pixels, strict=True))

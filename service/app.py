@@ -22,6 +22,7 @@ from service.auth import Auth, check_settings
 from service.batcher import Batcher
 from service.datasets import clear_leftovers
 from service.db import Database
+from service.decoding import decoders
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.metrics import Metrics
@@ -111,6 +112,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         )
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
+        await run_in_threadpool(decoders(settings).warm)
         state.batcher = Batcher(
             state.engine.answer,
             batch_max=settings.batch_max,

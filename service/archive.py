@@ -17,7 +17,23 @@ from typing import IO
 
 from service.errors import Problem
 
-_KEPT = {".jsonl", ".json", ".csv", ".parquet", ".pkl", ".png", ".jpg", ".jpeg", ".webp"}
+_KEPT = {
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".parquet",
+    ".pkl",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".nii",
+    ".gz",
+}
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _RATIO_MAX = 200  # deflate reaches 1032; text of real records stays far below this, a bomb does not
 

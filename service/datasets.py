@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest, json_digest
 from hscr.data_set import PREFERENCES, checked_preferences, given_preferences
-from hscr.images import ImageError, decode_image
+from hscr.image_limits import ImageError
+from hscr.image_view import View
 from hscr.records import (
     RejectedRow,
     VQARecord,
@@ -32,6 +33,7 @@ from service import audit
 from service.adapters import sync_tree
 from service.archive import ArchiveLimits, discard, flatten, unpack
 from service.db import Database
+from service.decoding import Decoders, DecodersBusy
 from service.errors import Problem
 from service.foreign import Reading, convert, is_ours
 from service.models import Dataset, DatasetRecord, new_id
@@ -64,6 +66,7 @@ def import_upload(
     rows_max: int,
     reading: Reading = Reading(),
     actor: str = "local",
+    decoders: Decoders | None = None,
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register a zip or a parquet file; the data set and whether it is new (equal content under one name is not).
 
@@ -82,11 +85,11 @@ def import_upload(
             unpack(file, upload, limits)
         source = flatten(upload)
         if reading.layout == "hscr" or (reading.layout == "auto" and is_ours(source)):
-            content = _read(source, rows_max)
+            content = _read(source, rows_max, decoders)
         else:
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
-            content = _imported(_read(source, rows_max), report)
+            content = _imported(_read(source, rows_max, decoders), report)
         _store(source, content, folder(data_dir, content.digest))
     finally:
         discard(incoming)
@@ -103,7 +106,16 @@ def _imported(content: Content, report: dict[str, Any]) -> Content:
     return replace(content, rejected=rows, format=report["source"]["format"])
 
 
-def _read(source: Path, rows_max: int) -> Content:
+def _read(source: Path, rows_max: int, given_decoders: Decoders | None) -> Content:
+    decoders = given_decoders or Decoders(1, 2 * 2**30, 20)
+    try:
+        return _read_with(decoders, source, rows_max)
+    finally:
+        if given_decoders is None:
+            decoders.close()
+
+
+def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
     try:
         path = records_file(source)
     except ValueError:
@@ -114,17 +126,23 @@ def _read(source: Path, rows_max: int) -> Content:
     if len(records) + len(rejected) > rows_max:
         raise Problem("invalid_archive", f"The data set has more than {rows_max} rows.")
     images: dict[str, str] = {}
-    bad: dict[str, str] = {}
+    bad: dict[tuple[str, View], str] = {}
+    good: set[tuple[str, View]] = set()
     kept: list[VQARecord] = []
     for line, record in zip(_lines_of(path, {r.line for r in rejected}), records, strict=True):
-        for image in record.images:
-            if image not in images and image not in bad:
+        for image, view in record.shown:
+            if (image, view) not in good and (image, view) not in bad:
                 try:
-                    decode_image(source / image)
-                    images[image] = file_digest(source / image)
+                    decoders.check(source / image, view=view)
+                    if image not in images:
+                        images[image] = file_digest(source / image)
+                    good.add((image, view))
+                except DecodersBusy:
+                    detail = "Send it again in a few seconds."
+                    raise Problem("decoders_busy", detail, headers={"Retry-After": "5"}) from None
                 except (ImageError, OSError) as error:
-                    bad[image] = str(error) if isinstance(error, ImageError) else "the image file is missing"
-        reason = next((bad[image] for image in record.images if image in bad), None)
+                    bad[image, view] = str(error) if isinstance(error, ImageError) else "the image file is missing"
+        reason = next((bad[shown] for shown in record.shown if shown in bad), None)
         if reason is not None:
             rejected.append(RejectedRow(line, f"image: {reason}"))
         else:

@@ -59,6 +59,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "base_unknown": (503, "The base model cannot be looked at"),
     "overloaded": (503, "Too many questions are waiting"),
     "plan_unavailable": (503, "No estimate can be made now"),
+    "decoders_busy": (503, "Too many images are being decoded"),
     "draining": (503, "The service is shutting down"),
     "database_unavailable": (503, "The database does not answer"),
 }

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from sqlalchemy import func, select
 
 from service.db import Database
-from service.models import STATUSES, Job
+from service.models import STATUSES, Job, now
 
 
 class Metrics:
@@ -19,6 +19,7 @@ class Metrics:
             "hscr_http_requests", "Requests by route and status", ["method", "route", "status"], registry=r
         )
         self.seconds = Histogram("hscr_http_request_seconds", "Time to the response's end", ["route"], registry=r)
+        self.oldest = Gauge("hscr_jobs_oldest_queued_seconds", "Age of the job that waits longest", registry=r)
         self.jobs = Gauge("hscr_jobs", "Jobs by status", ["status"], registry=r)
         self.batch_size = Histogram(
             "hscr_vqa_batch_size", "Questions answered together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r
@@ -33,6 +34,8 @@ class Metrics:
         """The text format, with the jobs counted now."""
         with database.read() as session:
             rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
+            oldest = session.scalar(select(func.min(Job.queued_at)).where(Job.status == "queued"))
+        self.oldest.set(max(0.0, (now() - oldest).total_seconds()) if oldest else 0)
         counts = dict(rows)
         for status in STATUSES:
             self.jobs.labels(status).set(counts.get(status, 0))

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Celery
+from kombu.transport import TRANSPORT_ALIASES
 
 from service.settings import Settings
 
+TRANSPORT_ALIASES |= dict.fromkeys(("redis", "rediss"), "service.broker:Transport")
+TRANSPORT_ALIASES["sentinel"] = "service.broker:SentinelTransport"
 QUEUE = "hscr-align"
 TASK = "hscr.run_job"
 

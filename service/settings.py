@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     upload_entries_max: int = 200_000
     record_rows_max: int = 500_000
     import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout
+    decode_processes: int = Field(default=2, ge=1)  # that decode images, each with the limits below
+    decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
+    decode_max_s: float = Field(default=20.0, gt=0)
     import_max_s: float = Field(default=3600.0, gt=0)
 
     @field_validator("run_command", "evaluate_command", "plan_command", mode="before")

@@ -12,6 +12,7 @@ from sqlalchemy import select
 
 from service import datasets
 from service.archive import ArchiveLimits
+from service.decoding import decoders
 from service.errors import Problem
 from service.foreign import Reading
 from service.models import Dataset, DatasetRecord
@@ -73,7 +74,7 @@ def upload(
     reading = Reading(format, split, tuple(languages.split(",")), s.import_memory_max_bytes, s.import_max_s)
     limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
     dataset, new = datasets.import_upload(
-        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading, who.id
+        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading, who.id, decoders(s)
     )
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/datasets/{dataset.id}"

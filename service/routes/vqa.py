@@ -12,16 +12,18 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from hscr.images import ImageError, decode_images
+from hscr.image_limits import ImageError, ImageLimits
+from hscr.image_view import View
+from hscr.images import Decoded
 from hscr.record_fields import MAX_IMAGES
 from service import adapters
 from service.adapters import Resolved
 from service.batcher import Batcher, Closed, Full
+from service.decoding import DecodersBusy, decoders
 from service.engine import AdapterDamaged, Question
 from service.errors import Problem
 from service.problems import invalid_fields
@@ -46,10 +48,35 @@ class Parameters(BaseModel):
     grounding: Literal["none", "summary", "tokens"] = "none"
 
 
-class InlineImage(BaseModel):
+class ViewFields(BaseModel):
+    """Which frame, slice and window of the file is meant; all counts are from 0."""
+
     model_config = ConfigDict(extra="forbid")
 
-    base64: str = Field(min_length=1, description="The bytes of a PNG, JPEG or WebP file.")
+    frame: int | None = Field(None, ge=0, lt=1_000_000, description="Of a DICOM or TIFF file; NIfTI: the time point.")
+    plane: Literal["axial", "coronal", "sagittal"] | None = Field(None, description="Of a NIfTI volume; else axial.")
+    slice: int | None = Field(
+        None,
+        ge=0,
+        lt=1_000_000,
+        description="Of a NIfTI volume, from the right, the back or the feet; else the middle.",
+    )
+    window: (
+        tuple[
+            Annotated[float, Field(gt=-1e9, lt=1e9, allow_inf_nan=False)],
+            Annotated[float, Field(ge=1e-6, lt=1e9, allow_inf_nan=False)],
+        ]
+        | None
+    ) = Field(None, description="[centre, width] in the file's units (Hounsfield for CT); else the file's own window.")
+
+    def view(self) -> View:
+        return View(self.frame, self.plane, self.slice, self.window)
+
+
+class InlineImage(ViewFields):
+    base64: str = Field(
+        min_length=1, description="The bytes of a PNG, JPEG, WebP, TIFF, BMP, GIF, DICOM or NIfTI (.nii, .nii.gz) file."
+    )
 
 
 class VQARequest(Parameters):
@@ -63,6 +90,14 @@ class VQARequest(Parameters):
         if (self.image is None) == (self.images is None):
             raise ValueError("give image or images, not both")
         return self
+
+
+class ImageNote(BaseModel):
+    format: str
+    modality: str | None = Field(description="Of a DICOM file, where it is a known one.")
+    flags: list[str] = Field(
+        description="Why the pixels may show who it is: burned_in_annotation, recognizable_features, ultrasound, secondary_capture."
+    )
 
 
 class ModelRef(BaseModel):
@@ -108,6 +143,7 @@ class VQAResponse(BaseModel):
     model: ModelRef
     adapter: AdapterRef | None
     grounding: Grounding | None
+    images: list[ImageNote]
     usage: Usage
     timing_ms: dict[str, float]
     request_id: str
@@ -124,6 +160,8 @@ _FILE = {"type": "string", "format": "binary"}
 _FORM["properties"] = {
     "image": _FILE,
     "images": {"type": "array", "items": _FILE, "minItems": 1, "maxItems": MAX_IMAGES},
+    **ViewFields.model_json_schema()["properties"],
+    "window": {"type": "string", "examples": ["40,400"], "description": "centre,width"},
     **_FORM["properties"],
 }
 _FORM["oneOf"] = _SCHEMA["oneOf"]
@@ -149,13 +187,13 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
     """Base and adapters are served together. When too many questions wait, 503 at once with Retry-After."""
     begin = time.perf_counter()
     batcher = _ready(state)
-    parameters, data = await _read(request)
+    parameters, data, views = await _read(request)
     if len(data) > 1 and not (state.engine is not None and state.engine.several_images):
         raise Problem("one_image_only", "Ask with one image; docs/families.md lists the models that take several.")
-    images = await asyncio.to_thread(_decode, data)
+    decoded = await asyncio.to_thread(_decode, state, data, views)
     resolved = await asyncio.to_thread(_resolve, state, parameters.adapter)
     question = Question(
-        images=images,
+        images=tuple(d.image for d in decoded),
         text=parameters.question,
         adapter_digest=resolved.digest if resolved else None,
         adapter_folder=adapters.folder(state.settings.data_dir, resolved.digest) if resolved else None,
@@ -164,6 +202,7 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
         seed=parameters.seed,
         grounding=parameters.grounding,
     )
+    notes = [d.note for d in decoded]
     asked = time.perf_counter()
     answer = await _ask(state, batcher, question, request)
     end = time.perf_counter()
@@ -177,6 +216,7 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
         ),
         adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
         grounding=_grounding(parameters, answer, resolved.threshold if resolved else None),
+        images=[ImageNote(format=n.format, modality=n.modality, flags=list(n.flags)) for n in notes],
         usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
         timing_ms={"model": round((end - asked) * 1000, 1), "total": round((end - begin) * 1000, 1)},
         request_id=request.state.request_id,
@@ -193,14 +233,14 @@ def _ready(state: State) -> Batcher:
     return state.batcher
 
 
-async def _read(request: Request) -> tuple[Parameters, list[bytes]]:
-    """Parameters and image bytes from either form. Raises Problem."""
+async def _read(request: Request) -> tuple[Parameters, list[bytes], list[View]]:
+    """Parameters, image bytes and views from either form. Raises Problem."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
             body = VQARequest.model_validate_json(await request.body())
             given = body.images or ([body.image] if body.image else [])
-            return body, [base64.b64decode(i.base64, validate=True) for i in given]
+            return body, [base64.b64decode(i.base64, validate=True) for i in given], [i.view() for i in given]
         if kind == "multipart/form-data":
             return await _read_form(request)
     except ValidationError as error:
@@ -210,19 +250,27 @@ async def _read(request: Request) -> tuple[Parameters, list[bytes]]:
     raise Problem("unsupported_media_type", "Send application/json or multipart/form-data.")
 
 
-async def _read_form(request: Request) -> tuple[Parameters, list[bytes]]:
+async def _read_form(request: Request) -> tuple[Parameters, list[bytes], list[View]]:
     async with request.form(max_files=MAX_IMAGES, max_fields=16, max_part_size=64 * 1024) as form:
         one, several = form.getlist("image"), form.getlist("images")
         files = [f for f in one or several if isinstance(f, UploadFile)]
         if bool(one) == bool(several) or len(one) > 1 or len(files) != len(one or several):
             raise Problem("invalid_request", "Send one file part `image`, or several named `images`.")
         fields = {name: value for name, value in form.multi_items() if name not in ("image", "images")}
-        return Parameters.model_validate(fields), [await file.read() for file in files]
+        chosen: dict[str, Any] = {
+            name: fields.pop(name) for name in ("frame", "plane", "slice", "window") if name in fields
+        }
+        if isinstance(chosen.get("window"), str):
+            chosen["window"] = chosen["window"].split(",")
+        view = ViewFields.model_validate(chosen).view()  # one for all images of a form
+        return Parameters.model_validate(fields), [await file.read() for file in files], [view] * len(files)
 
 
-def _decode(several: list[bytes]) -> tuple[Image.Image, ...]:
+def _decode(state: State, several: list[bytes], views: list[View]) -> tuple[Decoded, ...]:
     try:
-        return decode_images(several)
+        return decoders(state.settings).decode(several, ImageLimits(), views)
+    except DecodersBusy:
+        raise Problem("decoders_busy", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
     except ImageError as error:
         raise Problem("invalid_image", f"{error}.") from None
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hscr.images import ImageError, ImageLimits, decode_image, decode_images
+from hscr.images import ImageError, ImageLimits, View, decode_image, decode_images
 from tests.hscr.tiny import picture
 
 
@@ -74,10 +74,51 @@ def test_a_truncated_file_is_damaged(form: str) -> None:
         decode_image(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("form", ["BMP", "TIFF"])
+def test_other_lossless_formats_are_read(form: str) -> None:
+    assert decode_image(encoded(picture(1), form)).tobytes() == picture(1).tobytes()
+
+
+@pytest.mark.parametrize("form", ["PPM", "ICNS", "TGA"])
 def test_other_formats_are_refused(form: str) -> None:
-    with pytest.raises(ImageError, match="not a PNG, JPEG or WebP"):
-        decode_image(encoded(picture(1), form))
+    with pytest.raises(ImageError, match="not a PNG, JPEG, WebP, TIFF"):
+        decode_image(encoded(Image.new("RGB", (64, 64)), form))
+
+
+def frames(form: str, n: int = 3) -> bytes:
+    """Frame i is a plain grey of 100·i."""
+    several = [Image.new("L", (4, 4), 100 * i) for i in range(n)]
+    return encoded(several[0], form, save_all=True, append_images=several[1:])
+
+
+def test_of_a_gif_the_first_frame_is_read_and_of_a_tiff_any_page() -> None:
+    assert decode_image(frames("GIF")).getpixel((0, 0)) == (0, 0, 0)
+    assert decode_image(frames("TIFF"), view=View(frame=2)).getpixel((0, 0)) == (200, 200, 200)
+    with pytest.raises(ImageError, match="frame: the file has fewer"):
+        decode_image(frames("TIFF"), view=View(frame=3))
+    with pytest.raises(ImageError, match="of this format the first is read"):
+        decode_image(frames("GIF"), view=View(frame=1))
+    assert decode_image(frames("GIF"), view=View(frame=0)).size == (4, 4)
+
+
+def test_a_camera_held_sideways_gives_an_upright_picture_and_no_texts() -> None:
+    """Orientation 6: the camera was turned left, so the picture turns right: 3 × 2 becomes 2 × 3 and the first pixel goes to the right."""
+    image = Image.new("RGB", (3, 2))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "patient name"
+    turned = decode_image(encoded(image, "PNG", exif=exif))
+    assert (turned.size, turned.getpixel((1, 0)), turned.info) == ((2, 3), (255, 0, 0), {})
+
+
+def test_a_window_is_for_grey_values_of_more_than_eight_bits() -> None:
+    """Window 2000 ± 500: 1500 and below is black, 2500 and above white."""
+    data = encoded(Image.fromarray(np.array([[1000, 2000, 3000]], dtype=np.uint16)))
+    assert np.asarray(decode_image(data, view=View(window=(2000, 1000))))[0, :, 0].tolist() == [0, 127, 255]
+    with pytest.raises(ImageError, match="window"):
+        decode_image(encoded(picture(1)), view=View(window=(100, 50)))
+    with pytest.raises(ImageError, match="plane and slice"):
+        decode_image(encoded(picture(1)), view=View(plane="axial"))
 
 
 def test_no_data_no_file_and_no_image_are_told_apart(tmp_path: Path) -> None:

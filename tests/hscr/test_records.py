@@ -229,3 +229,39 @@ def test_a_preference_record_that_is_none_names_its_field(change: dict[str, Any]
     assert preference_record(row).levels == (Level("right", 0.5),)
     with pytest.raises(ValueError, match=reason):
         preference_record(row | change)
+
+
+def test_views_are_read_written_and_checked() -> None:
+    from hscr.image_view import View
+
+    plain = {"id": "1", "image": "a.dcm", "question": "q", "answer": "a"}
+    one = plain | {"view": {"frame": 3, "window": [40, 400]}}
+    record = vqa_record(one)
+    assert record.shown == (("a.dcm", View(frame=3, window=(40.0, 400.0))),)
+    assert vqa_record(json.loads(json.dumps(to_json(record)))) == record
+    several = {
+        "id": "1",
+        "images": ["a.nii", "b.png"],
+        "question": "q",
+        "answer": "a",
+        "views": [{"plane": "axial"}, {}],
+    }
+    assert vqa_record(json.loads(json.dumps(to_json(vqa_record(several))))) == vqa_record(several)
+    assert to_json(vqa_record(plain | {"view": {}})) == to_json(vqa_record(plain))  # digests of old data sets stay
+    assert "views" not in json.dumps(to_json(vqa_record(plain)))
+    for bad in (
+        {"frame": -1},
+        {"frame": True},
+        {"plane": "up"},
+        {"window": [1]},
+        {"window": [1, 0]},
+        {"x": 1},
+        3,
+        {"window": [float("nan"), 1]},
+        {"slice": 1.5},
+    ):
+        with pytest.raises(ValueError, match="view"):
+            vqa_record(plain | {"view": bad})
+    for wrong in (several | {"view": {}}, several | {"views": [{}]}, plain | {"view": {}, "views": [{}]}):
+        with pytest.raises(ValueError, match="view"):
+            vqa_record(wrong)

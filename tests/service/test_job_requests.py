@@ -277,3 +277,20 @@ def test_transition_that_the_table_lacks_is_refused(database: Database, new_job:
 def test_retry_of_a_job_that_is_gone_says_so(database: Database) -> None:
     with pytest.raises(Problem, match="job_not_found"), database.write() as session:
         ask_retry(session, "job_none", None)
+
+
+def test_metrics_say_how_long_the_oldest_job_waits(client: Any, new_job: Any, database: Any) -> None:
+    from datetime import timedelta
+
+    from service.models import Job
+
+    def oldest() -> float:
+        line = next(x for x in client.get("/metrics").text.splitlines() if x.startswith("hscr_jobs_oldest_queued_s"))
+        return float(line.split()[1])
+
+    assert oldest() == 0
+    job_id = new_job()
+    with database.write() as session:
+        job = session.get(Job, job_id)
+        job.queued_at -= timedelta(hours=1)
+    assert 3600 <= oldest() < 3700

@@ -219,6 +219,33 @@ def test_forged_doubled_and_pickled_messages_do_no_harm(
     assert assert_succeeded_once(database, job_id).attempts == 1
 
 
+def test_raw_bytes_in_the_broker_do_not_end_the_worker(
+    database: Database, settings: Settings, processes: Processes, new_job: NewJob
+) -> None:
+    worker = processes.worker()
+    deep = b"[" * 100_000
+    odd = (
+        b"\xff\x00",
+        b"",
+        b"{",
+        b"7",
+        b"null",
+        b"[]",
+        b"{}",
+        deep,
+        b'{"body": 7, "properties": {}}',
+        b'{"properties": 3}',
+        b'{"body": "x", "headers": {}, "properties": {"delivery_tag": "1", "delivery_info": {}, "body_encoding": "base64"}}',
+    )
+    with redis.Redis.from_url(settings.redis_url) as client:
+        for raw in odd:
+            client.lpush(QUEUE, raw)
+    job_id = new_job()
+    processes.sweep()
+    assert_succeeded_once(database, job_id)
+    assert worker.poll() is None
+
+
 def test_sweep_rings_only_for_jobs_whose_bell_is_lost(
     database: Database, settings: Settings, valkey: str, new_job: NewJob
 ) -> None:

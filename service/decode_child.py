@@ -1,0 +1,61 @@
+"""`python -m service.decode_child`: decodes images that others sent, one order after the other, under limits of memory and time.
+
+An order is a line of JSON and the bytes of its images on stdin; the answer a line of JSON and the RGB pixels on stdout. The process ends
+with its stdin, writes no file, and is killed by its own alarm where whoever ordered is too late to do it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from hscr.image_limits import ImageError, ImageLimits, Note
+from hscr.image_view import parsed_view
+from hscr.images import read_image, read_images
+
+
+def main() -> None:
+    memory, seconds = int(sys.argv[1]), float(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    orders, answers = sys.stdin.buffer, sys.stdout.buffer
+    while line := orders.readline():
+        order = json.loads(line)
+        given = [orders.read(size) for size in order["sizes"]]
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        pixels: list[bytes] = []
+        try:
+            answer = _decoded(order, given, pixels)
+        except ImageError as error:
+            answer, pixels = {"refused": str(error)}, []
+        except MemoryError:
+            answer, pixels = {"refused": "decoding the image needs more memory than it may take"}, []
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(json.dumps(answer).encode() + b"\n")
+        for part in pixels:
+            answers.write(part)
+        answers.flush()
+
+
+def _decoded(order: dict[str, Any], given: list[bytes], pixels: list[bytes]) -> dict[str, Any]:
+    limits, views = ImageLimits(**order["limits"]), [parsed_view(view) for view in order["views"]]
+    if "path" in order:  # a file that was unpacked to our own disk: only whether it can be read, and its note
+        return {"images": [_told(read_image(Path(order["path"]), limits, views[0]).note)]}
+    images = []
+    for decoded in read_images(given, limits, views):
+        images.append({**_told(decoded.note), "size": decoded.image.size})
+        pixels.append(decoded.image.tobytes())
+    return {"images": images}
+
+
+def _told(note: Note) -> dict[str, Any]:
+    return {"format": note.format, "modality": note.modality, "flags": note.flags}
+
+
+if __name__ == "__main__":
+    main()

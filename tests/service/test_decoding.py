@@ -1,0 +1,109 @@
+"""Decoding in processes of their own: the same pixels, and what kills, stalls or swells one of them reaches nobody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from hscr.images import ImageError, ImageLimits, View, decode_image
+from service.decoding import Decoders, DecodersBusy
+from tests.conftest import png
+from tests.hscr.medical import dicom
+from tests.hscr.test_images import encoded
+
+LIMITS = ImageLimits()
+
+
+@pytest.fixture
+def decoders() -> Iterator[Decoders]:
+    made = Decoders(1, 2**30, 20)
+    yield made
+    made.close()
+
+
+def child(decoders: Decoders) -> psutil.Process:
+    free = decoders._free.get()
+    decoders._free.put(free)
+    assert free is not None
+    return psutil.Process(free.process.pid)
+
+
+def test_pixels_notes_and_views_are_those_of_the_library(decoders: Decoders) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8))
+    scan = dicom(np.array([[[0, 9]], [[9, 0]]], np.uint8), BurnedInAnnotation="YES")
+    one, two = decoders.decode([encoded(picture), scan], LIMITS, [View(), View(frame=1)])
+    assert one.image.tobytes() == picture.tobytes()
+    assert two.image.tobytes() == decode_image(scan, view=View(frame=1)).tobytes()
+    assert (two.note.format, two.note.flags) == ("dicom", ("burned_in_annotation",))
+    with pytest.raises(ImageError, match="the data is not a PNG"):
+        decoders.decode([b"canary"], LIMITS, [View()])
+
+
+def test_a_killed_process_is_replaced(decoders: Decoders) -> None:
+    decoders.warm()
+    first = child(decoders)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait(10)
+    assert decoders.decode([png()], LIMITS, [View()])[0].image.size == (8, 8)
+    assert child(decoders).pid != first.pid
+
+
+def test_a_process_that_stalls_is_killed_in_time_and_replaced() -> None:
+    decoders = Decoders(1, 2**30, 1.5)
+    decoders.warm()
+    stalled = child(decoders)
+    os.kill(stalled.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(ImageError, match="takes more than"):
+        decoders.decode([png()], LIMITS, [View()])
+    assert time.monotonic() - begin < 10
+    assert not psutil.pid_exists(stalled.pid)
+    decoders.seconds = 20
+    assert decoders.decode([png()], LIMITS, [View()])[0].image.size == (8, 8)
+    decoders.close()
+
+
+def test_memory_is_bounded_and_what_needs_more_is_refused() -> None:
+    decoders = Decoders(1, 2**29, 20)
+    image = Image.new("RGBA", (6000, 6000))  # 144 MB, twice more while it is laid on black
+    with pytest.raises(ImageError, match=r"memory|damaged|ended"):
+        decoders.decode([encoded(image)], LIMITS, [View()])
+    assert decoders.decode([png()], LIMITS, [View()])[0].image.size == (8, 8)
+    decoders.close()
+
+
+def test_no_free_process_is_said(decoders: Decoders) -> None:
+    decoders.seconds = 0.1
+    taken = decoders._free.get()
+    with pytest.raises(DecodersBusy):
+        decoders.decode([png()], LIMITS, [View()])
+    decoders._free.put(taken)
+
+
+def test_a_file_is_checked_where_it_lies_and_its_name_is_not_told(decoders: Decoders, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "canary.png").write_bytes(b"canary")
+    assert decoders.check(tmp_path / "good.png").format == "png"
+    with pytest.raises(ImageError) as error:
+        decoders.check(tmp_path / "canary.png")
+    assert "canary" not in str(error.value)
+
+
+def test_processes_end_with_their_stdin(decoders: Decoders) -> None:
+    decoders.warm()
+    process = child(decoders)
+    free = decoders._free.get()
+    assert free is not None
+    free.pipes[0].close()
+    process.wait(10)
+    decoders._free.put(None)
+    free.process.wait()
+    free.pipes[1].close()
