@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
@@ -17,6 +18,7 @@ from hscr.data_set import DataSet
 from hscr.records import read_preferences
 from service.settings import Settings
 from tests.conftest import dataset_zip, png, record, zip_of
+from tests.hscr.medical import dicom
 
 
 def send(client: TestClient, data: bytes, **form: str) -> Any:
@@ -29,6 +31,16 @@ def lines(*rows: Any) -> bytes:
 
 def leftovers(settings: Settings) -> list[Path]:
     return [p for p in (settings.data_dir / "datasets").rglob("*") if p.is_file()]
+
+
+def test_a_dicom_file_is_not_stored_under_any_name(client: TestClient, settings: Settings) -> None:
+    scan = dicom(np.arange(64, dtype=np.uint16).reshape(8, 8), PatientName="Canary^Bird")
+    rows = lines(record(0), record(1, image="images/scan.png"))
+    answer = send(client, zip_of({"records.jsonl": rows, "images/0.png": png(), "images/scan.png": scan}), name="scans")
+    assert answer.status_code == 201
+    assert [row["line"] for row in answer.json()["rejected"]] == [2]
+    assert "DICOM" in answer.json()["rejected"][0]["reason"]
+    assert not [p for p in settings.data_dir.rglob("*") if p.is_file() and b"Canary" in p.read_bytes()]
 
 
 def test_upload_reports_counts_and_rejected_rows_with_their_lines(client: TestClient, settings: Settings) -> None:

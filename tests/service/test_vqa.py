@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
@@ -16,6 +17,7 @@ from service.app import create_app
 from service.engine import LocalEngine, Question
 from service.settings import Settings
 from tests.conftest import png, wait_for
+from tests.hscr.medical import dicom, nifti
 from worker.supervise import run_job
 
 
@@ -176,6 +178,48 @@ def test_neither_both_nor_too_many_images_are_taken(asker: TestClient, engine: E
     for parts in ([("image", png()), ("images", png())], [("image", png())] * 2, [("images", png())] * n):
         if parts:
             assert asker.post("/vqa", files=parts, data={"question": "Where?"}).status_code in (400, 422)
+
+
+def test_frame_plane_slice_and_window_choose_what_is_asked_about_in_both_forms(asker: TestClient, engine: Echo) -> None:
+    volume = nifti(np.arange(4 * 6 * 8, dtype=np.int16).reshape(4, 6, 8))  # sizes along right, front, up
+    for plane, size in (("axial", (4, 6)), ("coronal", (4, 8)), ("sagittal", (6, 8))):
+        image = {"base64": base64.b64encode(volume).decode(), "plane": plane, "slice": 1}
+        answer = asker.post("/vqa", json=body(image=image))
+        form = asker.post(
+            "/vqa", files={"image": ("v.nii", volume)}, data={"question": "Where?", "plane": plane, "slice": "1"}
+        )
+        assert answer.status_code == form.status_code == 200, answer.text + form.text
+        assert engine.asked[-1].images[0].size == engine.asked[-2].images[0].size == size
+        assert answer.json()["images"] == form.json()["images"] == [{"format": "nifti", "modality": None, "flags": []}]
+    frames = dicom(np.stack([np.zeros((4, 4)), np.full((4, 4), 100)]).astype(np.uint16), BurnedInAnnotation="YES")
+    image = {"base64": base64.b64encode(frames).decode(), "frame": 1, "window": [100, 1]}
+    told = asker.post("/vqa", json=body(image=image)).json()["images"]
+    assert told == [{"format": "dicom", "modality": "CT", "flags": ["burned_in_annotation"]}]
+    assert engine.asked[-1].images[0].getpixel((0, 0)) == (127, 127, 127)  # a window's centre is its middle grey
+    asker.post("/vqa", json=body(image=image | {"frame": 0}))
+    assert engine.asked[-1].images[0].getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [{"plane": "axial"}, {"frame": 1}, {"window": [1.0, 0.0]}, {"slice": -1}, {"plane": "canary"}, {"frame": 10**9}],
+)
+def test_a_view_that_the_image_has_not_is_refused(asker: TestClient, view: dict[str, Any]) -> None:
+    answer = asker.post("/vqa", json=body(image=body()["image"] | view))
+    assert (answer.status_code, answer.json()["code"]) in ((422, "invalid_image"), (422, "invalid_request"))
+    assert "canary" not in answer.text
+
+
+def test_busy_decoders_are_a_503_to_be_asked_again(asker: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service import decoding
+
+    def busy(*args: Any) -> Any:
+        raise decoding.DecodersBusy
+
+    monkeypatch.setattr(decoding.Decoders, "decode", busy)
+    answer = asker.post("/vqa", json=body())
+    assert (answer.status_code, answer.json()["code"]) == (503, "decoders_busy")
+    assert int(answer.headers["retry-after"]) > 0
 
 
 @pytest.mark.parametrize(
