@@ -196,7 +196,10 @@ def test_ask_prints_an_answer_and_json_with_everything(hscr: Any, tiny_folder: P
             ["ask", "{data}/images/0.png", "Where?", "-i", "{data}/images/1.png", "-m", "{model}"],
             "a record has 2, and llava takes one a prompt",
         ),
-        (["ask", "{data}/records.jsonl", "Where?"], "the data is not a PNG, JPEG or WebP image"),
+        (
+            ["ask", "{data}/records.jsonl", "Where?"],
+            "the data is not a PNG, JPEG, WebP, TIFF, BMP, GIF, DICOM or NIfTI image",
+        ),
         (["export", "{tmp}", "-o", "{tmp}/x"], "no preferences.jsonl there"),
         (["export", "{tmp}/nothing", "-o", "{tmp}/x", "--format", "csv"], "no preferences.jsonl there"),
     ],
