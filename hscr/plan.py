@@ -21,13 +21,14 @@ from hscr.config import AlignConfig
 from hscr.data_set import DataSet
 from hscr.families import family_of, makes_features
 from hscr.model import VLM, encode_answer, processed
-from hscr.probe import Probe
+from hscr.probe import LAYERS, Probe
 from hscr.processor import load_processor
 from hscr.records import VQARecord
 from hscr.replacement import WORD_TOKENS
 
 SAMPLE = 16  # records whose tokens are counted
 SHARE = 0.9  # of the free memory may be planned with
+PROBE_FLOPS = 2e10  # of one timed run on a CPU: more tokens than that are timed on fewer, in proportion
 SIMILARITY_FLOPS = 21e6 * 20  # MiniLM: 2 × its 10.6 million weights in layers a token, answers of about 20 tokens
 
 
@@ -204,10 +205,16 @@ class _Counted:
 
     def _layers_s(self, what: str, rows: int, tokens: int) -> float:
         """Seconds of all layers; the probe is asked once for equal sizes."""
+        rows, tokens, times = max(rows, 1), max(tokens, 1), 1.0
+        most = int(PROBE_FLOPS / (2 * self.decoder * LAYERS / self.layers))
+        if self.device.type == "cpu" and what != "decode_s" and rows * tokens > max(most, 16):
+            times = rows * tokens
+            rows, tokens = 1, min(tokens, max(most, 16))
+            times /= tokens
         key = (what, rows, tokens)
         if key not in self._known:
-            self._known[key] = getattr(self.probe, what)(max(rows, 1), max(tokens, 1))
-        return self.layers * self._known[key]
+            self._known[key] = getattr(self.probe, what)(rows, tokens)
+        return self.layers * times * self._known[key]
 
     def _rows(self, length: float, budget: int, at_most: int) -> int:
         """Rows of a forward under a token budget; a CPU gains nothing from more than a few, and timing them takes long."""
