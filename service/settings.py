@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
     evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
     plan_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "plan"]
-    plan_max_s: float = Field(default=60.0, gt=0)  # an estimate may take so long
+    plan_max_s: float = Field(default=180.0, gt=0)  # an estimate may take so long
     run_threads: int = Field(default=1, ge=1)
     feature_cache: str = (
         ""  # folder of image features, shared by runs and engine; empty = in the data folder, `off` = none
