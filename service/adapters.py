@@ -52,8 +52,12 @@ def store(data_dir: Path, source: Path, digest: str, token: str) -> Path:
         temporary = final.with_name(f".{final.name}.{token}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, temporary)
-        sync_tree(temporary)
+        try:
+            shutil.copytree(source, temporary)
+            sync_tree(temporary)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         try:
             temporary.rename(final)
         except OSError:  # another attempt was first; equal digests are equal folders

@@ -6,6 +6,7 @@ Parameters never appear in an exception's text, for they may be health data.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import DateTime, Dialect, Engine, TypeDecorator, create_engine, event, func, select
 from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 _WRITE = "hscr_write"
@@ -90,6 +92,13 @@ def lock(session: Session, name: str) -> None:
     """Hold a name until the write transaction ends, against all others that do so. On SQLite a write transaction is alone anyway."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
+def disk_is_full(error: DBAPIError) -> bool:
+    """True where the database could not write because its disk takes no more."""
+    return getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or (
+        getattr(error.orig, "sqlstate", None) == "53100"
+    )
 
 
 def upgrade(url: str, revision: str = "head") -> None:

@@ -10,6 +10,8 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
+from hscr.disk import is_full
+from service.db import disk_is_full
 from service.errors import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -58,17 +60,34 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.__cause__ is not None and is_full(error.__cause__):  # an upload that found no room beside the data
+            return problem_response(_no_room(), request.state.request_id)
         code = _BY_STATUS.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
         detail = "See /docs for the routes and what they take."
         problem = Problem(code, detail, headers=dict(error.headers or {}))
         return problem_response(problem, request.state.request_id)
 
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> JSONResponse:
+        if not is_full(error):
+            raise error
+        return problem_response(_no_room(), request.state.request_id)
+
     @app.exception_handler(DBAPIError)
     async def database(request: Request, error: DBAPIError) -> JSONResponse:
+        if disk_is_full(error):
+            return problem_response(_no_room(), request.state.request_id)
         if not (error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")):
             raise error
         problem = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
         return problem_response(problem, request.state.request_id)
+
+
+def _no_room() -> Problem:
+    detail = (
+        "Nothing was stored. Free some space on the disk of the data folder or of the database, then send it again."
+    )
+    return Problem("disk_full", detail, headers={"Retry-After": "60"})
 
 
 def invalid_fields(errors: Any) -> Problem:

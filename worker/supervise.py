@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest
+from hscr.disk import is_full
 from service import adapters, gates, jobs, preferences, reviews
 from service.db import Database, now
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
@@ -27,6 +28,9 @@ from service.settings import Settings
 from worker.attempt import JobFolder
 from worker.command import REVIEW, Order, SourceDamaged, order_of
 from worker.reports import store_report
+from worker.room import CODE as DISK_FULL
+from worker.room import MESSAGE as DISK_FULL_MESSAGE
+from worker.room import has_room
 from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
 log = logging.getLogger("hscr.worker")
@@ -39,6 +43,11 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
     global busy
     busy = True  # before the claim: a SIGTERM from here on hands the job back instead of ending the process
     try:
+        if not has_room(
+            settings
+        ):  # left in the queue: the sweep rings again, and a job is not failed for its neighbours' files
+            log.warning("job %s: not claimed, the data folder has less free than HSCR_DISK_RESERVE_BYTES", job_id)
+            return
         with database.write() as session:
             mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
         if mine is None:
@@ -53,7 +62,7 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
 
 @dataclass
 class _Asked:
-    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline."""
+    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline, disk_full."""
 
     reason: str
     kill_at: float
@@ -80,8 +89,8 @@ class _Attempt:
     _timed: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
-        folder = JobFolder(self.settings.data_dir, self.mine.job_id)
         try:
+            folder = JobFolder(self.settings.data_dir, self.mine.job_id)
             with folder.lock_file() as lock:
                 if not self._wait_for(lock):
                     return
@@ -104,6 +113,10 @@ class _Attempt:
             message = "the stored adapter fails its digest; restore it from a backup"
             self._finish(lambda s: jobs.fail(s, self.mine, "artifact_damaged", message))
         except Exception as error:
+            if is_full(error):
+                log.warning("job %s attempt %d: the disk is full", self.mine.job_id, self.mine.fence)
+                self._crash(DISK_FULL, DISK_FULL_MESSAGE)
+                return
             # Its type only: an exception's text may name a file.
             log.exception("job %s attempt %d: the supervisor failed", self.mine.job_id, self.mine.fence)
             self._crash("attempt_failed", f"the attempt failed with {type(error).__name__}")
@@ -160,6 +173,8 @@ class _Attempt:
                 self.asked = _Asked("pause", 0)
             elif self.should_stop():
                 self.asked = _Asked("stop", 0)
+            elif not has_room(self.settings):
+                self.asked = _Asked(DISK_FULL, 0)
 
     def _take(self, events: list[RunEvent]) -> None:
         for event in events:
@@ -240,6 +255,8 @@ class _Attempt:
             self._publish(work, self.result)
         elif asked == "deadline":
             self._finish(lambda s: jobs.fail(s, self.mine, **jobs.DEADLINE))
+        elif asked == DISK_FULL or (status == BAD_INPUT and self.error and self.error.code == DISK_FULL):
+            self._crash(DISK_FULL, DISK_FULL_MESSAGE)
         elif status == BAD_INPUT:
             error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
