@@ -21,7 +21,7 @@ import redis
 from service.db import Database
 from service.settings import Settings
 from service.up import _free_port, valkey_binary
-from tests.chaos.disk import SmallDisk
+from tests.small_disk import SmallDisk
 from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import Proxy
@@ -168,8 +168,11 @@ class Rig:
     def fill_disk(self, seconds: float) -> None:
         assert self.disk is not None
         self.note("full disk")
-        with self.disk.full():
-            time.sleep(seconds)
+        with self.disk.full() as fill:
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                fill()
+                time.sleep(0.05)
 
     def await_point(self, point: str, seconds: float) -> bool:
         """Wait until some supervisor stands at this write point."""

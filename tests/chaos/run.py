@@ -30,7 +30,7 @@ def main() -> int:
     os.environ["STAND_IN"] = os.environ["CHAOS_LONG" if is_long(job) else "CHAOS_SHORT"]
     from tests.worker import stand_in
 
-    return stand_in.main()
+    return stand_in.run()
 
 
 def is_long(job: str) -> bool:

@@ -28,7 +28,7 @@ from service.datasets import import_upload
 from service.db import Database, upgrade
 from service.models import Job
 from service.settings import Settings
-from tests.chaos.disk import small_disk
+from tests.small_disk import small_disk
 from tests.chaos.invariants import check, orphans
 from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PIECES = (64 * 1024, 4096, 1)
 
 
 class SmallDisk:
@@ -15,21 +17,25 @@ class SmallDisk:
         self.path = path
 
     @contextmanager
-    def full(self, left: int = 0) -> Iterator[None]:
-        """No more than `left` bytes are free inside the block; whatever is freed meanwhile is taken too."""
+    def full(self, left: int = 0) -> Iterator[Callable[[], None]]:
+        """Inside the block, and after calling what it gives, at most `left` bytes are free; each call takes what was freed meanwhile."""
         filler = self.path / ".filler"
         with filler.open("wb", buffering=0) as file:
-            state = os.statvfs(self.path)
-            with contextlib.suppress(OSError):
-                os.posix_fallocate(file.fileno(), 0, max(1, state.f_bavail * state.f_frsize - left))
-            if not left:
-                with contextlib.suppress(OSError):
-                    while True:
-                        os.pwrite(file.fileno(), bytes(4096), os.fstat(file.fileno()).st_size)
-        try:
-            yield
-        finally:
-            filler.unlink()
+
+            def fill() -> None:
+                for piece in PIECES:
+                    with contextlib.suppress(OSError):
+                        while self._free() > left + piece or not left:
+                            os.write(file.fileno(), b"x" * piece)
+
+            try:
+                yield fill
+            finally:
+                filler.unlink()
+
+    def _free(self) -> int:
+        state = os.statvfs(self.path)
+        return state.f_bavail * state.f_frsize
 
 
 @contextmanager
