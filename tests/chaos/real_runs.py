@@ -1,5 +1,6 @@
-"""`python -m tests.chaos.real_runs SOCKET`: forks real `hscr align` runs for tests/chaos/run.py, with torch imported once for all.
+"""`python -m tests.chaos.real_runs SOCKET ARGUMENTS…`: forks real `hscr align` runs for tests/chaos/run.py, with torch imported once.
 
+ARGUMENTS are those of a run that is done first, so that all that libraries load late is there too.
 A run is the command line's very own: model, data, run directory, all stages. Left out: the estimate before it and the report's figures,
 which cost more than such a tiny run. It is in the process group of whoever asked, holds the same files, and dies with it.
 """
@@ -7,6 +8,7 @@ which cost more than such a tiny run. It is in the process group of whoever aske
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import signal
@@ -26,7 +28,7 @@ from service.lifeline import die_with_parent
 MESSAGE_MAX = 256 * 1024
 
 
-def serve(path: str) -> None:
+def serve(path: str, first: list[str]) -> None:
     hscr.cli_model.planned = lambda *_: None
     hscr.report._figures = lambda *_: {}
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: no zombies
@@ -34,6 +36,10 @@ def serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(16)
+        sys.argv = ["hscr", "align", *first]
+        with contextlib.suppress(SystemExit):
+            hscr.cli.main()
+        print("ready", flush=True)
         while True:
             asking, _ = listening.accept()
             with asking:
@@ -89,4 +95,4 @@ def _die_with(asking: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])

@@ -21,11 +21,11 @@ import redis
 from service.db import Database
 from service.settings import Settings
 from service.up import _free_port, valkey_binary
-from tests.small_disk import SmallDisk
 from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import Proxy
 from tests.conftest import wait_for
+from tests.small_disk import SmallDisk
 from tests.worker.test_celery import ROOT, WORKER
 
 WORKERS = ("worker-a", "worker-b")

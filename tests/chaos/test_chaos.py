@@ -28,20 +28,19 @@ from service.datasets import import_upload
 from service.db import Database, upgrade
 from service.models import Job
 from service.settings import Settings
-from tests.small_disk import small_disk
 from tests.chaos.invariants import check, orphans
 from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import MODES
 from tests.chaos.rig import WORKERS, Rig, table
 from tests.conftest import dataset_zip, wait_for
+from tests.small_disk import small_disk
 from tests.worker.test_celery import ROOT
 
 STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "20"))
 ROUND = 10 if STEPS < 100 else 20
-REAL_EVERY = (
-    12 if STEPS < 100 else max(2, STEPS // 125)
-)  # one job in so many is a real run: over a hundred in the long form
+# One job in so many is a real run: over a hundred in the long form.
+REAL_EVERY = 12 if STEPS < 100 else max(5, min(8, STEPS // 125))
 STILL_S = 45  # peace is broken where for so long nothing moves
 DISK_MB = 96
 REAL = {
@@ -70,10 +69,10 @@ class Chaos(RuleBasedStateMachine):
 
     @rule(which=pick, verb=strategies.sampled_from(["cancel", "pause", "pause", "resume", "retry"]), wait=soon)
     def wish(self, which: int, verb: str, wait: float) -> None:
-        if self.accepted:
-            job_id = list(self.accepted.values())[which % len(self.accepted)]
-            assert ask("POST", f"/jobs/{job_id}/{verb}").status_code in (202, 409)
-            time.sleep(wait)
+        """About one of the newest jobs: it may wait, run or have ended."""
+        self._work(wait)
+        job_id = list(self.accepted.values())[-1 - which % min(3, len(self.accepted))]
+        assert ask("POST", f"/jobs/{job_id}/{verb}").status_code in (202, 409)
 
     @rule(which=pick, wait=soon)
     def kill(self, which: int, wait: float) -> None:
@@ -204,7 +203,9 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
     folders = save_records(here / "data", 3), save_records(here / "evaluation", 1, first=50)
     socket = here / "socket"
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.chaos.real_runs", str(socket)]
+    command = [sys.executable, "-m", "tests.chaos.real_runs", str(socket), str(folders[0]), "--eval", str(folders[1])]
+    command += ["--model", str(model), "--out", str(here / "first"), "--events", "json"]
+    command += ["-s", "preference.similarity=token_f1", "-s", "evaluation.n_bootstrap=100"]
     with (here / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     yield {"model": model, "folders": folders, "socket": socket, "pid": server.pid}

@@ -107,7 +107,9 @@ def test_run_that_finds_no_room_again_and_again_fails_and_says_what_to_do(
     database: Database, settings: Settings, new_job: NewJob, stand_in: Tell
 ) -> None:
     """A limit on the size of files stands in for the disk. `retry` goes on where there is room."""
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); sys.argv = sys.argv[1:]; "
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); sys.argv = sys.argv[1:]; "
+    )
     limited += "runpy.run_path(sys.argv[0], run_name='__main__')"
     whole, settings.run_command = settings.run_command, [sys.executable, "-c", limited, str(STAND_IN)]
     job_id = new_job()
@@ -171,7 +173,13 @@ def test_questions_and_reads_are_answered_on_a_full_disk(
         with disk.full() as fill:
             fill()
             assert client.post("/vqa", json=question).status_code == 200
-            for path in ("/jobs", f"/jobs/{job_id}", "/adapters/brain", "/adapters/brain/versions/1", f"/jobs/{job_id}/events"):
+            for path in (
+                "/jobs",
+                f"/jobs/{job_id}",
+                "/adapters/brain",
+                "/adapters/brain/versions/1",
+                f"/jobs/{job_id}/events",
+            ):
                 assert client.get(path).status_code == 200, path
             assert client.get("/adapters/brain/versions/1/download").status_code == 200
             upload = client.post("/datasets", files={"file": ("x.zip", dataset_zip(7))})
