@@ -25,6 +25,7 @@ from service.db import Database
 from service.decoding import decoders
 from service.edge import Edge
 from service.engine import LocalEngine
+from service.feed import Feed
 from service.metrics import Metrics
 from service.routes import (
     adapters,
@@ -65,7 +66,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
     counters = Metrics()
-    state = State(settings, Database(settings.database), counters, engine, None)
+    database = Database(settings.database)
+    state = State(settings, database, counters, engine, None, Feed(database, jobs.event_json))
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,

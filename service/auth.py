@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import time
 from hashlib import sha256
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ from service.settings import Settings, is_loopback
 log = logging.getLogger("hscr.auth")
 OPEN = ("/healthz", "/readyz")
 READ = ("GET", "HEAD")
+REMEMBER_S, REMEMBER_MAX = 1.0, 1000  # a key that was looked up is known for so long, and so many are
 # By the first part of the path: the scopes that may read, and those that may change. `admin` may do everything.
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vqa": (("vqa",), ("vqa",)),
@@ -57,6 +59,7 @@ class Auth:
     def __init__(self, app: ASGIApp, settings: Settings, database: Database) -> None:
         self.app, self._database = app, database
         key = _key(settings)
+        self._seen: dict[bytes, tuple[Caller, float, int]] = {}
         self._digest = sha256(key.encode()).digest() if key else None
         self._open = (*OPEN, "/metrics") if settings.on_loopback else OPEN
 
@@ -89,7 +92,7 @@ class Auth:
         if self._digest is not None and hmac.compare_digest(sha256(given.encode()).digest(), self._digest):
             return ENV
         if given.startswith(keys.PREFIX):
-            caller = await run_in_threadpool(self._look_up, given)
+            caller = self._remembered(given) or await run_in_threadpool(self._look_up, given)
             if caller is not None:
                 return caller
         if self._digest is not None:
@@ -100,16 +103,26 @@ class Auth:
             raise _unauthorized()
         return ANYBODY
 
+    def _remembered(self, secret: str) -> Caller | None:
+        """Whose secret this was a moment ago: forgotten at once where this process changes a key, within REMEMBER_S where another does."""
+        caller, until, changes = self._seen.get(sha256(secret.encode()).digest(), (None, 0.0, 0))
+        return caller if time.monotonic() < until and changes == keys.changes() else None
+
     def _look_up(self, secret: str) -> Caller | None:
+        changes = keys.changes()
         with self._database.read() as session:
             key = keys.find(session, secret)
         if key is None:
             return None
+        if len(self._seen) >= REMEMBER_MAX:
+            self._seen.clear()
+        caller = Caller(key.id, frozenset(key.scopes))
+        self._seen[sha256(secret.encode()).digest()] = (caller, time.monotonic() + REMEMBER_S, changes)
         try:
             keys.touch(self._database, key)
         except DBAPIError as error:  # when it was last used is not worth a refusal
             log.warning("the use of a key was not noted: %s", type(error).__name__)
-        return Caller(key.id, frozenset(key.scopes))
+        return caller
 
     def _keys_are_asked_for(self) -> bool:
         with self._database.read() as session:

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from service.batcher import Batcher
 from service.db import Database
 from service.engine import LocalEngine
+from service.feed import Feed
 from service.idempotency import InFlight
 from service.keys import Caller
 from service.metrics import Metrics
@@ -24,6 +25,7 @@ class State:
     metrics: Metrics
     engine: LocalEngine | None
     batcher: Batcher | None
+    feed: Feed
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
 
