@@ -18,9 +18,10 @@ from sqlalchemy.exc import DBAPIError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import keys
-from service.db import Database
+from service.db import Database, now
 from service.errors import Problem
 from service.keys import ANYBODY, ENV, SCOPES, Caller
+from service.models import ApiKey
 from service.problems import problem_response
 from service.settings import Settings, is_loopback
 
@@ -117,7 +118,7 @@ class Auth:
         if len(self._seen) >= REMEMBER_MAX:
             self._seen.clear()
         caller = Caller(key.id, frozenset(key.scopes))
-        self._seen[sha256(secret.encode()).digest()] = (caller, time.monotonic() + REMEMBER_S, changes)
+        self._seen[sha256(secret.encode()).digest()] = (caller, time.monotonic() + _left(key), changes)
         try:
             keys.touch(self._database, key)
         except DBAPIError as error:  # when it was last used is not worth a refusal
@@ -127,6 +128,13 @@ class Auth:
     def _keys_are_asked_for(self) -> bool:
         with self._database.read() as session:
             return keys.any_at_all(session)
+
+
+def _left(key: ApiKey) -> float:
+    """How long a key may be remembered: never past an end of its own."""
+    instant = now()
+    ends = [end for end in (key.expires_at, key.previous_until) if end is not None and end > instant]
+    return min([REMEMBER_S, *((end - instant).total_seconds() for end in ends)])
 
 
 def _allowed(scope: Scope) -> tuple[str, ...]:

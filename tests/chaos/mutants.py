@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.mutants [STEPS [NAME…]]`: does the chaos suite find what it is for? Each guard is taken out of a copy of the tree, once.
+"""`python -m tests.chaos.mutants [STEPS [NAME…]]`: does the chaos suite find it where a guard is taken away?
 
 For each mutant (all, or those whose names have a NAME in them) the suite (SQLite, STEPS steps) must fail, and with words that fit; the copy
 without a change must pass. Exit status 1 else.
