@@ -12,7 +12,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import bindparam, func, or_, select
 from sqlalchemy.orm import Session
 
 from service import datasets
@@ -22,6 +22,10 @@ STAGES = ("generating", "optimizing", "evaluating", "reporting")
 HISTORY, AHEAD_MAX = 20, 500
 _KNOWN: dict[tuple[str, ...], dict[str, float]] = {}  # rates by the jobs that they come from
 _KNOWN_MAX = 256
+_ENDED = select(Job.id).where(
+    Job.model == bindparam("model"), Job.status == "succeeded"
+)  # made once: it is run with every look
+_ENDED = _ENDED.order_by(Job.id.desc()).limit(HISTORY)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,7 @@ class Outlook:
     def _history(self, model: str) -> dict[str, float]:
         """Seconds a unit of each stage, over the model's last jobs that succeeded: what those took never changes, so it is remembered."""
         if model not in self._rates:
-            ended = select(Job.id).where(Job.model == model, Job.status == "succeeded").order_by(Job.id.desc())
-            ids = tuple(self._session.scalars(ended.limit(HISTORY)))
+            ids = tuple(self._session.scalars(_ENDED, {"model": model}))
             if ids not in _KNOWN:
                 if len(_KNOWN) >= _KNOWN_MAX:
                     _KNOWN.clear()
