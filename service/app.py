@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from importlib.resources import files as package_files
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -32,6 +32,8 @@ from service.routes import (
     align,
     datasets,
     evaluate,
+    files,
+    fine_tuning,
     gates,
     health,
     job_requests,
@@ -91,6 +93,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         gates,
         lineage,
         vqa,
+        files,
+        fine_tuning,
         keys,
         health,
     ):
@@ -132,7 +136,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _documentation(app: FastAPI) -> None:
     """Swagger UI from a Python package's files: a hospital's network has no CDN."""
-    app.mount("/docs/assets", StaticFiles(directory=str(files("fastapi_offline") / "static")), name="docs-assets")
+    app.mount(
+        "/docs/assets", StaticFiles(directory=str(package_files("fastapi_offline") / "static")), name="docs-assets"
+    )
 
     @app.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:

@@ -36,9 +36,11 @@ from service.db import Database
 from service.decoding import Decoders, DecodersBusy
 from service.errors import Problem
 from service.foreign import Reading, convert, is_ours
-from service.models import Dataset, DatasetRecord, new_id
+from service.models import AdapterVersion, Dataset, DatasetRecord, Evaluation, Job, new_id
+from service.retention import INCOMING, artifacts_held
 
 REJECTED_KEPT = 1000
+_TEXT = {b"{": "data.jsonl", b"[": "data.json"}  # a file of text by its first letter, and its name while it is read
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,21 @@ def import_upload(
     actor: str = "local",
     decoders: Decoders | None = None,
 ) -> tuple[Dataset, bool]:
-    """Check, unpack and register a zip or a parquet file; the data set and whether it is new (equal content under one name is not).
+    """Check, unpack and register a zip, parquet, JSONL or JSON file; the data set and whether it is new. Raises Problem.
 
-    Raises Problem.
+    Equal content under one name is not new.
     """
-    incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
+    incoming = data_dir / "datasets" / f"{INCOMING}{uuid4().hex}"
     upload, imported = incoming / "upload", incoming / "imported"
     upload.mkdir(parents=True)
     try:
-        if file.read(4) == b"PAR1":  # a parquet file holds its images itself
-            file.seek(0)
-            with (upload / "data.parquet").open("wb") as out:
+        head = file.read(4096)
+        file.seek(0)
+        alone = "data.parquet" if head[:4] == b"PAR1" else _TEXT.get(head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1])
+        if alone is not None:
+            with (upload / alone).open("wb") as out:
                 shutil.copyfileobj(file, out, 2**20)
         else:
-            file.seek(0)
             unpack(file, upload, limits)
         source = flatten(upload)
         if reading.layout == "hscr" or (reading.layout == "auto" and is_ours(source)):
@@ -90,14 +93,34 @@ def import_upload(
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
             content = _imported(_read(source, rows_max, decoders), report)
-        _store(source, content, folder(data_dir, content.digest))
+        with artifacts_held(data_dir):  # until its row is there, nobody takes the folder for a leftover
+            n_bytes = _store(source, content, folder(data_dir, content.digest))
+            with database.write() as session:
+                dataset, new = _register(session, name, content, n_bytes)
+                if new:
+                    audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
+                return dataset, new
     finally:
         discard(incoming)
-    with database.write() as session:
-        dataset, new = _register(session, name, content)
-        if new:
-            audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
-        return dataset, new
+
+
+def delete(session: Session, dataset_id: str, actor: str) -> None:
+    """Forget a data set that nothing points at; retention.collect frees its folder. Raises Problem.
+
+    What a version learnt from, or was measured on, stays for as long as the version can be asked about it.
+    """
+    dataset = session.get(Dataset, dataset_id, with_for_update=True)
+    if dataset is None:
+        raise _unknown()
+    for column in (Job.dataset_id, Job.evaluation_dataset_id, AdapterVersion.dataset_id, Evaluation.dataset_id):
+        if session.scalar(select(column).where(column == dataset_id).limit(1)) is not None:
+            raise Problem(
+                "dataset_in_use",
+                "A job used it, so that versions and the audit lead to it; GET /datasets/{id}/lineage lists them.",
+            )
+    session.delete(dataset)
+    session.flush()
+    audit.record(session, actor, "dataset.delete", dataset_id, digest=dataset.digest)
 
 
 def _imported(content: Content, report: dict[str, Any]) -> Content:
@@ -187,11 +210,11 @@ def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
                 yield number
 
 
-def _store(source: Path, content: Content, final: Path) -> None:
-    """Put exactly the accepted records and their images under the digest; the rename comes last."""
+def _store(source: Path, content: Content, final: Path) -> int:
+    """Put exactly the accepted records and their images under the digest; the rename comes last. How many bytes lie there."""
     if final.exists():
-        return
-    whole = final.with_name(f".incoming-{uuid4().hex}")
+        return _size(final)
+    whole = final.with_name(f"{INCOMING}{uuid4().hex}")
     try:
         whole.mkdir()
         for image in content.images:
@@ -209,9 +232,14 @@ def _store(source: Path, content: Content, final: Path) -> None:
                 raise
     finally:
         discard(whole)
+    return _size(final)
 
 
-def _register(session: Session, name: str, content: Content) -> tuple[Dataset, bool]:
+def _size(stored: Path) -> int:
+    return sum(path.stat().st_size for path in stored.rglob("*") if path.is_file())
+
+
+def _register(session: Session, name: str, content: Content, n_bytes: int) -> tuple[Dataset, bool]:
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))  # one version number at a time
     known = session.scalar(select(Dataset).where(Dataset.name == name, Dataset.digest == content.digest))
@@ -228,6 +256,7 @@ def _register(session: Session, name: str, content: Content) -> tuple[Dataset, b
         n_images=len(content.images),
         n_rejected=len(content.rejected),
         rejected=content.rejected[:REJECTED_KEPT],
+        n_bytes=n_bytes,
     )
     session.add(dataset)
     session.flush()
@@ -239,17 +268,22 @@ def _register(session: Session, name: str, content: Content) -> tuple[Dataset, b
     return dataset, True
 
 
-def get(session: Session, dataset_id: str) -> Dataset:
-    dataset = session.get(Dataset, dataset_id)
+def get(session: Session, dataset_id: str, *, hold: bool = False) -> Dataset:
+    """The data set; with `hold` nobody deletes it before this transaction ends. Raises Problem."""
+    dataset = session.get(Dataset, dataset_id, with_for_update={"read": True, "key_share": True} if hold else None)
     if dataset is None:
-        raise Problem(
-            "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
-        )
+        raise _unknown()
     return dataset
+
+
+def _unknown() -> Problem:
+    return Problem(
+        "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
+    )
 
 
 def clear_leftovers(data_dir: Path, older_than_s: float = 3600) -> None:
     """Remove what an upload left behind whose process was killed."""
-    for path in (data_dir / "datasets").glob(".incoming-*"):
+    for path in (data_dir / "datasets").glob(f"{INCOMING}*"):
         if time.time() - path.stat().st_mtime > older_than_s:
             shutil.rmtree(path, ignore_errors=True)

@@ -21,6 +21,7 @@ from service.problems import problem_response
 from service.settings import Settings
 
 log = logging.getLogger("hscr.http")
+_UPLOADS = ("/datasets", "/v1/files")
 _ADAPTER_UPLOAD = re.compile(r"^/adapters/[^/]+/versions/?$")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._\-]{1,64}$")
 
@@ -38,7 +39,7 @@ class Edge:
         request_id = given if _REQUEST_ID.match(given) else f"req_{uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
         s = self.settings
-        limit = s.upload_max_bytes if scope["path"] == "/datasets" else s.body_max_bytes
+        limit = s.upload_max_bytes if scope["path"] in _UPLOADS else s.body_max_bytes
         if scope["method"] == "POST" and _ADAPTER_UPLOAD.match(scope["path"]):
             limit = s.adapter_max_bytes + 2**20
         guard = _Guard(receive, send, request_id, limit)
@@ -57,12 +58,12 @@ class Edge:
             log.error("request %s: %s raised at %s", request_id, type(error).__name__, where)
             if guard.status is None:
                 problem = Problem("internal", "This is a fault of the service; its log has the request id.")
-                await problem_response(problem, request_id)(scope, receive, guard.send_through)
+                await problem_response(problem, request_id, scope["path"])(scope, receive, guard.send_through)
         if guard.too_large and guard.status is None:
             problem = Problem(
                 "body_too_large", f"At most {limit} bytes are read here.", headers={"Connection": "close"}
             )
-            await problem_response(problem, request_id)(scope, receive, guard.send_through)
+            await problem_response(problem, request_id, scope["path"])(scope, receive, guard.send_through)
         seconds = time.perf_counter() - begin
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.requests.labels(scope["method"], route, str(guard.status)).inc()

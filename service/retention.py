@@ -11,18 +11,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import ColumnElement, delete, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service import jobs, run_folders
 from service.db import Database, now
 from service.errors import Problem
-from service.models import AdapterVersion, IdempotencyKey, Job, JobEvent, Outbox, PreferenceEdit, WebhookDelivery
+from service.models import (
+    AdapterVersion,
+    Dataset,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    Outbox,
+    PreferenceEdit,
+    WebhookDelivery,
+)
 from service.settings import Settings
 
 BATCH = 100
+INCOMING = ".incoming-"  # an upload that is being read: service/datasets.py takes away what a dead one left
+_KINDS: dict[str, InstrumentedAttribute[Any]] = {
+    "artifacts/adapters": AdapterVersion.digest,
+    "artifacts/reports": Job.report,
+    "datasets": Dataset.digest,
+}
 
 
 def delete_job(session: Session, job_id: str) -> bool:
@@ -86,9 +102,9 @@ def artifacts_held(data_dir: Path) -> Iterator[None]:
 
 
 def collect(database: Database, data_dir: Path) -> int:
-    """Remove adapters and reports that no row points at: of deleted jobs, and of attempts that died before their rows; how many.
+    """Remove adapters, reports and data sets that no row points at: deleted ones, and of attempts that died before their rows; how many.
 
-    Does nothing while anybody publishes.
+    Does nothing while anybody publishes or stores an upload.
     """
     with _lock_file(data_dir).open("w") as file:
         try:
@@ -97,10 +113,11 @@ def collect(database: Database, data_dir: Path) -> int:
             return 0
         gone = []
         with database.read() as session:
-            for kind, column in (("adapters", AdapterVersion.digest), ("reports", Job.report)):
-                root = data_dir / "artifacts" / kind
+            for kind, column in _KINDS.items():
+                root = data_dir / kind
                 run_folders.clear_aside(root)
-                names = {_row_name(kind, path): path for path in root.iterdir()} if root.is_dir() else {}
+                there = [p for p in root.iterdir() if not p.name.startswith(INCOMING)] if root.is_dir() else []
+                names = {_row_name(kind, path): path for path in there}
                 for some in (list(names)[i : i + 500] for i in range(0, len(names), 500)):
                     kept = set(session.scalars(select(column).where(column.in_(some))))
                     gone += [_put_aside(names[name]) for name in some if name not in kept]
@@ -110,7 +127,7 @@ def collect(database: Database, data_dir: Path) -> int:
 
 
 def _row_name(kind: str, path: Path) -> str:
-    return path.name.replace("-", ":", 1) if kind == "adapters" else path.name
+    return path.name if kind == "artifacts/reports" else path.name.replace("-", ":", 1)
 
 
 def _put_aside(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -46,6 +47,12 @@ def talk(image: str) -> dict[str, Any]:
     return {"id": image, "image": image, "conversations": turns}
 
 
+def chat(image: bytes) -> dict[str, Any]:
+    url = {"url": f"data:image/png;base64,{base64.b64encode(image).decode()}"}
+    asked = [{"type": "text", "text": "Where?"}, {"type": "image_url", "image_url": url}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "left"}]}
+
+
 def slake(n: int, image: str) -> dict[str, Any]:
     return {"qid": n, "img_id": n, "img_name": image, "q_lang": "en", "question": "Where?", "answer": "left"}
 
@@ -62,6 +69,7 @@ GOOD: dict[str, bytes] = {  # each with one good row and then one whose image is
         {"qas/train/train_qa.pkl": pickle.dumps([path_row("a"), path_row("b")]), "images/train/a.png": png()}
     ),
     "llava": zip_of({"train.json": json.dumps([talk("a.png"), talk("b.png")]).encode(), "images/a.png": png()}),
+    "openai": jsonl(chat(png()), chat(b"no image")),
     "trl": zip_of({"p.jsonl": jsonl(PAIR | {"images": ["a.png"]}, PAIR | {"images": ["b.png"]}), "a.png": png()}),
     "hf-parquet": parquet(
         {"image": [{"bytes": png()}, {"bytes": b"x"}], "question": ["Where?"] * 2, "answer": ["left"] * 2}

@@ -1,7 +1,8 @@
 """A run program that speaks the run contract in a few tenths of a second: events, locks, checkpoints, resume, exit codes. No torch.
 
-What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_at (step) and crashes (how often), exit (code at the start),
-ignore_term, child (leave a grandchild), metrics (of the result), hold (wait while that file exists, after saying so in <file>.here), noise.
+What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_at (step) and crashes (how often), exit (code at the
+start), ignore_term, checkpoints (tell of each step's), child (leave a grandchild), metrics (of the result), hold (wait while that file
+exists, after saying so in <file>.here), noise.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def main() -> int:
                 write_json(state_file, state)
                 say("progress", stage=stage, done=state["step"], total=told.get("steps", 5), rate=1.0, eta_s=0.0)
                 say("metrics", stage=stage, step=state["step"], values={"loss": 1 / state["step"]})
+                if told.get("checkpoints"):
+                    say("checkpoint", stage=stage, step=state["step"], digest="sha256:" + "0" * 64)
         say("stage", stage=stage, status="completed")
         if arguments.stop_after == stage:
             return 75
