@@ -33,6 +33,10 @@ _KEPT = {
     ".gif",
     ".nii",
     ".gz",
+    ".dcm",
+    ".dicom",
+    ".ima",
+    "",  # scanners name DICOM files by numbers
 }
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _RATIO_MAX = 200  # deflate reaches 1032; text of real records stays far below this, a bomb does not

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -33,11 +34,12 @@ from service import audit
 from service.adapters import sync_tree
 from service.archive import ArchiveLimits, discard, flatten, unpack
 from service.db import Database
-from service.decoding import Decoders, DecodersBusy
+from service.decoding import Cleaned, Decoders, DecodersBusy
 from service.errors import Problem
 from service.foreign import Reading, convert, is_ours
 from service.models import AdapterVersion, Dataset, DatasetRecord, Evaluation, Job, new_id
 from service.retention import INCOMING, artifacts_held
+from service.uid_key import of_folder
 
 REJECTED_KEPT = 1000
 _TEXT = {b"{": "data.jsonl", b"[": "data.json"}  # a file of text by its first letter, and its name while it is read
@@ -52,6 +54,7 @@ class Content:
     images: dict[str, str]  # path -> digest
     digest: str
     format: str = "hscr"
+    pictures: dict[str, Any] = field(default_factory=dict)
     given: Path | None = None  # the file of preference records that a preference set brings along
 
 
@@ -69,14 +72,16 @@ def import_upload(
     reading: Reading = Reading(),
     actor: str = "local",
     decoders: Decoders | None = None,
+    key: bytes | None = None,
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register a zip, parquet, JSONL or JSON file; the data set and whether it is new. Raises Problem.
 
-    Equal content under one name is not new.
+    Equal content under one name is not new. Files of images are cleaned on the way (hscr/clean_image.py); `key` remaps UIDs.
     """
     incoming = data_dir / "datasets" / f"{INCOMING}{uuid4().hex}"
     upload, imported = incoming / "upload", incoming / "imported"
     upload.mkdir(parents=True)
+    key = key or of_folder(data_dir)
     try:
         head = file.read(4096)
         file.seek(0)
@@ -88,11 +93,11 @@ def import_upload(
             unpack(file, upload, limits)
         source = flatten(upload)
         if reading.layout == "hscr" or (reading.layout == "auto" and is_ours(source)):
-            content = _read(source, rows_max, decoders)
+            content = _read(source, rows_max, key, decoders)
         else:
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
-            content = _imported(_read(source, rows_max, decoders), report)
+            content = _imported(_read(source, rows_max, key, decoders), report)
         with artifacts_held(data_dir):  # until its row is there, nobody takes the folder for a leftover
             n_bytes = _store(source, content, folder(data_dir, content.digest))
             with database.write() as session:
@@ -129,16 +134,16 @@ def _imported(content: Content, report: dict[str, Any]) -> Content:
     return replace(content, rejected=rows, format=report["source"]["format"])
 
 
-def _read(source: Path, rows_max: int, given_decoders: Decoders | None) -> Content:
+def _read(source: Path, rows_max: int, key: bytes, given_decoders: Decoders | None) -> Content:
     decoders = given_decoders or Decoders(1, 2 * 2**30, 20)
     try:
-        return _read_with(decoders, source, rows_max)
+        return _read_with(decoders, source, rows_max, key)
     finally:
         if given_decoders is None:
             decoders.close()
 
 
-def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
+def _read_with(decoders: Decoders, source: Path, rows_max: int, key: bytes) -> Content:
     try:
         path = records_file(source)
     except ValueError:
@@ -149,6 +154,7 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
     if len(records) + len(rejected) > rows_max:
         raise Problem("invalid_archive", f"The data set has more than {rows_max} rows.")
     images: dict[str, str] = {}
+    told_of: dict[str, Cleaned] = {}
     bad: dict[tuple[str, View], str] = {}
     good: set[tuple[str, View]] = set()
     kept: list[VQARecord] = []
@@ -156,9 +162,10 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
         for image, view in record.shown:
             if (image, view) not in good and (image, view) not in bad:
                 try:
-                    if decoders.check(source / image, view=view).format == "dicom":  # whatever its name says
-                        raise ImageError("a DICOM file's header may name the patient: send its frames as PNG files")
-                    if image not in images:
+                    if image in images:
+                        decoders.check(source / image, view=view)
+                    else:
+                        told_of[image] = _clean(decoders, source / image, key, view)
                         images[image] = file_digest(source / image)
                     good.add((image, view))
                 except DecodersBusy:
@@ -185,7 +192,24 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
     if given is not None:
         told += _odd_preferences(given, records, set() if given != path else {row.line for row in rejected})
         digest = json_digest([digest, file_digest(given)])
-    return Content(kept, told, images, digest, given=given)
+    return Content(kept, told, images, digest, given=given, pictures=_pictures([told_of[image] for image in images]))
+
+
+def _clean(decoders: Decoders, path: Path, key: bytes, view: View) -> Cleaned:
+    """Put what may be stored of a file in its place, before anything else looks at it. Raises ImageError, DecodersBusy."""
+    cleaned = decoders.clean(path, key, view=view)
+    if cleaned.data is None:
+        return cleaned
+    fresh = path.with_name(f".cleaned-{uuid4().hex}")  # not over the file itself: other names may be links to it
+    fresh.write_bytes(cleaned.data)
+    fresh.replace(path)
+    return replace(cleaned, data=b"")
+
+
+def _pictures(told: list[Cleaned]) -> dict[str, Any]:
+    """What an upload's answer says of its pictures: counts of formats and flags, and how many files held more than a picture."""
+    formats, flags = Counter(c.note.format for c in told), Counter(flag for c in told for flag in c.note.flags)
+    return {"formats": formats, "flags": flags, "cleaned": sum(c.data is not None for c in told)}
 
 
 def _odd_preferences(given: Path, records: list[VQARecord], told: set[int]) -> list[dict[str, Any]]:
@@ -257,6 +281,7 @@ def _register(session: Session, name: str, content: Content, n_bytes: int) -> tu
         n_rejected=len(content.rejected),
         rejected=content.rejected[:REJECTED_KEPT],
         n_bytes=n_bytes,
+        pictures=content.pictures,
     )
     session.add(dataset)
     session.flush()

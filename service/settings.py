@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     decode_processes: int = Field(default=2, ge=1)  # that decode images, each with the limits below
     decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
     decode_max_s: float = Field(default=20.0, gt=0)
+    uid_key: SecretStr | None = Field(
+        default=None, min_length=16
+    )  # remaps UIDs of uploaded DICOM files; None: a secret in the data folder
     import_max_s: float = Field(default=3600.0, gt=0)
 
     @field_validator("run_command", "evaluate_command", "plan_command", mode="before")

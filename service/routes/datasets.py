@@ -20,6 +20,7 @@ from service.keys import Caller
 from service.models import Dataset, DatasetRecord
 from service.pages import After, AfterNumber, Limit, Page, page
 from service.state import Service, State, Who
+from service.uid_key import uid_key
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 DatasetId = Annotated[str, Path(max_length=40, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
@@ -43,8 +44,17 @@ class DatasetView(BaseModel):
     created_at: datetime
 
 
+class PicturesView(BaseModel):
+    """Flags say why pixels may show who the patient is: burned_in_annotation, recognizable_features, ultrasound, secondary_capture."""
+
+    formats: dict[str, int]
+    flags: dict[str, int] = Field(description="How many files carry each.")
+    cleaned: int = Field(description="How many held more than a picture: who, when, where. They were stored without.")
+
+
 class DatasetDetail(DatasetView):
     rejected: list[RejectedView]
+    pictures: PicturesView | None = None
 
 
 class RecordView(BaseModel):
@@ -88,7 +98,7 @@ def take(state: State, who: Caller, file: UploadFile, name: str, reading: Readin
     reading = replace(reading, memory_bytes=s.import_memory_max_bytes, seconds=s.import_max_s)
     limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
     return datasets.import_upload(
-        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading, who.id, decoders(s)
+        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading, who.id, decoders(s), uid_key(s)
     )
 
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from hscr.records import read_preferences
 from service.routes.datasets import Layout
 from service.settings import Settings
 from tests.conftest import png, zip_of
+from tests.hscr.medical import dicom
 
 
 def send(client: TestClient, data: bytes, **form: str) -> Any:
@@ -103,6 +105,17 @@ def test_a_foreign_layout_is_recognised_and_its_bad_rows_are_listed(
     shown = client.get(f"/datasets/{body['id']}/records").json()["data"][0]
     assert client.get(shown["image_url"]).content == png()
     assert [p.name for p in leftovers(settings)] == [body["digest"].replace(":", "-")]
+
+
+def test_dicom_files_of_a_foreign_layout_are_cleaned_on_the_way(client: TestClient, settings: Settings) -> None:
+    scan = dicom(np.zeros((4, 4), np.uint8), PatientName="Canary^Bird", Modality="US")
+    inline = parquet({"image": [{"bytes": scan}], "question": ["Where?"], "answer": ["left"]})
+    named = zip_of({"t.csv": b"image,question,answer\na.dcm,Where?,left\n", "a.dcm": scan})
+    for upload in (inline, named):
+        body = send(client, upload, name="x").json()
+        assert body["pictures"] == {"formats": {"dicom": 1}, "flags": {"ultrasound": 1}, "cleaned": 1}
+    for path in settings.data_dir.rglob("*"):
+        assert not path.is_file() or b"Canary" not in path.read_bytes(), path.name
 
 
 def test_a_preference_sets_levels_are_stored_and_part_of_its_digest(client: TestClient, settings: Settings) -> None:
