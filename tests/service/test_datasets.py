@@ -22,6 +22,8 @@ from pydantic import SecretStr
 from hscr.data_set import DataSet
 from hscr.images import decode_image
 from hscr.records import read_preferences
+from service import datasets, retention
+from service.db import Database
 from service.settings import Settings
 from tests.conftest import dataset_zip, png, record, zip_of
 from tests.hscr.medical import dicom
@@ -318,3 +320,38 @@ def test_leftovers_of_a_killed_upload_are_removed_at_the_next_start(settings: Se
     os.utime(old, (0, 0))
     clear_leftovers(settings.data_dir)
     assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_collecting_takes_no_folder_of_an_upload_that_has_no_row_yet(client: TestClient, settings: Settings) -> None:
+    """Neither what is being read, nor what is stored while its row is being written; what a dead upload stored goes."""
+    database = Database(settings.database)
+    root = settings.data_dir / "datasets"
+    kept = root / send(client, dataset_zip()).json()["digest"].replace(":", "-")
+    reading, stored = root / ".incoming-x", root / ("sha256-" + "0" * 64)
+    reading.mkdir()
+    stored.mkdir()
+    with retention.artifacts_held(settings.data_dir):
+        assert retention.collect(database, settings.data_dir) == 0
+    assert stored.is_dir()
+    assert retention.collect(database, settings.data_dir) == 1
+    assert sorted(root.iterdir()) == sorted([kept, reading])
+    database.close()
+
+
+def test_an_upload_holds_collecting_off_until_its_row_is_there(
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, seen, register = Database(settings.database), [], datasets._register
+
+    def looked_at(*arguments: Any) -> Any:
+        seen.append(retention.collect(database, settings.data_dir))
+        return register(*arguments)
+
+    monkeypatch.setattr(datasets, "_register", looked_at)
+    body = send(client, dataset_zip()).json()
+    assert seen == [0]
+    assert (settings.data_dir / "datasets" / body["digest"].replace(":", "-")).is_dir()
+    assert client.delete(f"/datasets/{body['id']}").status_code == 204
+    assert client.get(f"/datasets/{body['id']}").json()["code"] == "dataset_not_found"
+    assert leftovers(settings) == []
+    database.close()
