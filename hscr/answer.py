@@ -150,6 +150,14 @@ class AnswerBatch:
             self._running.clear()
             raise
 
+    def lost(self) -> list[Row]:
+        """Answers that a failed `join` has broken off; they are under way no more."""
+        alive = {*self._running.rows, *self._ended}
+        gone = [row for row in self._asked if row not in alive]
+        for row in gone:
+            del self._asked[row]
+        return gone
+
     def leave(self, rows: Sequence[Row]) -> None:
         """Answer these no further."""
         self._running.leave(rows)

@@ -91,9 +91,8 @@ def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> No
         cancelled = 0
         while waiting or len(batch):
             if waiting and (rng.random() < 0.6 or not len(batch)):
-                if batch.joins or not len(batch):
-                    new = [waiting.pop() for _ in range(min(len(waiting), rng.randint(1, 3)))]
-                    rows |= dict(zip(batch.join(new), new, strict=True))
+                new = [waiting.pop() for _ in range(min(len(waiting), rng.randint(1, 3)))]
+                rows |= dict(zip(batch.join(new), new, strict=True))
             if len(batch) > 2 and rng.random() < 0.15:
                 gone = rng.choice(list(batch._asked))
                 batch.leave([gone])
