@@ -8,57 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 
+from hscr.answers import Answer, AnswerRequest, Delta, OnDelta, TokenGrounding, TokenLogprob
 from hscr.artifacts import bytes_digest
 from hscr.decode import decode
-from hscr.images import Images
 from hscr.model import VLM, decode_text, encode_prompts
 from hscr.packing import token_logprobs
 from hscr.parent import read_adapter
 from hscr.reward import branches, grounding_score, words_of
 from hscr.visual_tokens import Prompt
 
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """One question on one image, or on several in order. `adapter` is a name given to `load_adapter`, None the base."""
-
-    image: Images
-    question: str
-    adapter: str | None = None
-    max_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-    grounding: str = "none"  # none | summary | tokens
-
-
-@dataclass(frozen=True)
-class TokenGrounding:
-    """A token of the answer: log-probabilities (nats) with and without the image, their difference, and whether a word's."""
-
-    text: str
-    logprob: float
-    logprob_without_image: float
-    reward: float
-    is_content: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`token_ids` include the end of sequence where the model said it. `score` is None where no grounding was asked for."""
-
-    text: str
-    token_ids: list[int]
-    tokens: list[TokenGrounding] | None
-    score: float | None
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
+__all__ = ["Answer", "AnswerRequest", "Answerer", "Delta", "OnDelta", "TokenGrounding", "TokenLogprob"]
 
 
 def _key(name: str) -> str:
@@ -122,7 +87,8 @@ class Answerer:
     @torch.no_grad()
     def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
         """Answer a batch, in order; requests of one adapter are decoded together. A row's answer does not depend on its batch (float32)."""
-        prompts = encode_prompts(self.vlm, [r.image for r in requests], [r.question for r in requests])
+        questions: list[Any] = [r.question for r in requests]
+        prompts = encode_prompts(self.vlm, [r.image for r in requests], questions)
         answers: dict[int, Answer] = {}
         for adapter in dict.fromkeys(r.adapter for r in requests):
             rows = [i for i, r in enumerate(requests) if r.adapter == adapter]

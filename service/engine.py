@@ -15,9 +15,11 @@ from hscr.artifacts import verify_manifest
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from hscr.chat import Turn
     from PIL import Image
 
-    from hscr.answer import Answer, Answerer
+    from hscr.answer import Answerer
+    from hscr.answers import Answer
 
 log = logging.getLogger("hscr.engine")
 
@@ -27,13 +29,17 @@ class Question:
     """One question with everything resolved: the adapter is a digest and the folder that it names."""
 
     images: tuple[Image.Image, ...]
-    text: str
+    text: str | tuple[Turn, ...]
     adapter_digest: str | None
     adapter_folder: Path | None
     max_tokens: int
     temperature: float
     seed: int
     grounding: str
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    salt: str = ""
 
 
 class AdapterDamaged(Exception):
@@ -83,11 +89,23 @@ class LocalEngine:
         return [results[i] for i in range(len(questions))]
 
     def _answer(self, questions: dict[int, Question]) -> dict[int, Any]:
-        from hscr.answer import AnswerRequest
+        from hscr.answers import AnswerRequest
 
         assert self._answerer is not None
         requests = [
-            AnswerRequest(q.images, q.text, q.adapter_digest, q.max_tokens, q.temperature, q.seed, q.grounding)
+            AnswerRequest(
+                q.images,
+                q.text,
+                q.adapter_digest,
+                q.max_tokens,
+                q.temperature,
+                q.seed,
+                q.grounding,
+                q.top_p,
+                q.stop,
+                q.logprobs,
+                q.salt,
+            )
             for q in questions.values()
         ]
         try:

@@ -51,6 +51,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "model_not_served": (422, "This service serves another base model"),
     "idempotency_mismatch": (422, "This Idempotency-Key was used with another body"),
     "too_many_jobs": (429, "Too many jobs of this key are waiting"),
+    "too_many_questions": (429, "Too many questions of this key are waiting"),
     "internal": (500, "The service failed"),
     "artifact_damaged": (500, "A stored file is not what it was"),
     "answer_failed": (500, "The model failed on this request"),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.batcher import Batcher
+from service.batcher import Asked
 from service.db import Database
 from service.engine import LocalEngine
 from service.idempotency import InFlight
@@ -23,7 +23,7 @@ class State:
     database: Database
     metrics: Metrics
     engine: LocalEngine | None
-    batcher: Batcher | None
+    batcher: Asked | None
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
 
