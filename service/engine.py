@@ -15,11 +15,11 @@ from hscr.artifacts import verify_manifest
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from hscr.chat import Turn
     from PIL import Image
 
     from hscr.answer import Answerer
     from hscr.answers import Answer
+    from hscr.chat import Turn
 
 log = logging.getLogger("hscr.engine")
 

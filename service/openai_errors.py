@@ -1,10 +1,11 @@
-"""Refusals in OpenAI's shape, for every path under /v1: {error: {message, type, param, code}}, which its clients turn into their exceptions.
+"""Refusals in OpenAI's shape, for every path under /v1: {error: {message, type, param, code}}, as its clients expect them.
 
 The code is the problem's own (service/errors.py), and so is the status. Knows no web framework.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from service.errors import TABLE, Problem
@@ -12,6 +13,9 @@ from service.errors import TABLE, Problem
 PREFIX = "/v1/"
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _PARTS = ("body", "query", "path", "header")  # where a field stood: OpenAI names the field only
+_KIND = re.compile(
+    r"\.(int|float|constrained-float|literal\[.*)$"
+)  # which kind of value a field that takes several was read as
 SHOWN = 3
 
 
@@ -36,4 +40,4 @@ def headers(problem: Problem) -> dict[str, str]:
 
 def _field(name: str) -> str:
     first, _, rest = name.partition(".")
-    return rest if first in _PARTS and rest else name
+    return _KIND.sub("", rest if first in _PARTS and rest else name)
