@@ -15,6 +15,7 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from hscr.answers import Answer, Delta, OnDelta
+from hscr.chat import ConversationError
 from hscr.image_limits import ImageError, ImageLimits
 from hscr.image_view import View
 from hscr.images import Decoded
@@ -160,6 +161,10 @@ def _result(future: asyncio.Future[Answer]) -> Answer:
         return future.result()
     except asyncio.CancelledError:
         raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
+    except Problem:  # of another server (service/upstream.py)
+        raise
+    except ConversationError as error:
+        raise Problem("conversation_refused", f"{error}.", param="messages") from None
     except AdapterDamaged:
         raise Problem("artifact_damaged", "The adapter's stored files fail their digest or cannot be loaded.") from None
     except Exception:

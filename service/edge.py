@@ -57,12 +57,12 @@ class Edge:
             log.error("request %s: %s raised at %s", request_id, type(error).__name__, where)
             if guard.status is None:
                 problem = Problem("internal", "This is a fault of the service; its log has the request id.")
-                await problem_response(problem, request_id)(scope, receive, guard.send_through)
+                await problem_response(problem, request_id, scope["path"])(scope, receive, guard.send_through)
         if guard.too_large and guard.status is None:
             problem = Problem(
                 "body_too_large", f"At most {limit} bytes are read here.", headers={"Connection": "close"}
             )
-            await problem_response(problem, request_id)(scope, receive, guard.send_through)
+            await problem_response(problem, request_id, scope["path"])(scope, receive, guard.send_through)
         seconds = time.perf_counter() - begin
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.requests.labels(scope["method"], route, str(guard.status)).inc()

@@ -10,12 +10,16 @@ from typing import Any
 
 TABLE: dict[str, tuple[int, str]] = {
     "bad_request": (400, "The request cannot be read"),
+    "invalid_parameter": (400, "A parameter is invalid"),
+    "unsupported_parameter": (400, "This parameter is not supported here"),
+    "conversation_refused": (400, "The model cannot be asked this conversation"),
     "unauthorized": (401, "An API key is needed"),
     "host_not_allowed": (403, "This address is not served"),
     "origin_not_allowed": (403, "Calls from this web origin are refused"),
     "key_required": (403, "This address is served with an API key only"),
     "scope_missing": (403, "This key may not do that"),
     "not_found": (404, "No such route"),
+    "model_not_found": (404, "No such model"),
     "dataset_not_found": (404, "No such data set"),
     "job_not_found": (404, "No such job"),
     "report_not_found": (404, "This job has no report"),

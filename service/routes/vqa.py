@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
+from hscr.answers import Answer
 from hscr.image_view import View
 from hscr.record_fields import MAX_IMAGES
 from service import adapters, asking
@@ -208,7 +209,7 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
             id=settings.model_id, revision=settings.model_revision, digest=engine.model_digest if engine else None
         ),
         adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
-        grounding=_grounding(parameters, answer, resolved.threshold if resolved else None),
+        grounding=grounding_view(parameters.grounding, answer, resolved.threshold if resolved else None),
         images=[ImageNote(format=n.format, modality=n.modality, flags=list(n.flags)) for n in notes],
         usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
         timing_ms={"model": round((end - asked) * 1000, 1), "total": round((end - begin) * 1000, 1)},
@@ -249,11 +250,12 @@ async def _read_form(request: Request) -> tuple[Parameters, list[bytes], list[Vi
         return Parameters.model_validate(fields), [await file.read() for file in files], [view] * len(files)
 
 
-def _grounding(parameters: Parameters, answer: Any, threshold: float | None) -> Grounding | None:
-    if parameters.grounding == "none":
+def grounding_view(wanted: str, answer: Answer, threshold: float | None) -> Grounding | None:
+    """What is told of an answer's grounding; `wanted` is none, summary or tokens."""
+    if wanted == "none":
         return None
     tokens = None
-    if parameters.grounding == "tokens" and answer.tokens is not None:
+    if wanted == "tokens" and answer.tokens is not None:
         tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
     flagged = answer.score < threshold if threshold is not None and answer.score is not None else None
     return Grounding(score=answer.score, flagged=flagged, threshold=threshold, tokens=tokens)
