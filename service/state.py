@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.artifact_store import ArtifactStore
 from service.batcher import Batcher
 from service.db import Database
 from service.engine import LocalEngine
@@ -24,6 +25,7 @@ class State:
     metrics: Metrics
     engine: LocalEngine | None
     batcher: Batcher | None
+    artifacts: ArtifactStore
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
 

@@ -20,8 +20,9 @@ from hscr.image_limits import ImageError, ImageLimits
 from hscr.image_view import View
 from hscr.images import Decoded
 from hscr.record_fields import MAX_IMAGES
-from service import adapters
+from service import adapters, artifact_store
 from service.adapters import Resolved
+from service.artifact_store import brought
 from service.batcher import Batcher, Closed, Full
 from service.decoding import DecodersBusy, decoders
 from service.engine import AdapterDamaged, Question
@@ -196,7 +197,7 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
         images=tuple(d.image for d in decoded),
         text=parameters.question,
         adapter_digest=resolved.digest if resolved else None,
-        adapter_folder=adapters.folder(state.settings.data_dir, resolved.digest) if resolved else None,
+        adapter_folder=await brought(state.artifacts, artifact_store.adapter(resolved.digest)) if resolved else None,
         max_tokens=parameters.max_tokens,
         temperature=parameters.temperature,
         seed=parameters.seed,
