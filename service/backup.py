@@ -123,13 +123,11 @@ def _held(settings: Settings) -> Iterator[None]:
 
 
 def _copy_artifacts(store: ArtifactStore, out: Path, taken: snapshot.Taken) -> list[str]:
-    """Copy what the rows name out of the store; the digests of what is missing or not what it was. Raises Problem where the store is away."""
-    files = dict(
-        zip(*(taken.rows(f"SELECT {column} FROM datasets ORDER BY id") for column in ("digest", "files_digest")))
-    )
-    named = [(digest, artifact_store.data_set(digest, known)) for digest, known in files.items()]
-    digests = taken.rows("SELECT DISTINCT digest FROM adapter_versions")
-    named += [(digest, artifact_store.adapter(digest)) for digest in digests]
+    """Copy what the rows name out of the store; the digests of what is missing or changed. Raises Problem where the store is away."""
+    digests = taken.rows("SELECT digest FROM datasets GROUP BY digest ORDER BY digest")
+    files = taken.rows("SELECT max(files_digest) FROM datasets GROUP BY digest ORDER BY digest")
+    named = [(d, artifact_store.data_set(d, known)) for d, known in zip(digests, files, strict=True)]
+    named += [(d, artifact_store.adapter(d)) for d in taken.rows("SELECT DISTINCT digest FROM adapter_versions")]
     reports = taken.rows("SELECT DISTINCT report FROM jobs WHERE report IS NOT NULL")
     named += [(name, artifact_store.report(name)) for name in reports]
     damaged = [digest for digest, artifact in named if not _copied(store, artifact, out)]

@@ -1,7 +1,7 @@
 """Artifacts behind an address (S3, or whatever fsspec reaches), with a bounded cache of folders in the data folder.
 
-Object stores have no rename: a folder's files go up under its digest, its manifest last, and what has no manifest is not there. What comes down
-is verified file by file against the manifest, and the manifest against the digest that the row holds, before anybody sees it.
+Object stores have no rename: a folder's files go up under its digest, its manifest last, and what has no manifest is not there. What comes
+down is verified file by file against the manifest, and the manifest against the digest that the row holds, before anybody sees it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Interrupted(Exception):
 def carry(work: Callable[[], Result], tend: Callable[[], bool], *, wait_s: float, grace_s: float) -> Result:
     """The work's result. Where the store is away it is tried again, with growing pauses, until `wait_s` are over.
 
-    `tend` is called all the while and says whether the attempt is asked to stop: work under way gets `grace_s` to end, a pause ends at once.
+    `tend` is called all the while and says whether the attempt is asked to stop: work under way gets `grace_s`, a pause ends at once.
     Raises Interrupted, Problem, and what the work raises.
     """
     until, pause = time.monotonic() + wait_s, 1.0
