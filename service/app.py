@@ -18,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 
 import hscr
 from service import problems
+from service.artifact_store import open_store
 from service.auth import Auth, check_settings
 from service.batcher import Batcher
 from service.datasets import clear_leftovers
@@ -67,7 +68,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
     counters = Metrics()
-    state = State(settings, Database(settings.database), counters, engine, None)
+    state = State(settings, Database(settings.database), counters, engine, None, open_store(settings))
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -19,8 +20,9 @@ from hscr.chat import ConversationError
 from hscr.image_limits import ImageError, ImageLimits
 from hscr.image_view import View
 from hscr.images import Decoded
-from service import adapters
+from service import adapters, artifact_store
 from service.adapters import Resolved
+from service.artifact_store import brought
 from service.batcher import Asked, Closed, Full
 from service.decoding import DecodersBusy, decoders
 from service.engine import AdapterDamaged, Question
@@ -66,6 +68,11 @@ def resolve(state: State, reference: str | None) -> Resolved | None:
     if resolved.model != state.settings.model_id:
         raise Problem("adapter_for_other_model", "Ask a service that serves the base model of this adapter.")
     return resolved
+
+
+async def adapter_folder(state: State, resolved: Resolved | None) -> Path | None:
+    """Where the version's files are, brought from the store where they are not at hand; None for the base. Raises Problem."""
+    return await brought(state.artifacts, artifact_store.adapter(resolved.digest)) if resolved else None
 
 
 async def ask(state: State, question: Question, request: Request) -> Answer:

@@ -59,6 +59,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "internal": (500, "The service failed"),
     "artifact_damaged": (500, "A stored file is not what it was"),
     "answer_failed": (500, "The model failed on this request"),
+    "artifacts_unavailable": (503, "The artifact store does not answer"),
     "engine_unavailable": (503, "This replica answers no questions"),
     "engine_loading": (503, "The model is still loading"),
     "base_unknown": (503, "The base model cannot be looked at"),

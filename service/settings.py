@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import shlex
 import sys
 from functools import cache
@@ -15,6 +16,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+SECRET_VARIABLES = frozenset(
+    f"{prefix}{name}"
+    for prefix in ("", "HSCR_")
+    for name in ("API_KEY", "WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", "ARTIFACTS_URL", "ARTIFACTS_OPTIONS")
+) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+
+
+def without_secrets() -> dict[str, str]:
+    """This process's environment for a child that has no business with what opens database, broker, store and API."""
+    return {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES and not k.startswith("FSSPEC_")}
 
 
 class Settings(BaseSettings):
@@ -27,6 +39,18 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0", validation_alias=AliasChoices("REDIS_URL", "HSCR_REDIS_URL")
     )
+
+    artifacts_url: str = (
+        Field(  # where adapters, reports and data sets lie; empty = in the data folder (docs/storage.md)
+            default="", repr=False, validation_alias=AliasChoices("ARTIFACTS_URL", "HSCR_ARTIFACTS_URL")
+        )
+    )
+    artifacts_options: SecretStr | None = Field(  # JSON: what fsspec needs to open that address
+        default=None, validation_alias=AliasChoices("ARTIFACTS_OPTIONS", "HSCR_ARTIFACTS_OPTIONS")
+    )
+    artifacts_cache_max_bytes: int = Field(default=50 * 2**30, ge=0)  # of what was read from such an address
+    artifacts_wait_s: float = Field(default=600.0, ge=0)  # a job waits so long for a store that is away
+    artifacts_grace_s: float = Field(default=3600.0, ge=0)  # objects without a row are removed when they are older
 
     host: str = "127.0.0.1"
     port: int = 8000

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from hscr.answers import Answer, Delta, TokenLogprob
 from hscr.artifacts import json_digest
-from service import adapters, asking, openai_errors
+from service import asking, openai_errors
 from service.adapters import Resolved
 from service.engine import Question
 from service.errors import Problem
@@ -133,7 +133,7 @@ async def chat(state: Service, request: Request) -> ChatCompletion | StreamingRe
         images=tuple(d.image for d in decoded),
         text=turns,
         adapter_digest=resolved.digest if resolved else None,
-        adapter_folder=adapters.folder(state.settings.data_dir, resolved.digest) if resolved else None,
+        adapter_folder=await asking.adapter_folder(state, resolved),
         max_tokens=wish.max_completion_tokens or wish.max_tokens or MAX_TOKENS,
         temperature=wish.temperature,
         # Our streams of chance have 31 bits; without a seed every answer is drawn anew, as OpenAI's clients expect.

@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 from hscr.answers import Answer
 from hscr.image_view import View
 from hscr.record_fields import MAX_IMAGES
-from service import adapters, asking
+from service import asking
 from service.engine import Question
 from service.errors import Problem
 from service.problems import invalid_fields
@@ -190,7 +190,7 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
         images=tuple(d.image for d in decoded),
         text=parameters.question,
         adapter_digest=resolved.digest if resolved else None,
-        adapter_folder=adapters.folder(state.settings.data_dir, resolved.digest) if resolved else None,
+        adapter_folder=await asking.adapter_folder(state, resolved),
         max_tokens=parameters.max_tokens,
         temperature=parameters.temperature,
         seed=parameters.seed,
