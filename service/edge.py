@@ -9,19 +9,19 @@ from __future__ import annotations
 import logging
 import re
 import time
-import traceback
-from pathlib import Path
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs, tracing
 from service.errors import Problem
 from service.metrics import Metrics
-from service.problems import problem_response
+from service.problems import answer
 from service.settings import Settings
 
 log = logging.getLogger("hscr.http")
 _ADAPTER_UPLOAD = re.compile(r"^/adapters/[^/]+/versions/?$")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # a label: callers may send any word
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._\-]{1,64}$")
 
 
@@ -42,32 +42,40 @@ class Edge:
         if scope["method"] == "POST" and _ADAPTER_UPLOAD.match(scope["path"]):
             limit = s.adapter_max_bytes + 2**20
         guard = _Guard(receive, send, request_id, limit)
-        begin = time.perf_counter()
+        with logs.bound(request_id=request_id), tracing.span("request", headers, request_id=request_id) as span:
+            begin = time.perf_counter()
+            await self._served(scope, receive, guard, headers.get(b"content-length", b"0"))
+            seconds = time.perf_counter() - begin
+            route = getattr(scope.get("route"), "path", "unmatched")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(method, route, str(guard.status)).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            told = {"method": method, "route": route, "status": guard.status}
+            if (code := scope["state"].get("problem")) is not None:
+                self.metrics.refusals.labels(code).inc()
+                told["problem"] = code
+            span.set(**told)
+            log.info("request", extra=told | {"ms": round(seconds * 1000, 1)})
+
+    async def _served(self, scope: Scope, receive: Receive, guard: _Guard, declared: bytes) -> None:
+        """The application's response, or the refusal of a body above the limit, or of what it raised a problem without its text."""
         try:
-            declared = headers.get(b"content-length", b"0")
-            if declared.isdigit() and int(declared) > limit:
+            if declared.isdigit() and int(declared[:20]) > guard.limit:
                 guard.too_large = True
             else:
                 await self.app(scope, guard.receive, guard.send)
         except _TooLarge:
             pass
         except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)[-4:]
-            where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
-            log.error("request %s: %s raised at %s", request_id, type(error).__name__, where)
+            where = logs.place(error.__traceback__)
+            log.error("request %s: %s", guard.request_id, type(error).__name__, extra={"where": where})
             if guard.status is None:
                 problem = Problem("internal", "This is a fault of the service; its log has the request id.")
-                await problem_response(problem, request_id)(scope, receive, guard.send_through)
+                await answer(problem, scope)(scope, receive, guard.send_through)
         if guard.too_large and guard.status is None:
-            problem = Problem(
-                "body_too_large", f"At most {limit} bytes are read here.", headers={"Connection": "close"}
-            )
-            await problem_response(problem, request_id)(scope, receive, guard.send_through)
-        seconds = time.perf_counter() - begin
-        route = getattr(scope.get("route"), "path", "unmatched")
-        self.metrics.requests.labels(scope["method"], route, str(guard.status)).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
-        log.info("%s %s %s %s %.1f ms", request_id, scope["method"], route, guard.status, seconds * 1000)
+            detail = f"At most {guard.limit} bytes are read here."
+            problem = Problem("body_too_large", detail, headers={"Connection": "close"})
+            await answer(problem, scope)(scope, receive, guard.send_through)
 
 
 class _TooLarge(Exception):
@@ -78,7 +86,8 @@ class _Guard:
     """Counts a request's body, stamps its response, and remembers whether one was begun."""
 
     def __init__(self, receive: Receive, send: Send, request_id: str, limit: int) -> None:
-        self._receive, self._send, self._request_id, self._left = receive, send, request_id, limit
+        self._receive, self._send, self._left = receive, send, limit
+        self.request_id, self.limit = request_id, limit
         self.status: int | None = None
         self.too_large = False
 
@@ -99,6 +108,6 @@ class _Guard:
     async def send_through(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            stamp = [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff")]
+            stamp = [(b"x-request-id", self.request_id.encode()), (b"x-content-type-options", b"nosniff")]
             message["headers"] = [*message.get("headers", []), *stamp]
         await self._send(message)

@@ -11,6 +11,7 @@ from types import FrameType
 
 import uvicorn
 
+from service import logs
 from service.app import create_app
 from service.lifeline import watch_parent
 from service.settings import Settings
@@ -34,6 +35,7 @@ class _Server(uvicorn.Server):
 def main() -> int:
     watch_parent()
     settings = Settings()
+    logs.configure("api", settings.log)
     try:
         app = create_app(settings)
     except ValueError as error:
@@ -43,6 +45,7 @@ def main() -> int:
         app,
         host=settings.host,
         port=settings.port,
+        log_config=None,  # service/logs.py
         access_log=False,  # it would log whole paths; service/edge.py logs routes
         server_header=False,
         timeout_graceful_shutdown=15,

@@ -28,6 +28,11 @@ class Settings(BaseSettings):
         default="redis://127.0.0.1:6379/0", validation_alias=AliasChoices("REDIS_URL", "HSCR_REDIS_URL")
     )
 
+    log: Literal["auto", "json", "console"] = (
+        "auto"  # JSON lines, or lines for people; auto: by whether stderr is a terminal
+    )
+    trace: Literal["auto", "on", "off"] = "auto"  # OpenTelemetry; auto: where OTEL_EXPORTER_OTLP_ENDPOINT is set
+
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: SecretStr | None = None
