@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, a log line of ids and numbers, metrics, the limit of its body, and the last net for exceptions.
+"""What surrounds every request: its id, a log line of ids and numbers, metrics, the limits of its body, and the last net for exceptions.
 
 Plain ASGI, so that streams pass through unbuffered. Logs hold no question, file name or query string; of an unexpected exception they hold
 its type and where it was raised, not its text.
@@ -14,6 +14,7 @@ from uuid import uuid4
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, tracing
+from service.body import Body, BodyLimits, BodyRefused
 from service.errors import Problem
 from service.metrics import Metrics
 from service.problems import answer
@@ -37,14 +38,11 @@ class Edge:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.match(given) else f"req_{uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        s = self.settings
-        limit = s.upload_max_bytes if scope["path"] == "/datasets" else s.body_max_bytes
-        if scope["method"] == "POST" and _ADAPTER_UPLOAD.match(scope["path"]):
-            limit = s.adapter_max_bytes + 2**20
-        guard = _Guard(receive, send, request_id, limit)
+        body = Body(receive, headers, self._limits(scope, headers.get(b"content-type", b"")))
+        guard = _Guard(body, send, request_id)
         with logs.bound(request_id=request_id), tracing.span("request", headers, request_id=request_id) as span:
             begin = time.perf_counter()
-            await self._served(scope, receive, guard, headers.get(b"content-length", b"0"))
+            await self._served(scope, receive, guard)
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -57,51 +55,43 @@ class Edge:
             span.set(**told)
             log.info("request", extra=told | {"ms": round(seconds * 1000, 1)})
 
-    async def _served(self, scope: Scope, receive: Receive, guard: _Guard, declared: bytes) -> None:
-        """The application's response, or the refusal of a body above the limit, or of what it raised a problem without its text."""
+    def _limits(self, scope: Scope, content_type: bytes) -> BodyLimits:
+        s, upload = self.settings, None
+        if scope["method"] == "POST" and content_type.lower().startswith(b"multipart/form-data"):
+            if scope["path"].rstrip("/") == "/datasets":
+                upload = s.upload_max_bytes
+            elif _ADAPTER_UPLOAD.match(scope["path"]):
+                upload = s.adapter_max_bytes + 2**20
+        if upload is not None:
+            return BodyLimits(upload, s.body_pause_max_s, None)
+        return BodyLimits(s.body_max_bytes, s.body_pause_max_s, s.body_max_s)
+
+    async def _served(self, scope: Scope, receive: Receive, guard: _Guard) -> None:
+        """The application's response, or the refusal of a body, or of what it raised a problem without its text."""
         try:
-            if declared.isdigit() and int(declared[:20]) > guard.limit:
-                guard.too_large = True
-            else:
-                await self.app(scope, guard.receive, guard.send)
-        except _TooLarge:
+            guard.body.check_headers()
+            await self.app(scope, guard.body.receive, guard.send)
+        except BodyRefused:
             pass
         except Exception as error:
             where = logs.place(error.__traceback__)
             log.error("request %s: %s", guard.request_id, type(error).__name__, extra={"where": where})
-            if guard.status is None:
+            if guard.status is None and guard.body.refused is None:
                 problem = Problem("internal", "This is a fault of the service; its log has the request id.")
                 await answer(problem, scope)(scope, receive, guard.send_through)
-        if guard.too_large and guard.status is None:
-            detail = f"At most {guard.limit} bytes are read here."
-            problem = Problem("body_too_large", detail, headers={"Connection": "close"})
-            await answer(problem, scope)(scope, receive, guard.send_through)
-
-
-class _TooLarge(Exception):
-    pass
+        if guard.body.refused is not None and guard.status is None:
+            await answer(guard.body.refused, scope)(scope, receive, guard.send_through)
 
 
 class _Guard:
-    """Counts a request's body, stamps its response, and remembers whether one was begun."""
+    """Stamps a request's response, remembers whether one was begun, and lets none pass in place of the refusal of its body."""
 
-    def __init__(self, receive: Receive, send: Send, request_id: str, limit: int) -> None:
-        self._receive, self._send, self._left = receive, send, limit
-        self.request_id, self.limit = request_id, limit
+    def __init__(self, body: Body, send: Send, request_id: str) -> None:
+        self.body, self._send, self.request_id = body, send, request_id
         self.status: int | None = None
-        self.too_large = False
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            if self._left < 0:
-                self.too_large = True
-                raise _TooLarge
-        return message
 
     async def send(self, message: Message) -> None:
-        if self.too_large and self.status is None:
+        if self.body.refused is not None and self.status is None:
             return  # whatever the application makes of its cut body: the refusal is ours
         await self.send_through(message)
 
