@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "key_not_found": (404, "No such key"),
     "alias_not_found": (404, "No such alias"),
     "method_not_allowed": (405, "This route does not take this method"),
+    "body_too_slow": (408, "The body comes too slowly"),
     "job_ended": (409, "The job has ended"),
     "job_not_ended": (409, "The job has not ended"),
     "job_elsewhere": (409, "The job is in another status"),

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from service import openai_errors
 from service.errors import Problem
@@ -42,11 +43,13 @@ _RESPONSE: dict[str, Any] = {
 RESPONSES: dict[int | str, dict[str, Any]] = {"default": _RESPONSE, 422: _RESPONSE}
 
 
-def problem_response(problem: Problem, request_id: str, path: str) -> JSONResponse:
-    """The document, or OpenAI's shape of it where the path is one of its API."""
-    if path.startswith(openai_errors.PREFIX):
+def answer(problem: Problem, scope: Scope) -> JSONResponse:
+    """The problem's response, OpenAI's shape of it under /v1; its code noted for log and metrics."""
+    scope["state"]["problem"] = problem.code
+    if scope["path"].startswith(openai_errors.PREFIX):
         return JSONResponse(openai_errors.document(problem), problem.status, headers=openai_errors.headers(problem))
-    return JSONResponse(problem.document(request_id), problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+    document = problem.document(scope["state"]["request_id"])
+    return JSONResponse(document, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -54,25 +57,25 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Problem)
     async def refused(request: Request, error: Problem) -> JSONResponse:
-        return problem_response(error, request.state.request_id, request.url.path)
+        return answer(error, request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return problem_response(invalid_fields(error.errors()), request.state.request_id, request.url.path)
+        return answer(invalid_fields(error.errors()), request.scope)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = _BY_STATUS.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
         detail = "See /docs for the routes and what they take."
         problem = Problem(code, detail, headers=dict(error.headers or {}))
-        return problem_response(problem, request.state.request_id, request.url.path)
+        return answer(problem, request.scope)
 
     @app.exception_handler(DBAPIError)
     async def database(request: Request, error: DBAPIError) -> JSONResponse:
         if not (error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")):
             raise error
         problem = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
-        return problem_response(problem, request.state.request_id, request.url.path)
+        return answer(problem, request.scope)
 
 
 def invalid_fields(errors: Any) -> Problem:

@@ -51,6 +51,10 @@ class Settings(BaseSettings):
     artifacts_cache_max_bytes: int = Field(default=50 * 2**30, ge=0)  # of what was read from such an address
     artifacts_wait_s: float = Field(default=600.0, ge=0)  # a job waits so long for a store that is away
     artifacts_grace_s: float = Field(default=3600.0, ge=0)  # objects without a row are removed when they are older
+    log: Literal["auto", "json", "console"] = (
+        "auto"  # JSON lines, or lines for people; auto: by whether stderr is a terminal
+    )
+    trace: Literal["auto", "on", "off"] = "auto"  # OpenTelemetry; auto: where OTEL_EXPORTER_OTLP_ENDPOINT is set
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -110,6 +114,9 @@ class Settings(BaseSettings):
     ]  # after each failed attempt, then given up
 
     body_max_bytes: int = 32 * 2**20
+    body_max_s: float = Field(default=120.0, gt=0)  # a body that is no upload comes within this time
+    body_pause_max_s: float = Field(default=30.0, gt=0)  # any body: without a byte
+    head_max_s: float = Field(default=20.0, gt=0)  # a request's line and headers come within this time
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30
     adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked

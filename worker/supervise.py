@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest
-from service import adapters, artifact_store, gates, jobs, preferences, reviews
+from service import adapters, artifact_store, gates, jobs, logs, preferences, reviews, tracing
 from service.artifact_store import ADAPTERS, Artifact, ArtifactStore, open_store
 from service.db import Database, now
 from service.errors import Problem
@@ -48,12 +48,17 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
             mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
         if mine is None:
             return
-        log.info("job %s attempt %d: claimed", job_id, mine.fence)
-        _Attempt(database, settings, mine, should_stop).run()
+        n = mine.fence
+        with logs.bound(job_id=job_id, attempt=n), tracing.span("job.attempt", job_id=job_id, attempt=n) as span:
+            log.info("job %s attempt %d: claimed", job_id, n)
+            attempt = _Attempt(database, settings, mine, should_stop)
+            attempt.run()
+            span.set(ended=attempt.ended)
     except jobs.Superseded:
         log.warning("job %s: superseded", job_id)
     finally:
         busy = False
+        tracing.flush()  # not while it works: a collector that is away would hold up its lease
 
 
 @dataclass
@@ -76,6 +81,7 @@ class _Attempt:
     order: Order = field(default_factory=lambda: Order([], False, None, False))
     generated: bool = False
     store: ArtifactStore = field(init=False)
+    ended: str | None = None  # how, in one word of a log or trace
     over: bool = False  # the job will not go on: succeeded or cancelled
     pending: list[RunEvent] = field(default_factory=list)
     result: ResultEvent | None = None
@@ -84,6 +90,7 @@ class _Attempt:
     _renewed: float = field(default_factory=time.monotonic)
     _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, False, None))
     _timed: float = field(default_factory=time.monotonic)
+    _entered: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
         self.store = open_store(self.settings)
@@ -113,7 +120,7 @@ class _Attempt:
         except Interrupted:
             self._conclude(None, None)
         except Exception as error:
-            # Its type only: an exception's text may name a file.
+            # Its type and place only (service/logs.py): an exception's text may name a file.
             log.exception("job %s attempt %d: the supervisor failed", self.mine.job_id, self.mine.fence)
             self._crash("attempt_failed", f"the attempt failed with {type(error).__name__}")
 
@@ -195,8 +202,15 @@ class _Attempt:
 
     def _enter(self, event: StageEvent) -> None:
         self._time_stage()
+        self._trace_stage()
         self.stage = event.stage if event.status == "started" else None
         self.generated |= event.stage == "generating" and event.status != "started"
+
+    def _trace_stage(self) -> None:
+        """The stage that was under way is over."""
+        if self.stage is not None:
+            tracing.past(f"job.{self.stage}", self._entered, time.monotonic(), attempt=self.mine.fence)
+        self._entered = time.monotonic()
 
     def _time_stage(self) -> None:
         """Book the time since the last look to the stage that is under way."""
@@ -248,6 +262,8 @@ class _Attempt:
     def _conclude(self, status: int | None, work: Path | None) -> None:
         """End this attempt in exactly one way, by what was asked and how the run ended."""
         asked = self.asked.reason if self.asked else None
+        self._trace_stage()
+        self.ended = asked or ("done" if status == DONE else f"status_{status}")
         log.info("job %s attempt %d: run ended with %s, asked: %s", self.mine.job_id, self.mine.fence, status, asked)
         if asked == "cancel":
             self._finish(lambda s: jobs.cancelled(s, self.mine))
