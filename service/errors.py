@@ -68,6 +68,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "plan_unavailable": (503, "No estimate can be made now"),
     "decoders_busy": (503, "Too many images are being decoded"),
     "draining": (503, "The service is shutting down"),
+    "disk_full": (507, "The disk is full"),
     "database_unavailable": (503, "The database does not answer"),
 }
 

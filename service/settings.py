@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(default=30.0, gt=0)
     stop_grace_s: float = Field(default=8.0, ge=0)  # a cancelled run gets this long after TERM, then KILL
     lock_wait_s: float = Field(default=60.0, ge=0)  # an attempt waits this long for an older one's run to be dead
+    disk_reserve_bytes: int = Field(
+        default=512 * 2**20, ge=0
+    )  # with less free in the data folder no run starts or goes on
     max_crashes: int = Field(default=3, ge=1)
     sweep_interval_s: float = Field(default=1.0, gt=0)
     ring_after_s: float = Field(default=5.0, gt=0)

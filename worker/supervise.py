@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest
+from hscr.disk import is_full
 from service import adapters, artifact_store, gates, jobs, logs, preferences, reviews, tracing
 from service.artifact_store import ADAPTERS, Artifact, ArtifactStore, open_store
 from service.db import Database, now
@@ -31,6 +32,9 @@ from worker.attempt import JobFolder
 from worker.carry import Interrupted, carry
 from worker.command import REVIEW, Order, order_of, sources_of
 from worker.reports import store_report
+from worker.room import CODE as DISK_FULL
+from worker.room import MESSAGE as DISK_FULL_MESSAGE
+from worker.room import has_room
 from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
 log = logging.getLogger("hscr.worker")
@@ -44,6 +48,11 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
     global busy
     busy = True  # before the claim: a SIGTERM from here on hands the job back instead of ending the process
     try:
+        if not has_room(
+            settings
+        ):  # left in the queue: the sweep rings again, and a job is not failed for its neighbours' files
+            log.warning("job %s: not claimed, the data folder has less free than HSCR_DISK_RESERVE_BYTES", job_id)
+            return
         with database.write() as session:
             mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
         if mine is None:
@@ -63,7 +72,7 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
 
 @dataclass
 class _Asked:
-    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline."""
+    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline, disk_full."""
 
     reason: str
     kill_at: float
@@ -93,9 +102,9 @@ class _Attempt:
     _entered: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
-        self.store = open_store(self.settings)
-        folder = JobFolder(self.settings.data_dir, self.mine.job_id)
         try:
+            self.store = open_store(self.settings)
+            folder = JobFolder(self.settings.data_dir, self.mine.job_id)
             with folder.lock_file() as lock, ExitStack() as lent:
                 if not self._wait_for(lock):
                     return
@@ -120,6 +129,10 @@ class _Attempt:
         except Interrupted:
             self._conclude(None, None)
         except Exception as error:
+            if is_full(error):
+                log.warning("job %s attempt %d: the disk is full", self.mine.job_id, self.mine.fence)
+                self._crash(DISK_FULL, DISK_FULL_MESSAGE)
+                return
             # Its type and place only (service/logs.py): an exception's text may name a file.
             log.exception("job %s attempt %d: the supervisor failed", self.mine.job_id, self.mine.fence)
             self._crash("attempt_failed", f"the attempt failed with {type(error).__name__}")
@@ -183,6 +196,8 @@ class _Attempt:
                 self.asked = _Asked("pause", 0)
             elif self.should_stop():
                 self.asked = _Asked("stop", 0)
+            elif not has_room(self.settings):
+                self.asked = _Asked(DISK_FULL, 0)
 
     def _take(self, events: list[RunEvent]) -> None:
         for event in events:
@@ -272,6 +287,8 @@ class _Attempt:
             self._publish(work, self.result)
         elif asked == "deadline":
             self._finish(lambda s: jobs.fail(s, self.mine, **jobs.DEADLINE))
+        elif asked == DISK_FULL or (status == BAD_INPUT and self.error and self.error.code == DISK_FULL):
+            self._crash(DISK_FULL, DISK_FULL_MESSAGE)
         elif status == BAD_INPUT:
             error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))

@@ -137,7 +137,10 @@ def main() -> int:
         due = time.monotonic() - cleaned > settings.clean_interval_s
         sweep_once(database, celery, settings, clean=due)
         cleaned = time.monotonic() if due else cleaned
-        alive.touch()
+        try:
+            alive.touch()
+        except OSError as error:  # a full disk, say: then the health check speaks, and the sweep goes on
+            log.warning("the heartbeat file cannot be written: %s", type(error).__name__)
         stop.wait(settings.sweep_interval_s)
     database.close()
     return 0
