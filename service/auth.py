@@ -20,7 +20,7 @@ from service import keys
 from service.db import Database
 from service.errors import Problem
 from service.keys import ANYBODY, ENV, SCOPES, Caller
-from service.problems import problem_response
+from service.problems import answer
 from service.settings import Settings, is_loopback
 
 log = logging.getLogger("hscr.auth")
@@ -34,9 +34,11 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate": (("align",), ("align",)),
     "jobs": (("align",), ("align",)),
     "adapters": (("vqa", "align"), ("align",)),
+    "lineage": (("vqa", "align"), ()),
+    "v1/chat": (("vqa",), ("vqa",)),
+    "v1/models": (("vqa", "align"), ()),
     "v1/files": (("align",), ("align",)),
     "v1/fine_tuning": (("align",), ("align",)),
-    "lineage": (("vqa", "align"), ()),
     "metrics": (SCOPES, ()),
     "docs": (SCOPES, ()),
     "openapi.json": (SCOPES, ()),
@@ -75,10 +77,10 @@ class Auth:
                 raise Problem("scope_missing", detail)
             scope["state"]["caller"] = caller
         except Problem as refusal:
-            await problem_response(refusal, scope["state"]["request_id"], scope["path"])(scope, receive, send)
+            await answer(refusal, scope)(scope, receive, send)
         except DBAPIError:
             away = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
-            await problem_response(away, scope["state"]["request_id"], scope["path"])(scope, receive, send)
+            await answer(away, scope)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 

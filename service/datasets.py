@@ -1,4 +1,4 @@
-"""Data sets: an uploaded archive becomes a folder named by its content's digest, and rows that can be browsed.
+"""Data sets: an uploaded archive becomes a stored folder named by its content's digest, and rows that can be browsed.
 
 Bad rows are reported with their line and reason and left out of the stored copy, so that a run reads only what was counted. Whatever
 is refused leaves nothing behind. No torch and no web framework here.
@@ -18,7 +18,7 @@ from uuid import uuid4
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import file_digest, json_digest
+from hscr.artifacts import file_digest, json_digest, write_manifest
 from hscr.data_set import PREFERENCES, checked_preferences, given_preferences
 from hscr.image_limits import ImageError
 from hscr.image_view import View
@@ -30,15 +30,15 @@ from hscr.records import (
     to_json,
     write_jsonl,
 )
-from service import audit
-from service.adapters import sync_tree
+from service import artifact_store, audit
 from service.archive import ArchiveLimits, discard, flatten, unpack
+from service.artifact_store import Artifact, ArtifactStore
 from service.db import Database
 from service.decoding import Cleaned, Decoders, DecodersBusy
 from service.errors import Problem
 from service.foreign import Reading, convert, is_ours
 from service.models import AdapterVersion, Dataset, DatasetRecord, Evaluation, Job, new_id
-from service.retention import INCOMING, artifacts_held
+from service.retention import artifacts_held
 from service.uid_key import of_folder
 
 REJECTED_KEPT = 1000
@@ -59,7 +59,14 @@ class Content:
 
 
 def folder(data_dir: Path, digest: str) -> Path:
-    return data_dir / "datasets" / digest.replace(":", "-")
+    """Where a data set lies in the default store and in a backup."""
+    return artifact_store.LocalStore.below(data_dir).folder(artifact_store.data_set(digest, None))
+
+
+def artifact(session: Session, digest: str) -> Artifact:
+    """The stored folder of every data set with this digest."""
+    noted = select(Dataset.files_digest).where(Dataset.digest == digest, Dataset.files_digest.is_not(None))
+    return artifact_store.data_set(digest, session.scalars(noted.limit(1)).first())
 
 
 def import_upload(
@@ -72,16 +79,19 @@ def import_upload(
     reading: Reading = Reading(),
     actor: str = "local",
     decoders: Decoders | None = None,
+    store: ArtifactStore | None = None,
     key: bytes | None = None,
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register a zip, parquet, JSONL or JSON file; the data set and whether it is new. Raises Problem.
 
-    Equal content under one name is not new. Files of images are cleaned on the way (hscr/clean_image.py); `key` remaps UIDs.
+    Equal content under one name is not new. Files of images are cleaned on the way (hscr/clean_image.py). `store`: where it is kept, `key`: what
+    UIDs are remapped under; the data folder's own where None.
     """
-    incoming = data_dir / "datasets" / f"{INCOMING}{uuid4().hex}"
+    key = key or of_folder(data_dir)
+    store = store or artifact_store.LocalStore.below(data_dir)
+    incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
     upload, imported = incoming / "upload", incoming / "imported"
     upload.mkdir(parents=True)
-    key = key or of_folder(data_dir)
     try:
         head = file.read(4096)
         file.seek(0)
@@ -98,10 +108,12 @@ def import_upload(
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
             content = _imported(_read(source, rows_max, key, decoders), report)
-        with artifacts_held(data_dir):  # until its row is there, nobody takes the folder for a leftover
-            n_bytes = _store(source, content, folder(data_dir, content.digest))
+        whole = _assemble(source, content, incoming / "whole")
+        n_bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+        with artifacts_held(data_dir, database):
+            files = store.put(artifact_store.data_set(content.digest, None), whole, give=True)
             with database.write() as session:
-                dataset, new = _register(session, name, content, n_bytes)
+                dataset, new = _register(session, name, content, files, n_bytes)
                 if new:
                     audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
                 return dataset, new
@@ -234,36 +246,22 @@ def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
                 yield number
 
 
-def _store(source: Path, content: Content, final: Path) -> int:
-    """Put exactly the accepted records and their images under the digest; the rename comes last. How many bytes lie there."""
-    if final.exists():
-        return _size(final)
-    whole = final.with_name(f"{INCOMING}{uuid4().hex}")
-    try:
-        whole.mkdir()
-        for image in content.images:
-            (whole / image).parent.mkdir(parents=True, exist_ok=True)
-            (source / image).rename(whole / image)
-        write_jsonl(whole / "records.jsonl", content.records)
-        if content.given is not None:
-            checked = checked_preferences(content.given, content.records)
-            write_jsonl(whole / PREFERENCES, (row for row in checked if not isinstance(row, RejectedRow)))
-        sync_tree(whole)
-        try:
-            whole.rename(final)
-        except OSError:
-            if not final.exists():  # a second upload of the same content was first: fine; anything else is not
-                raise
-    finally:
-        discard(whole)
-    return _size(final)
+def _assemble(source: Path, content: Content, whole: Path) -> Path:
+    """A folder of exactly the accepted records and their images, with its manifest. The images are moved, and their digests known."""
+    whole.mkdir()
+    for image in content.images:
+        (whole / image).parent.mkdir(parents=True, exist_ok=True)
+        (source / image).rename(whole / image)
+    write_jsonl(whole / "records.jsonl", content.records)
+    if content.given is not None:
+        checked = checked_preferences(content.given, content.records)
+        write_jsonl(whole / PREFERENCES, (row for row in checked if not isinstance(row, RejectedRow)))
+    written = {path.name: file_digest(path) for path in whole.glob("*.jsonl")}
+    write_manifest(whole, content.images | written)
+    return whole
 
 
-def _size(stored: Path) -> int:
-    return sum(path.stat().st_size for path in stored.rglob("*") if path.is_file())
-
-
-def _register(session: Session, name: str, content: Content, n_bytes: int) -> tuple[Dataset, bool]:
+def _register(session: Session, name: str, content: Content, files: str, n_bytes: int) -> tuple[Dataset, bool]:
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))  # one version number at a time
     known = session.scalar(select(Dataset).where(Dataset.name == name, Dataset.digest == content.digest))
@@ -276,6 +274,7 @@ def _register(session: Session, name: str, content: Content, n_bytes: int) -> tu
         version=latest + 1,
         format=content.format,
         digest=content.digest,
+        files_digest=files,
         n_records=len(content.records),
         n_images=len(content.images),
         n_rejected=len(content.rejected),
@@ -309,6 +308,6 @@ def _unknown() -> Problem:
 
 def clear_leftovers(data_dir: Path, older_than_s: float = 3600) -> None:
     """Remove what an upload left behind whose process was killed."""
-    for path in (data_dir / "datasets").glob(f"{INCOMING}*"):
+    for path in (data_dir / "datasets").glob(".incoming-*"):
         if time.time() - path.stat().st_mtime > older_than_s:
             shutil.rmtree(path, ignore_errors=True)

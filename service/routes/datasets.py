@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from fastapi import APIRouter, File, Form, Path, Response, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import select
+from starlette.background import BackgroundTask
 
 from service import datasets, retention
 from service.archive import ArchiveLimits
@@ -95,10 +97,18 @@ def upload(
 def take(state: State, who: Caller, file: UploadFile, name: str, reading: Reading = Reading()) -> tuple[Dataset, bool]:
     """Import an upload under this replica's limits; the data set and whether it is new. Raises Problem."""
     s = state.settings
-    reading = replace(reading, memory_bytes=s.import_memory_max_bytes, seconds=s.import_max_s)
-    limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
     return datasets.import_upload(
-        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading, who.id, decoders(s), uid_key(s)
+        state.database,
+        s.data_dir,
+        file.file,
+        name,
+        ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max),
+        s.record_rows_max,
+        replace(reading, memory_bytes=s.import_memory_max_bytes, seconds=s.import_max_s),
+        who.id,
+        decoders(s),
+        state.artifacts,
+        uid_key(s),
     )
 
 
@@ -121,7 +131,7 @@ def delete(state: Service, who: Who, dataset_id: DatasetId) -> None:
     """Its rows and, where no other data set has the same content, its files."""
     with state.database.write() as session:
         datasets.delete(session, dataset_id, who.id)
-    retention.collect(state.database, state.settings.data_dir)
+    retention.collect(state.database, state.settings.data_dir, state.artifacts)
 
 
 @router.get("/{dataset_id}/records", summary="Its records, in file order")
@@ -138,12 +148,16 @@ def image(state: Service, dataset_id: DatasetId, number: Annotated[int, Path(ge=
     with state.database.read() as session:
         dataset = datasets.get(session, dataset_id)
         row = session.get(DatasetRecord, (dataset_id, number))
+        stored = datasets.artifact(session, dataset.digest)
     if row is None:
         raise Problem("not_found", "The data set has no record of this number.")
     # The path was checked when the record was read: relative and without "..".
     headers = {"Content-Security-Policy": "sandbox", "Cache-Control": "private, max-age=3600"}
     first = row.record.get("image") or row.record["images"][0]
-    return FileResponse(datasets.folder(state.settings.data_dir, dataset.digest) / first, headers=headers)
+    with ExitStack() as until_failed:
+        path = until_failed.enter_context(state.artifacts.lent_file(stored, first))
+        sent = until_failed.pop_all()
+    return FileResponse(path, headers=headers, background=BackgroundTask(sent.close))
 
 
 def _view(row: Dataset) -> DatasetView:

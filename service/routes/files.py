@@ -6,7 +6,7 @@ What was sent is not kept: `content` is the data set, as a zip that may be sent 
 from __future__ import annotations
 
 import re
-from pathlib import Path as FilePath
+from contextlib import ExitStack
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,10 @@ from fastapi import APIRouter, File, Form, Path, Query, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import Select, select
+from starlette.background import BackgroundTask
 
-from service import datasets, jobs, reports, retention
+from hscr.artifacts import MANIFEST
+from service import artifact_store, datasets, jobs, retention
 from service.bundle import blocks, zipped
 from service.errors import Problem
 from service.models import Dataset, Job
@@ -119,11 +121,17 @@ def content(state: Service, file_id: FileId) -> Response:
     if file_id.startswith(RESULTS):
         return report(state, file_id.removeprefix(RESULTS), accept="application/json")
     with state.database.read() as session:
-        dataset = datasets.get(session, file_id)
-    root = datasets.folder(state.settings.data_dir, dataset.digest)
-    entries = ((str(path.relative_to(root)), blocks(path)) for path in sorted(root.rglob("*")) if path.is_file())
-    headers = {"Content-Disposition": 'attachment; filename="data-set.zip"'}
-    return StreamingResponse(zipped(entries), media_type="application/zip", headers=headers)
+        stored = datasets.artifact(session, datasets.get(session, file_id).digest)
+    with ExitStack() as until_failed:
+        root = until_failed.enter_context(state.artifacts.lent(stored))
+        sent = until_failed.pop_all()
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return StreamingResponse(
+        zipped((str(path.relative_to(root)), blocks(path)) for path in files),
+        media_type="application/zip",
+        headers={"Content-Disposition": 'attachment; filename="data-set.zip"'},
+        background=BackgroundTask(sent.close),
+    )
 
 
 @router.delete("/{file_id}", summary="Delete a file that no job used (OpenAI)")
@@ -132,7 +140,7 @@ def delete(state: Service, who: Who, file_id: FileId) -> FileDeleted:
         raise Problem("dataset_in_use", "A job's results go with the job: DELETE /jobs/{id}.")
     with state.database.write() as session:
         datasets.delete(session, file_id, who.id)
-    retention.collect(state.database, state.settings.data_dir)
+    retention.collect(state.database, state.settings.data_dir, state.artifacts)
     return FileDeleted(id=file_id)
 
 
@@ -165,10 +173,11 @@ def _file(row: Dataset, *, listed: bool = False) -> FileObject:
 
 def _results(state: State, job: Job) -> FileObject:
     assert job.report is not None
-    path: FilePath = reports.folder(state.settings.data_dir, job.report) / "report.json"
+    folder = state.artifacts.at_hand(artifact_store.report(job.report))
+    path = folder / "report.json" if folder else None
     return FileObject(
         id=RESULTS + job.id,
-        bytes=path.stat().st_size if path.is_file() else 0,
+        bytes=path.stat().st_size if path and path.is_file() else 0,  # 0 too where only a network knows
         created_at=int((job.finished_at or job.created_at).timestamp()),
         filename="report.json",
         purpose=RESULTS_PURPOSE,
