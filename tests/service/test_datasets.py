@@ -64,7 +64,7 @@ def test_upload_reports_counts_and_rejected_rows_with_their_lines(client: TestCl
     assert [row["line"] for row in body["rejected"]] == [2, 3, 5, 6, 7, 8]
     assert body["rejected"][2]["reason"] == "image: the image file is missing"
     stored = settings.data_dir / "datasets" / body["digest"].replace(":", "-")
-    assert sorted(p.name for p in stored.rglob("*") if p.is_file()) == ["0.png", "records.jsonl"]
+    assert sorted(p.name for p in stored.rglob("*") if p.is_file()) == ["0.png", "SHA256SUMS", "records.jsonl"]
     page = client.get(f"/datasets/{body['id']}/records").json()
     assert [r["record"]["id"] for r in page["data"]] == ["r0", "r5"]
     image = client.get(page["data"][0]["image_url"])
