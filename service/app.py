@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 
 import hscr
-from service import problems
+from service import logs, problems, tracing
 from service.artifact_store import open_store
 from service.auth import Auth, check_settings
 from service.batcher import Batcher
@@ -31,6 +31,7 @@ from service.routes import (
     adapters,
     aliases,
     align,
+    chat,
     datasets,
     evaluate,
     gates,
@@ -40,6 +41,7 @@ from service.routes import (
     keys,
     lineage,
     metrics,
+    models,
     preferences,
     vqa,
     webhooks,
@@ -92,6 +94,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         gates,
         lineage,
         vqa,
+        chat,
+        models,
         keys,
         health,
     ):
@@ -104,31 +108,36 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     state: State = app.state.hscr
     settings = state.settings
+    logs.configure("api", settings.log)
     if settings.api_key is None:
         logging.getLogger("hscr").warning(
             "no HSCR_API_KEY: until a key is made, open to everybody on this machine, and to nobody else"
         )
+    tracing.start("api", settings.trace)
+    state.metrics.watch_decoders(decoders(settings).stats)
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         await run_in_threadpool(decoders(settings).warm)
-        state.batcher = Batcher(
-            state.engine.answer,
+        batcher = Batcher(
+            state.engine,
             batch_max=settings.batch_max,
             window_s=settings.batch_window_s,
             queue_max=settings.queue_max,
+            tokens_max=settings.batch_tokens_max,
             setup=state.engine.load,
             on_batch=state.metrics.batch_size.observe,
         )
-        state.metrics.watch_queue(lambda: state.batcher.depth if state.batcher else 0)
-        state.batcher.start()
+        state.batcher = batcher
+        state.metrics.watch_queue(lambda: batcher.depth)
+        batcher.start()
     yield
     state.draining.set()
     if state.batcher is not None:
         await run_in_threadpool(state.batcher.close)
     state.database.close()
+    await run_in_threadpool(tracing.stop)
 
 
 def _documentation(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ Parameters never appear in an exception's text, for they may be health data.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -113,6 +114,13 @@ def alone(session: Session, name: str) -> bool:
     if session.get_bind().dialect.name != "postgresql":
         return True
     return bool(session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))))
+
+
+def disk_is_full(error: DBAPIError) -> bool:
+    """True where the database could not write because its disk takes no more."""
+    return getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or (
+        getattr(error.orig, "sqlstate", None) == "53100"
+    )
 
 
 def upgrade(url: str, revision: str = "head") -> None:

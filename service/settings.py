@@ -51,6 +51,10 @@ class Settings(BaseSettings):
     artifacts_cache_max_bytes: int = Field(default=50 * 2**30, ge=0)  # of what was read from such an address
     artifacts_wait_s: float = Field(default=600.0, ge=0)  # a job waits so long for a store that is away
     artifacts_grace_s: float = Field(default=3600.0, ge=0)  # objects without a row are removed when they are older
+    log: Literal["auto", "json", "console"] = (
+        "auto"  # JSON lines, or lines for people; auto: by whether stderr is a terminal
+    )
+    trace: Literal["auto", "on", "off"] = "auto"  # OpenTelemetry; auto: where OTEL_EXPORTER_OTLP_ENDPOINT is set
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -62,10 +66,15 @@ class Settings(BaseSettings):
     device: str = "auto"
     dtype: str = "auto"
     engine_threads: int = Field(default=1, ge=1)
-    batch_max: int = Field(default=8, ge=1)
+    scheduling: Literal["continuous", "static"] = "continuous"  # do questions join others between decode steps
+    batch_max: int = Field(default=16, ge=1)  # questions that are answered together
+    batch_tokens_max: int = Field(default=32768, ge=1)  # their tokens, prompts and answers: bounds the key-value cache
     batch_window_s: float = Field(default=0.005, ge=0)
     queue_max: int = Field(default=64, ge=1)
-    adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded in the engine
+    key_questions_max: int | None = Field(default=32, ge=1)  # of one key, waiting or being answered
+    adapters_max_bytes: int = Field(default=2 * 2**30, ge=0)  # adapters kept loaded in the engine
+    prefix_cache_max_bytes: int = Field(default=2**30, ge=0)  # keys and values of images asked about; 0 = none
+    prefix_cache_per_key: bool = False  # callers do not share them: who asked about an image cannot be timed by others
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
     evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
@@ -78,6 +87,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(default=30.0, gt=0)
     stop_grace_s: float = Field(default=8.0, ge=0)  # a cancelled run gets this long after TERM, then KILL
     lock_wait_s: float = Field(default=60.0, ge=0)  # an attempt waits this long for an older one's run to be dead
+    disk_reserve_bytes: int = Field(
+        default=512 * 2**20, ge=0
+    )  # with less free in the data folder no run starts or goes on
     max_crashes: int = Field(default=3, ge=1)
     sweep_interval_s: float = Field(default=1.0, gt=0)
     ring_after_s: float = Field(default=5.0, gt=0)
@@ -105,6 +117,9 @@ class Settings(BaseSettings):
     ]  # after each failed attempt, then given up
 
     body_max_bytes: int = 32 * 2**20
+    body_max_s: float = Field(default=120.0, gt=0)  # a body that is no upload comes within this time
+    body_pause_max_s: float = Field(default=30.0, gt=0)  # any body: without a byte
+    head_max_s: float = Field(default=20.0, gt=0)  # a request's line and headers come within this time
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30
     adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked
