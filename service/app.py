@@ -24,9 +24,11 @@ from service.batcher import Batcher
 from service.datasets import clear_leftovers
 from service.db import Database
 from service.decoding import decoders
+from service.devices import Device, EngineTurn
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.metrics import Metrics
+from service.outlook import left_s
 from service.routes import (
     adapters,
     aliases,
@@ -124,13 +126,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         await run_in_threadpool(decoders(settings).warm)
+        turn = EngineTurn(Device.of(settings), state.engine.load, state.engine.unload, lambda: left_s(state.database))
+        state.turn = turn
         batcher = Batcher(
             state.engine,
             batch_max=settings.batch_max,
             window_s=settings.batch_window_s,
             queue_max=settings.queue_max,
             tokens_max=settings.batch_tokens_max,
-            setup=state.engine.load,
+            setup=turn.begin,
+            turn=turn,
             on_batch=state.metrics.batch_size.observe,
         )
         state.batcher = batcher
@@ -138,6 +143,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         batcher.start()
     yield
     state.draining.set()
+    if state.turn is not None:
+        state.turn.stop.set()
     if state.batcher is not None:
         await run_in_threadpool(state.batcher.close)
     state.database.close()

@@ -23,7 +23,7 @@ from hscr.images import Decoded
 from service import adapters, artifact_store
 from service.adapters import Resolved
 from service.artifact_store import brought
-from service.batcher import Asked, Closed, Full
+from service.batcher import Asked, Closed, Full, Yielded
 from service.decoding import DecodersBusy, decoders
 from service.engine import AdapterDamaged, Question
 from service.errors import Problem
@@ -38,9 +38,16 @@ def ready(state: State) -> Asked:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
     if state.batcher.failure is not None:
         raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
+    if state.turn is not None and state.turn.away:
+        raise _yielded(state.turn.back_in_s)
     if not state.batcher.ready.is_set():
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
     return state.batcher
+
+
+def _yielded(back_in_s: int) -> Problem:
+    detail = "A job has the device (HSCR_DEVICE_POLICY=train_first); Retry-After says about how long."
+    return Problem("engine_yielded", detail, headers={"Retry-After": str(back_in_s)})
 
 
 def require_images(state: State, n: int) -> None:
@@ -148,6 +155,8 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     except Full as error:
         state.metrics.refused.inc()
         raise Problem("overloaded", "Ask again later.", headers={"Retry-After": str(error.retry_after_s)}) from None
+    except Yielded as error:
+        raise _yielded(error.retry_after_s) from None
     except Closed:
         raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
     future = asyncio.wrap_future(submitted)
@@ -172,6 +181,8 @@ def _result(future: asyncio.Future[Answer]) -> Answer:
         raise
     except ConversationError as error:
         raise Problem("conversation_refused", f"{error}.", param="messages") from None
+    except Yielded as error:
+        raise _yielded(error.retry_after_s) from None
     except AdapterDamaged:
         raise Problem("artifact_damaged", "The adapter's stored files fail their digest or cannot be loaded.") from None
     except Exception:

@@ -35,6 +35,29 @@ class Closed(Exception):
     """The batcher takes nothing more: the process is shutting down."""
 
 
+class Yielded(Exception):
+    """The engine left its device to another owner; it may be back in `retry_after_s`."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__("the engine is away")
+        self.retry_after_s = retry_after_s
+
+
+class Turn(Protocol):
+    """Who else owns the engine's device (service/devices.py). `asked` and `step_aside` are called in the batcher's thread."""
+
+    away: bool
+    back_in_s: int
+
+    def asked(self) -> bool:
+        """Whether the engine shall leave as soon as nothing runs."""
+        ...
+
+    def step_aside(self) -> None:
+        """Leave, and return when the engine can work again."""
+        ...
+
+
 class Asked(Protocol):
     """What the routes ask: a Batcher before the local engine, or whatever else answers questions (another server, say)."""
 
@@ -153,11 +176,13 @@ class Batcher(Generic[Item, Result]):
         setup: Callable[[], None] = lambda: None,
         on_batch: Callable[[int], None] = lambda size: None,
         on_first: Callable[[float], None] = lambda seconds: None,
+        turn: Turn | None = None,
     ) -> None:
         """At most `batch_max` items and `tokens_max` tokens (Engine.cost) run at once; one that is larger alone runs alone.
 
         `on_batch` gets how many run whenever some joined, `on_first` the seconds from a question's coming to its first token.
         """
+        self._turn = turn
         self._engine, self._setup, self._on_batch, self._on_first = engine, setup, on_batch, on_first
         self.batch_max, self.window_s, self.queue_max, self.tokens_max = batch_max, window_s, queue_max, tokens_max
         self._waiting: deque[Entry[Item, Result]] = deque()
@@ -183,6 +208,8 @@ class Batcher(Generic[Item, Result]):
         with self._came:
             if self._closing.is_set():
                 raise Closed
+            if self._turn is not None and self._turn.away:
+                raise Yielded(self._turn.back_in_s)
             if len(self._waiting) >= self.queue_max:  # those who left go first
                 self._waiting = deque(e for e in self._waiting if not e.gone)
             if len(self._waiting) >= self.queue_max:
@@ -211,10 +238,27 @@ class Batcher(Generic[Item, Result]):
         self.ready.set()
         while not (self._closing.is_set() and not self._waiting and not self._running):
             self._leave()
-            if new := self._admitted():
+            if self._turn is not None and self._turn.asked():  # what runs is answered, nothing new is begun
+                if not self._running:
+                    try:
+                        self._step_aside(self._turn)
+                    except Exception as error:  # it cannot be loaded again
+                        self.failure = error
+                        return
+            elif new := self._admitted():
                 self._join(new)
             if self._running:
                 self._step()
+
+    def _step_aside(self, turn: Turn) -> None:
+        with self._came:
+            self.ready.clear()
+            turn.away = True
+            waiting, self._waiting = self._waiting, deque()
+        for entry in waiting:
+            entry.finish(Yielded(turn.back_in_s))
+        turn.step_aside()
+        self.ready.set()
 
     def _admitted(self) -> list[Entry[Item, Result]]:
         """Those in front of the queue that fit beside what runs. Waits only where nothing runs."""

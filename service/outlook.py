@@ -13,8 +13,10 @@ from statistics import median
 from typing import Any
 
 from sqlalchemy import func, or_, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from service.db import Database
 from service.models import Dataset, Job
 
 STAGES = ("generating", "optimizing", "evaluating", "reporting")
@@ -111,6 +113,17 @@ class Outlook:
         if dataset_id not in self._sizes:
             self._sizes[dataset_id] = self._session.get_one(Dataset, dataset_id).n_records
         return self._sizes[dataset_id]
+
+
+def left_s(database: Database) -> float | None:
+    """How long the jobs that run now may take yet, the longest of them; None where nobody knows."""
+    try:
+        with database.read() as session:
+            outlook = Outlook(session)
+            left = [outlook.of(job).remaining_s for job in session.scalars(select(Job).where(Job.status == "running"))]
+    except DBAPIError:
+        return None
+    return max((s for s in left if s is not None), default=None)
 
 
 def _rounded(seconds: float | None) -> float | None:

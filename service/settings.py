@@ -65,6 +65,12 @@ class Settings(BaseSettings):
     engine: Literal["local", "none"] = "local"
     device: str = "auto"
     dtype: str = "auto"
+    # Jobs and engine on one device: both (a job's estimate must fit beside the engine), or one of them goes first.
+    device_policy: Literal["share", "serve_first", "train_first"] = "share"
+    device_name: str = (
+        ""  # of one device for all who share the data folder; empty = by `device` and CUDA_VISIBLE_DEVICES
+    )
+    device_wait_s: float = Field(default=120.0, ge=0)  # a job waits so long for the engine to leave
     engine_threads: int = Field(default=1, ge=1)
     scheduling: Literal["continuous", "static"] = "continuous"  # do questions join others between decode steps
     batch_max: int = Field(default=16, ge=1)  # questions that are answered together

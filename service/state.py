@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from service.artifact_store import ArtifactStore
 from service.batcher import Asked
 from service.db import Database
+from service.devices import EngineTurn
 from service.engine import LocalEngine
 from service.idempotency import InFlight
 from service.keys import Caller
@@ -28,6 +29,7 @@ class State:
     batcher: Asked | None
     artifacts: ArtifactStore
     asked: Counter[str] = field(default_factory=Counter)  # questions of each key on their way; the event loop's own
+    turn: EngineTurn | None = None  # whose turn it is on the engine's device
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
 
