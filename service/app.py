@@ -27,6 +27,7 @@ from service.decoding import decoders
 from service.devices import Device, EngineTurn
 from service.edge import Edge
 from service.engine import LocalEngine
+from service.feed import Feed
 from service.metrics import Metrics
 from service.outlook import left_s
 from service.routes import (
@@ -72,7 +73,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
     counters = Metrics()
-    state = State(settings, Database(settings.database), counters, engine, None, open_store(settings))
+    database = Database(settings.database)
+    state = State(settings, database, counters, engine, None, open_store(settings), Feed(database, jobs.event_json))
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,

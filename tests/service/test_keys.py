@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from service import jobs, keys
 from service.app import create_app
-from service.auth import RULES
+from service.auth import REMEMBER_S, RULES
 from service.cli import app as cli
 from service.db import Database, now
 from service.models import ApiKey, AuditEntry
@@ -108,6 +108,16 @@ def test_revoked_key_opens_nothing_at_once_and_for_ever(guarded: TestClient, dat
     answer = guarded.post(f"/keys/{key_id}/rotate", headers=bearer(KEY))
     assert (answer.status_code, answer.json()["code"]) == (409, "key_revoked")
     assert guarded.delete("/keys/key_none", headers=bearer(KEY)).json()["code"] == "key_not_found"
+
+
+def test_key_that_another_process_revoked_opens_nothing_after_a_second(guarded: TestClient, database: Database) -> None:
+    """The command line, say: this process remembers a key that it looked up for REMEMBER_S, and no longer."""
+    key_id, secret = new_key(database, "align")
+    assert guarded.get("/jobs", headers=bearer(secret)).status_code == 200
+    with database.write() as session:
+        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(revoked_at=now()))
+    time.sleep(REMEMBER_S)
+    assert guarded.get("/jobs", headers=bearer(secret)).status_code == 401
 
 
 def test_rotated_key_changes_its_secret_and_stays_itself(guarded: TestClient, database: Database) -> None:
