@@ -30,13 +30,15 @@ GONE_S = 0.25  # how often a waiting request looks whether its client is still t
 
 
 def ready(state: State) -> Asked:
-    """What answers here. Raises Problem where nothing does, or not yet."""
+    """What answers here. Raises Problem where nothing does, not yet, or not another question now: before its images are decoded."""
     if state.batcher is None:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
     if state.batcher.failure is not None:
         raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
     if not state.batcher.ready.is_set():
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
+    if (wait_s := state.batcher.full_for_s) is not None:
+        raise _overloaded(state, wait_s)
     return state.batcher
 
 
@@ -138,14 +140,18 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     try:
         submitted: Future[Answer] = ready(state).submit(question, on_delta)
     except Full as error:
-        state.metrics.refused.inc()
-        raise Problem("overloaded", "Ask again later.", headers={"Retry-After": str(error.retry_after_s)}) from None
+        raise _overloaded(state, error.retry_after_s) from None
     except Closed:
         raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
     future = asyncio.wrap_future(submitted)
     state.asked[key] += 1
     future.add_done_callback(lambda _: _answered(state, key))
     return future
+
+
+def _overloaded(state: State, wait_s: int) -> Problem:
+    state.metrics.refused.inc()
+    return Problem("overloaded", "Ask again later.", headers={"Retry-After": str(wait_s)})
 
 
 def _answered(state: State, key: str) -> None:
