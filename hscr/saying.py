@@ -20,7 +20,8 @@ class Saying:
         self._rewrites = bool(getattr(vlm.tokenizer, "clean_up_tokenization_spaces", False))
         self._ids: list[int] = []
         self._raw = ""  # of all tokens, spaces around it included
-        self._ends: list[int] = []  # in the raw text, by token
+        self._starts: list[int] = []  # in the raw text, by token: a character begun before belongs to this one too
+        self._ends: list[int] = []
         self._told = self._told_tokens = 0
         self.stopped = False
         self._cut: int | None = None  # where the stop string begins in the raw text
@@ -28,6 +29,7 @@ class Saying:
     def push(self, token: int) -> None:
         """The next token; `stopped` is set where it completes a stop string."""
         self._ids.append(token)
+        self._starts.append(len(self._raw.rstrip("\ufffd")))
         self._raw = self._vlm.tokenizer.decode(self._ids, skip_special_tokens=True)
         self._ends.append(len(self._raw))
         found = [at for s in self._stop if (at := self._raw.find(s)) >= 0]
@@ -43,8 +45,7 @@ class Saying:
         """How many tokens are the answer's: all but those that lie in a stop string."""
         if self._cut is None:
             return len(self._ids)
-        starts = [0, *self._ends[:-1]]
-        return sum(start < self._cut for start in starts)
+        return sum(start < self._cut for start in self._starts)
 
     def delta(self, logprobs: Sequence[TokenLogprob] | None = None, *, last: bool = False) -> Delta | None:
         """What can be told since the last one; None where that is nothing. `logprobs` are all tokens' so far."""
