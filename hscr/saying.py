@@ -20,8 +20,7 @@ class Saying:
         self._rewrites = bool(getattr(vlm.tokenizer, "clean_up_tokenization_spaces", False))
         self._ids: list[int] = []
         self._raw = ""  # of all tokens, spaces around it included
-        self._starts: list[int] = []  # in the raw text, by token: a character begun before belongs to this one too
-        self._ends: list[int] = []
+        self._ends: list[int] = []  # in the raw text, by token
         self._told = self._told_tokens = 0
         self.stopped = False
         self._cut: int | None = None  # where the stop string begins in the raw text
@@ -29,7 +28,6 @@ class Saying:
     def push(self, token: int) -> None:
         """The next token; `stopped` is set where it completes a stop string."""
         self._ids.append(token)
-        self._starts.append(len(self._raw.rstrip("\ufffd")))
         self._raw = self._vlm.tokenizer.decode(self._ids, skip_special_tokens=True)
         self._ends.append(len(self._raw))
         found = [at for s in self._stop if (at := self._raw.find(s)) >= 0]
@@ -45,7 +43,9 @@ class Saying:
         """How many tokens are the answer's: all but those that lie in a stop string."""
         if self._cut is None:
             return len(self._ids)
-        return sum(start < self._cut for start in self._starts)
+        # One that begins before the stop string, or that ends there: it completes a character.
+        pairs = zip([0, *self._ends[:-1]], self._ends, strict=True)
+        return sum(start < self._cut or end <= self._cut for start, end in pairs)
 
     def delta(self, logprobs: Sequence[TokenLogprob] | None = None, *, last: bool = False) -> Delta | None:
         """What can be told since the last one; None where that is nothing. `logprobs` are all tokens' so far."""
