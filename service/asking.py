@@ -6,7 +6,7 @@ A client that leaves takes its question out of the queue, or out of the batch th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ GONE_S = 0.25  # how often a waiting request looks whether its client is still t
 
 
 def ready(state: State) -> Asked:
-    """What answers here. Raises Problem where nothing does, or not yet."""
+    """What answers here. Raises Problem where nothing does, not yet, or not another question now: before its images are decoded."""
     if state.batcher is None:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
     if state.batcher.failure is not None:
@@ -42,6 +42,8 @@ def ready(state: State) -> Asked:
         raise _yielded(state.turn.back_in_s)
     if not state.batcher.ready.is_set():
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
+    if (wait_s := state.batcher.full_for_s) is not None:
+        raise _overloaded(state, wait_s)
     return state.batcher
 
 
@@ -106,7 +108,7 @@ async def ask_all(state: State, questions: Sequence[Question], request: Request)
             future.cancel()
 
 
-async def stream(state: State, question: Question, request: Request) -> AsyncIterator[Delta | Answer]:
+async def stream(state: State, question: Question, request: Request) -> AsyncGenerator[Delta | Answer]:
     """What is said as it is said, then the whole Answer. Awaiting it submits the question: a refusal (Problem) comes before the first byte.
 
     A failure on the way is raised as Problem by the iterator; it ends without an Answer where the client is gone.
@@ -120,8 +122,9 @@ async def stream(state: State, question: Question, request: Request) -> AsyncIte
     # Done is told by the loop after every delta of the same thread, so the queue's order is what was said.
     future.add_done_callback(lambda _: said.put_nowait(None))
 
-    async def parts() -> AsyncIterator[Delta | Answer]:
+    async def parts() -> AsyncGenerator[Delta | Answer]:
         try:
+            yield Delta("", [])  # taken below: one that is closed before it began would not cancel its question
             while True:
                 try:
                     delta = await asyncio.wait_for(said.get(), GONE_S)
@@ -136,7 +139,9 @@ async def stream(state: State, question: Question, request: Request) -> AsyncIte
         finally:
             future.cancel()
 
-    return parts()
+    begun = parts()
+    await anext(begun)
+    return begun
 
 
 def _submit(state: State, question: Question, request: Request, on_delta: OnDelta | None = None) -> asyncio.Future[Any]:
@@ -153,8 +158,7 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     try:
         submitted: Future[Answer] = ready(state).submit(question, on_delta)
     except Full as error:
-        state.metrics.refused.inc()
-        raise Problem("overloaded", "Ask again later.", headers={"Retry-After": str(error.retry_after_s)}) from None
+        raise _overloaded(state, error.retry_after_s) from None
     except Yielded as error:
         raise _yielded(error.retry_after_s) from None
     except Closed:
@@ -163,6 +167,11 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     state.asked[key] += 1
     future.add_done_callback(lambda _: _answered(state, key))
     return future
+
+
+def _overloaded(state: State, wait_s: int) -> Problem:
+    state.metrics.refused.inc()
+    return Problem("overloaded", "Ask again later.", headers={"Retry-After": str(wait_s)})
 
 
 def _answered(state: State, key: str) -> None:

@@ -69,6 +69,11 @@ class Asked(Protocol):
         """Questions that wait."""
         ...
 
+    @property
+    def full_for_s(self) -> int | None:
+        """About how many seconds until a question would be taken; None where one is now. Asked before a request costs anything."""
+        ...
+
     def submit(self, item: Any, on_delta: OnDelta | None = None) -> Future[Answer]:
         """Queue a question. Raises Full, Closed. A cancelled future takes it out again."""
         ...
@@ -202,6 +207,12 @@ class Batcher(Generic[Item, Result]):
     def depth(self) -> int:
         return sum(not entry.gone for entry in list(self._waiting))
 
+    @property
+    def full_for_s(self) -> int | None:
+        if len(self._waiting) < self.queue_max or (depth := self.depth) < self.queue_max:
+            return None
+        return max(1, min(60, round((depth + len(self._running)) * self._item_s)))
+
     def submit(self, item: Item, on_delta: OnDelta | None = None) -> Future[Result]:
         """Queue an item. Raises Full, Closed. `on_delta` is called in the batcher's thread with what is said, as it is said."""
         entry: Entry[Item, Result] = Entry(item, Future(), on_delta, self._engine.cost(item))
@@ -210,10 +221,9 @@ class Batcher(Generic[Item, Result]):
                 raise Closed
             if self._turn is not None and self._turn.away:
                 raise Yielded(self._turn.back_in_s)
-            if len(self._waiting) >= self.queue_max:  # those who left go first
-                self._waiting = deque(e for e in self._waiting if not e.gone)
-            if len(self._waiting) >= self.queue_max:
-                raise Full(max(1, min(60, round((len(self._waiting) + len(self._running)) * self._item_s))))
+            if (wait_s := self.full_for_s) is not None:
+                raise Full(wait_s)
+            self._waiting = deque(e for e in self._waiting if not e.gone)  # their images go too
             self._waiting.append(entry)
             self._came.notify()
         return entry.future
