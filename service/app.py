@@ -117,16 +117,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         await run_in_threadpool(decoders(settings).warm)
-        state.batcher = Batcher(
-            state.engine.answer,
+        batcher = Batcher(
+            state.engine,
             batch_max=settings.batch_max,
             window_s=settings.batch_window_s,
             queue_max=settings.queue_max,
+            tokens_max=settings.batch_tokens_max,
             setup=state.engine.load,
             on_batch=state.metrics.batch_size.observe,
         )
-        state.metrics.watch_queue(lambda: state.batcher.depth if state.batcher else 0)
-        state.batcher.start()
+        state.batcher = batcher
+        state.metrics.watch_queue(lambda: batcher.depth)
+        batcher.start()
     yield
     state.draining.set()
     if state.batcher is not None:

@@ -6,8 +6,9 @@ A client that leaves takes its question out of the queue, or out of the batch th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -30,13 +31,15 @@ GONE_S = 0.25  # how often a waiting request looks whether its client is still t
 
 
 def ready(state: State) -> Asked:
-    """What answers here. Raises Problem where nothing does, or not yet."""
+    """What answers here. Raises Problem where nothing does, not yet, or not another question now: before its images are decoded."""
     if state.batcher is None:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
     if state.batcher.failure is not None:
         raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
     if not state.batcher.ready.is_set():
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
+    if (wait_s := state.batcher.full_for_s) is not None:
+        raise _overloaded(state, wait_s)
     return state.batcher
 
 
@@ -69,15 +72,26 @@ def resolve(state: State, reference: str | None) -> Resolved | None:
 
 async def ask(state: State, question: Question, request: Request) -> Answer:
     """Wait for the answer. Raises Problem, and HTTPException where the client is gone."""
-    future = _submit(state, question, request)
+    return (await ask_all(state, [question], request))[0]
+
+
+async def ask_all(state: State, questions: Sequence[Question], request: Request) -> list[Answer]:
+    """Wait for several answers that are worked on together; all are asked, or none. Raises as `ask` does."""
+    futures: list[asyncio.Future[Answer]] = []
     try:
-        while not future.done():
-            await asyncio.wait({future}, timeout=GONE_S)
-            if not future.done() and await request.is_disconnected():
+        for question in questions:
+            futures.append(_submit(state, question, request))
+        while not all(future.done() for future in futures):
+            await asyncio.wait(futures, timeout=GONE_S, return_when=asyncio.FIRST_EXCEPTION)
+            if any(future.done() and (future.cancelled() or future.exception()) for future in futures):
+                break
+            if not all(future.done() for future in futures) and await request.is_disconnected():
                 raise HTTPException(400)  # nobody reads this
-        return _result(future)
+        failed = [future for future in futures if future.done() and (future.cancelled() or future.exception())]
+        return [_result(future) for future in failed or futures]
     finally:
-        future.cancel()
+        for future in futures:
+            future.cancel()
 
 
 async def stream(state: State, question: Question, request: Request) -> AsyncIterator[Delta | Answer]:
@@ -115,14 +129,36 @@ async def stream(state: State, question: Question, request: Request) -> AsyncIte
 
 def _submit(state: State, question: Question, request: Request, on_delta: OnDelta | None = None) -> asyncio.Future[Any]:
     """Queue a question of this request's caller. Raises Problem."""
+    key, most = request.state.caller.id, state.settings.key_questions_max
+    if most is not None and state.asked[key] >= most:
+        raise Problem(
+            "too_many_questions",
+            f"At most {most} questions of one key are taken at once; ask again when one of them is answered.",
+            headers={"Retry-After": "1"},
+        )
+    if state.settings.prefix_cache_per_key:
+        question = replace(question, salt=key)
     try:
-        future: Future[Answer] = ready(state).submit(question, on_delta)
+        submitted: Future[Answer] = ready(state).submit(question, on_delta)
     except Full as error:
-        state.metrics.refused.inc()
-        raise Problem("overloaded", "Ask again later.", headers={"Retry-After": str(error.retry_after_s)}) from None
+        raise _overloaded(state, error.retry_after_s) from None
     except Closed:
         raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
-    return asyncio.wrap_future(future)
+    future = asyncio.wrap_future(submitted)
+    state.asked[key] += 1
+    future.add_done_callback(lambda _: _answered(state, key))
+    return future
+
+
+def _overloaded(state: State, wait_s: int) -> Problem:
+    state.metrics.refused.inc()
+    return Problem("overloaded", "Ask again later.", headers={"Retry-After": str(wait_s)})
+
+
+def _answered(state: State, key: str) -> None:
+    state.asked[key] -= 1
+    if not state.asked[key]:
+        del state.asked[key]
 
 
 def _result(future: asyncio.Future[Answer]) -> Answer:

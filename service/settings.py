@@ -38,10 +38,15 @@ class Settings(BaseSettings):
     device: str = "auto"
     dtype: str = "auto"
     engine_threads: int = Field(default=1, ge=1)
-    batch_max: int = Field(default=8, ge=1)
+    scheduling: Literal["continuous", "static"] = "continuous"  # do questions join others between decode steps
+    batch_max: int = Field(default=16, ge=1)  # questions that are answered together
+    batch_tokens_max: int = Field(default=32768, ge=1)  # their tokens, prompts and answers: bounds the key-value cache
     batch_window_s: float = Field(default=0.005, ge=0)
     queue_max: int = Field(default=64, ge=1)
-    adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded in the engine
+    key_questions_max: int | None = Field(default=32, ge=1)  # of one key, waiting or being answered
+    adapters_max_bytes: int = Field(default=2 * 2**30, ge=0)  # adapters kept loaded in the engine
+    prefix_cache_max_bytes: int = Field(default=2**30, ge=0)  # keys and values of images asked about; 0 = none
+    prefix_cache_per_key: bool = False  # callers do not share them: who asked about an image cannot be timed by others
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
     evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -24,6 +25,7 @@ class State:
     metrics: Metrics
     engine: LocalEngine | None
     batcher: Asked | None
+    asked: Counter[str] = field(default_factory=Counter)  # questions of each key on their way; the event loop's own
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
 

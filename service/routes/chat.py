@@ -21,10 +21,11 @@ from hscr.answers import Answer, Delta, TokenLogprob
 from hscr.artifacts import json_digest
 from service import adapters, asking, openai_errors
 from service.adapters import Resolved
+from service.answer_view import AdapterRef, Grounding, answer_view
 from service.engine import Question
 from service.errors import Problem
 from service.routes.chat_request import ChatRequest, conversation, read
-from service.routes.vqa import AdapterRef, Grounding, ModelRef, grounding_view
+from service.routes.vqa import ModelRef
 from service.state import Service, State
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -102,10 +103,8 @@ class _Told:
         self.resolved = resolved
 
     def ours(self, wish: ChatRequest, answer: Answer) -> Ours:
-        of = self.resolved
-        adapter = AdapterRef(name=of.name, version=of.version, digest=of.digest) if of else None
-        grounding = grounding_view(wish.grounding, answer, of.threshold if of else None)
-        return Ours(model=self.base, adapter=adapter, grounding=grounding)
+        view = answer_view(answer, self.resolved, wish.grounding, abstain=False)
+        return Ours(model=self.base, adapter=view.adapter, grounding=view.grounding)
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}

@@ -48,6 +48,7 @@ class Echo(LocalEngine):
             finish_reason="stop",
             prompt_tokens=3,
             completion_tokens=1,
+            logprobs=None,
         )
 
 
