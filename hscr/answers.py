@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from hscr.chat import Turn
     from hscr.images import Images
 
-TOKEN_DROPOUT = "token_dropout"  # visual tokens removed (hscr/visual_tokens.py): what versions' thresholds are measured with
+TOKEN_DROPOUT = (
+    "token_dropout"  # visual tokens removed (hscr/visual_tokens.py): what versions' thresholds are measured with
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The words of an answer and the tokens that spell them: text and numbers without torch, so that other servers' answers can be scored too."""
+"""The words of an answer and the tokens that spell them. No torch, so that answers of other servers can be scored too."""
 
 from __future__ import annotations
 

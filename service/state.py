@@ -16,6 +16,7 @@ from service.idempotency import InFlight
 from service.keys import Caller
 from service.metrics import Metrics
 from service.settings import Settings
+from service.upstream.engine import Upstream
 
 
 @dataclass
@@ -23,7 +24,7 @@ class State:
     settings: Settings
     database: Database
     metrics: Metrics
-    engine: LocalEngine | None
+    engine: LocalEngine | Upstream | None
     batcher: Asked | None
     asked: Counter[str] = field(default_factory=Counter)  # questions of each key on their way; the event loop's own
     in_flight: InFlight = field(default_factory=InFlight)
