@@ -40,6 +40,6 @@ def spans_of(text: str, pieces: Sequence[str]) -> list[tuple[int, int]] | None:
         begin = text.find(core, at) if core else at
         if begin < 0 or any(c.isascii() and not c.isspace() for c in text[at:begin]):
             return None
-        spans.append((at, begin + len(core)) if core else (at, at + ("\ufffd" in piece)))
+        spans.append((begin, begin + len(core)) if core else (at, at + ("\ufffd" in piece)))
         at = begin + len(core)
     return None if any(c.isascii() and not c.isspace() for c in text[at:]) else spans

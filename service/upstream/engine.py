@@ -75,10 +75,10 @@ class Upstream:
         until = time.monotonic() + timeout_s
         while self._taken and time.monotonic() < until:
             time.sleep(0.02)
-        self.ready.clear()
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(5)
+        self.ready.clear()  # now that nothing looks any more
 
     def _done(self, _: Future[Answer]) -> None:
         with self._lock:

@@ -185,6 +185,7 @@ def _event(choices: list[dict[str, Any]], **more: Any) -> str:
 
 async def _endless() -> AsyncIterator[str]:
     while True:
+        await asyncio.sleep(0)
         yield "x" * 65536
 
 
