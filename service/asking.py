@@ -6,7 +6,7 @@ A client that leaves takes its question out of the queue, or out of the batch th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -94,7 +94,7 @@ async def ask_all(state: State, questions: Sequence[Question], request: Request)
             future.cancel()
 
 
-async def stream(state: State, question: Question, request: Request) -> AsyncIterator[Delta | Answer]:
+async def stream(state: State, question: Question, request: Request) -> AsyncGenerator[Delta | Answer]:
     """What is said as it is said, then the whole Answer. Awaiting it submits the question: a refusal (Problem) comes before the first byte.
 
     A failure on the way is raised as Problem by the iterator; it ends without an Answer where the client is gone.
@@ -108,8 +108,9 @@ async def stream(state: State, question: Question, request: Request) -> AsyncIte
     # Done is told by the loop after every delta of the same thread, so the queue's order is what was said.
     future.add_done_callback(lambda _: said.put_nowait(None))
 
-    async def parts() -> AsyncIterator[Delta | Answer]:
+    async def parts() -> AsyncGenerator[Delta | Answer]:
         try:
+            yield Delta("", [])  # taken below: one that is closed before it began would not cancel its question
             while True:
                 try:
                     delta = await asyncio.wait_for(said.get(), GONE_S)
@@ -124,7 +125,9 @@ async def stream(state: State, question: Question, request: Request) -> AsyncIte
         finally:
             future.cancel()
 
-    return parts()
+    begun = parts()
+    await anext(begun)
+    return begun
 
 
 def _submit(state: State, question: Question, request: Request, on_delta: OnDelta | None = None) -> asyncio.Future[Any]:

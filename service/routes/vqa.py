@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -208,11 +208,16 @@ async def vqa(state: Service, request: Request) -> Any:
 
     if not parameters.stream:
         return response(await asking.ask_all(state, questions, request))
-    # The other version's answer is asked for first, so that a refusal of either comes before the first byte.
-    other = [await asking.stream(state, question, request) for question in questions[1:]]
-    parts = await asking.stream(state, questions[0], request)
+    streams: list[AsyncGenerator[Delta | Answer]] = []
+    try:  # a refusal of either comes before the first byte
+        for question in questions:
+            streams.append(await asking.stream(state, question, request))
+    except Problem:
+        for stream in streams:
+            await stream.aclose()
+        raise
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(request, parts, other, response), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(request, streams, response), media_type="text/event-stream", headers=headers)
 
 
 def _question(state: State, parameters: Parameters, decoded: Sequence[Decoded], version: Resolved | None) -> Question:
@@ -230,26 +235,25 @@ def _question(state: State, parameters: Parameters, decoded: Sequence[Decoded], 
 
 async def _events(
     request: Request,
-    parts: AsyncIterator[Delta | Answer],
-    other: Sequence[AsyncIterator[Delta | Answer]],
+    streams: Sequence[AsyncGenerator[Delta | Answer]],
     response: Callable[[Sequence[Answer]], VQAResponse],
 ) -> AsyncIterator[str]:
     """Deltas of the first version, then the response with all; a failure on the way is an `error` event with its problem document."""
     answers: list[Answer] = []
     try:
-        for stream in (parts, *other):
+        for stream in streams:
             async for part in stream:
                 if isinstance(part, Answer):
                     answers.append(part)
-                elif stream is parts:
+                elif stream is streams[0]:
                     yield _event("delta", {"text": part.text})
-        if len(answers) == 1 + len(other):  # else the client is gone
+        if len(answers) == len(streams):  # else the client is gone
             yield _event("answer", response(answers).model_dump(mode="json"))
     except Problem as problem:
         yield _event("error", problem.document(request.state.request_id))
     finally:
-        for stream in (parts, *other):
-            await stream.aclose()  # type: ignore[attr-defined]  # what is not answered yet is answered no further
+        for stream in streams:
+            await stream.aclose()  # what is not answered yet is answered no further
 
 
 def _event(name: str, data: dict[str, Any]) -> str:
