@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from hscr.answers import Answer
+from hscr.answers import TOKEN_DROPOUT, Answer
 from service.adapters import Resolved
 
 UNGROUNDED = "The grounding score is below the threshold of this version."
@@ -36,6 +36,8 @@ class Grounding(BaseModel):
         description="In nats, from the version's evaluation; null for the base and where that carried none."
     )
     tokens: list[Token] | None = Field(description="With `grounding` tokens, and an answer that is not withheld.")
+    perturbation: str = Field(description="How the image was hidden; thresholds hold for token_dropout only.")
+    unavailable: str | None = Field(description="Why there is no score though it was asked for.")
 
 
 class Usage(BaseModel):
@@ -65,7 +67,7 @@ def scored(grounding: str, abstain: bool) -> str:
 
 def answer_view(answer: Answer, resolved: Resolved | None, grounding: str, abstain: bool) -> AnswerView:
     """What may be said: of a withheld answer neither text nor tokens."""
-    threshold = resolved.threshold if resolved else None
+    threshold = resolved.threshold if resolved and answer.perturbation == TOKEN_DROPOUT else None
     score = answer.score
     flagged = score < threshold if threshold is not None and score is not None else None
     withheld = abstain and flagged is True
@@ -81,7 +83,16 @@ def answer_view(answer: Answer, resolved: Resolved | None, grounding: str, absta
         finish_reason=answer.finish_reason,
         token_ids=[] if withheld else answer.token_ids,
         adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
-        grounding=Grounding(score=score, flagged=flagged, threshold=threshold, tokens=tokens) if told else None,
+        grounding=Grounding(
+            score=score,
+            flagged=flagged,
+            threshold=threshold,
+            tokens=tokens,
+            perturbation=answer.perturbation,
+            unavailable=answer.unavailable,
+        )
+        if told
+        else None,
         abstained=withheld if abstain else None,
         abstain_note=note,
         usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),

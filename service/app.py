@@ -53,6 +53,8 @@ from service.routes import (
 )
 from service.settings import Settings
 from service.state import State
+from service.upstream.engine import Upstream
+from service.upstream.server import check_settings as check_upstream
 from service.webhooks import check_settings as check_webhooks
 
 DESCRIPTION = """
@@ -70,11 +72,13 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     settings = settings or Settings()
     check_settings(settings)
     check_webhooks(settings)
-    if engine is None and settings.engine == "local":
-        engine = LocalEngine(settings)
+    check_upstream(settings)
+    answers: LocalEngine | Upstream | None = engine
+    if engine is None and settings.engine != "none":
+        answers = LocalEngine(settings) if settings.engine == "local" else Upstream(settings)
     counters = Metrics()
     database = Database(settings.database)
-    state = State(settings, database, counters, engine, None, open_store(settings), Feed(database, jobs.event_json))
+    state = State(settings, database, counters, answers, None, open_store(settings), Feed(database, jobs.event_json))
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,
@@ -128,21 +132,27 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         await run_in_threadpool(decoders(settings).warm)
-        turn = EngineTurn(Device.of(settings), state.engine.load, state.engine.unload, lambda: left_s(state.database))
-        state.turn = turn
-        batcher = Batcher(
-            state.engine,
-            batch_max=settings.batch_max,
-            window_s=settings.batch_window_s,
-            queue_max=settings.queue_max,
-            tokens_max=settings.batch_tokens_max,
-            setup=turn.begin,
-            turn=turn,
-            on_batch=state.metrics.batch_size.observe,
-        )
-        state.batcher = batcher
-        state.metrics.watch_queue(lambda: batcher.depth)
-        batcher.start()
+        asked: Batcher | Upstream
+        if isinstance(state.engine, Upstream):
+            asked = state.engine
+        else:
+            turn = EngineTurn(
+                Device.of(settings), state.engine.load, state.engine.unload, lambda: left_s(state.database)
+            )
+            state.turn = turn
+            asked = Batcher(
+                state.engine,
+                batch_max=settings.batch_max,
+                window_s=settings.batch_window_s,
+                queue_max=settings.queue_max,
+                tokens_max=settings.batch_tokens_max,
+                setup=turn.begin,
+                turn=turn,
+                on_batch=state.metrics.batch_size.observe,
+            )
+        state.batcher = asked
+        state.metrics.watch_queue(lambda: asked.depth)
+        asked.start()
     yield
     state.draining.set()
     if state.turn is not None:

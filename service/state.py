@@ -19,6 +19,7 @@ from service.idempotency import InFlight
 from service.keys import Caller
 from service.metrics import Metrics
 from service.settings import Settings
+from service.upstream.engine import Upstream
 
 
 @dataclass
@@ -26,7 +27,7 @@ class State:
     settings: Settings
     database: Database
     metrics: Metrics
-    engine: LocalEngine | None
+    engine: LocalEngine | Upstream | None
     batcher: Asked | None
     artifacts: ArtifactStore
     feed: Feed
