@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -42,11 +43,17 @@ _RESPONSE: dict[str, Any] = {
 RESPONSES: dict[int | str, dict[str, Any]] = {"default": _RESPONSE, 422: _RESPONSE}
 
 
+class _Document(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        """In ASCII: a field's name that a caller sent may hold half a surrogate pair, which UTF-8 cannot say."""
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
 def answer(problem: Problem, scope: Scope) -> JSONResponse:
     """The problem's response, its code noted in the request's state for log and metrics."""
     scope["state"]["problem"] = problem.code
     document = problem.document(scope["state"]["request_id"])
-    return JSONResponse(document, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+    return _Document(document, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -69,6 +76,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(DBAPIError)
     async def database(request: Request, error: DBAPIError) -> JSONResponse:
+        if isinstance(error, DataError):  # a NUL, or a number that no column holds: what a model let pass
+            detail = "A name, text or number of the request is none that can be stored."
+            return answer(Problem("invalid_request", detail), request.scope)
         if not (error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")):
             raise error
         problem = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
