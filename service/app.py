@@ -18,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 
 import hscr
 from service import logs, problems, tracing
+from service.artifact_store import open_store
 from service.auth import Auth, check_settings
 from service.batcher import Batcher
 from service.datasets import clear_leftovers
@@ -30,6 +31,7 @@ from service.routes import (
     adapters,
     aliases,
     align,
+    chat,
     datasets,
     evaluate,
     gates,
@@ -39,6 +41,7 @@ from service.routes import (
     keys,
     lineage,
     metrics,
+    models,
     preferences,
     vqa,
     webhooks,
@@ -65,7 +68,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
     counters = Metrics()
-    state = State(settings, Database(settings.database), counters, engine, None)
+    state = State(settings, Database(settings.database), counters, engine, None, open_store(settings))
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,
@@ -91,6 +94,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         gates,
         lineage,
         vqa,
+        chat,
+        models,
         keys,
         health,
     ):
@@ -115,16 +120,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         await run_in_threadpool(decoders(settings).warm)
-        state.batcher = Batcher(
-            state.engine.answer,
+        batcher = Batcher(
+            state.engine,
             batch_max=settings.batch_max,
             window_s=settings.batch_window_s,
             queue_max=settings.queue_max,
+            tokens_max=settings.batch_tokens_max,
             setup=state.engine.load,
             on_batch=state.metrics.batch_size.observe,
         )
-        state.metrics.watch_queue(lambda: state.batcher.depth if state.batcher else 0)
-        state.batcher.start()
+        state.batcher = batcher
+        state.metrics.watch_queue(lambda: batcher.depth)
+        batcher.start()
     yield
     state.draining.set()
     if state.batcher is not None:

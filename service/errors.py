@@ -10,12 +10,16 @@ from typing import Any
 
 TABLE: dict[str, tuple[int, str]] = {
     "bad_request": (400, "The request cannot be read"),
+    "invalid_parameter": (400, "A parameter is invalid"),
+    "unsupported_parameter": (400, "This parameter is not supported here"),
+    "conversation_refused": (400, "The model cannot be asked this conversation"),
     "unauthorized": (401, "An API key is needed"),
     "host_not_allowed": (403, "This address is not served"),
     "origin_not_allowed": (403, "Calls from this web origin are refused"),
     "key_required": (403, "This address is served with an API key only"),
     "scope_missing": (403, "This key may not do that"),
     "not_found": (404, "No such route"),
+    "model_not_found": (404, "No such model"),
     "dataset_not_found": (404, "No such data set"),
     "job_not_found": (404, "No such job"),
     "report_not_found": (404, "This job has no report"),
@@ -52,9 +56,11 @@ TABLE: dict[str, tuple[int, str]] = {
     "model_not_served": (422, "This service serves another base model"),
     "idempotency_mismatch": (422, "This Idempotency-Key was used with another body"),
     "too_many_jobs": (429, "Too many jobs of this key are waiting"),
+    "too_many_questions": (429, "Too many questions of this key are waiting"),
     "internal": (500, "The service failed"),
     "artifact_damaged": (500, "A stored file is not what it was"),
     "answer_failed": (500, "The model failed on this request"),
+    "artifacts_unavailable": (503, "The artifact store does not answer"),
     "engine_unavailable": (503, "This replica answers no questions"),
     "engine_loading": (503, "The model is still loading"),
     "base_unknown": (503, "The base model cannot be looked at"),
@@ -62,6 +68,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "plan_unavailable": (503, "No estimate can be made now"),
     "decoders_busy": (503, "Too many images are being decoded"),
     "draining": (503, "The service is shutting down"),
+    "disk_full": (507, "The disk is full"),
     "database_unavailable": (503, "The database does not answer"),
 }
 

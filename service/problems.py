@@ -12,6 +12,9 @@ from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
+from hscr.disk import is_full
+from service import openai_errors
+from service.db import disk_is_full
 from service.errors import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -50,8 +53,10 @@ class _Document(JSONResponse):
 
 
 def answer(problem: Problem, scope: Scope) -> JSONResponse:
-    """The problem's response, its code noted in the request's state for log and metrics."""
+    """The problem's response, OpenAI's shape of it under /v1; its code noted for log and metrics."""
     scope["state"]["problem"] = problem.code
+    if scope["path"].startswith(openai_errors.PREFIX):
+        return _Document(openai_errors.document(problem), problem.status, headers=openai_errors.headers(problem))
     document = problem.document(scope["state"]["request_id"])
     return _Document(document, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
 
@@ -69,20 +74,37 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.__cause__ is not None and is_full(error.__cause__):  # an upload that found no room beside the data
+            return answer(_no_room(), request.scope)
         code = _BY_STATUS.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
         detail = "See /docs for the routes and what they take."
         problem = Problem(code, detail, headers=dict(error.headers or {}))
         return answer(problem, request.scope)
+
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> JSONResponse:
+        if not is_full(error):
+            raise error
+        return answer(_no_room(), request.scope)
 
     @app.exception_handler(DBAPIError)
     async def database(request: Request, error: DBAPIError) -> JSONResponse:
         if isinstance(error, DataError):  # a NUL, or a number that no column holds: what a model let pass
             detail = "A name, text or number of the request is none that can be stored."
             return answer(Problem("invalid_request", detail), request.scope)
+        if disk_is_full(error):
+            return answer(_no_room(), request.scope)
         if not (error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")):
             raise error
         problem = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
         return answer(problem, request.scope)
+
+
+def _no_room() -> Problem:
+    detail = (
+        "Nothing was stored. Free some space on the disk of the data folder or of the database, then send it again."
+    )
+    return Problem("disk_full", detail, headers={"Retry-After": "60"})
 
 
 def invalid_fields(errors: Any) -> Problem:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.batcher import Batcher
+from service.artifact_store import ArtifactStore
+from service.batcher import Asked
 from service.db import Database
 from service.engine import LocalEngine
 from service.idempotency import InFlight
@@ -23,7 +25,9 @@ class State:
     database: Database
     metrics: Metrics
     engine: LocalEngine | None
-    batcher: Batcher | None
+    batcher: Asked | None
+    artifacts: ArtifactStore
+    asked: Counter[str] = field(default_factory=Counter)  # questions of each key on their way; the event loop's own
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
 

@@ -14,20 +14,15 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
-from hscr.image_limits import ImageError, ImageLimits
+from hscr.answers import Answer
 from hscr.image_view import View
-from hscr.images import Decoded
 from hscr.record_fields import MAX_IMAGES
-from service import adapters
-from service.adapters import Resolved
-from service.batcher import Batcher, Closed, Full
-from service.decoding import DecodersBusy, decoders
-from service.engine import AdapterDamaged, Question
+from service import asking
+from service.engine import Question
 from service.errors import Problem
 from service.problems import invalid_fields
-from service.state import Service, State
+from service.state import Service
 
 router = APIRouter(tags=["vqa"])
 
@@ -186,17 +181,16 @@ OPENAPI: dict[str, Any] = {
 async def vqa(state: Service, request: Request) -> VQAResponse:
     """Base and adapters are served together. When too many questions wait, 503 at once with Retry-After."""
     begin = time.perf_counter()
-    batcher = _ready(state)
+    asking.ready(state)
     parameters, data, views = await _read(request)
-    if len(data) > 1 and not (state.engine is not None and state.engine.several_images):
-        raise Problem("one_image_only", "Ask with one image; docs/families.md lists the models that take several.")
-    decoded = await asyncio.to_thread(_decode, state, data, views)
-    resolved = await asyncio.to_thread(_resolve, state, parameters.adapter)
+    asking.require_images(state, len(data))
+    decoded = await asyncio.to_thread(asking.decode, state, data, views)
+    resolved = await asyncio.to_thread(asking.resolve, state, parameters.adapter)
     question = Question(
         images=tuple(d.image for d in decoded),
         text=parameters.question,
         adapter_digest=resolved.digest if resolved else None,
-        adapter_folder=adapters.folder(state.settings.data_dir, resolved.digest) if resolved else None,
+        adapter_folder=await asking.adapter_folder(state, resolved),
         max_tokens=parameters.max_tokens,
         temperature=parameters.temperature,
         seed=parameters.seed,
@@ -204,7 +198,7 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
     )
     notes = [d.note for d in decoded]
     asked = time.perf_counter()
-    answer = await _ask(state, batcher, question, request)
+    answer = await asking.ask(state, question, request)
     end = time.perf_counter()
     engine, settings = state.engine, state.settings
     return VQAResponse(
@@ -215,22 +209,12 @@ async def vqa(state: Service, request: Request) -> VQAResponse:
             id=settings.model_id, revision=settings.model_revision, digest=engine.model_digest if engine else None
         ),
         adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
-        grounding=_grounding(parameters, answer, resolved.threshold if resolved else None),
+        grounding=grounding_view(parameters.grounding, answer, resolved.threshold if resolved else None),
         images=[ImageNote(format=n.format, modality=n.modality, flags=list(n.flags)) for n in notes],
         usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
         timing_ms={"model": round((end - asked) * 1000, 1), "total": round((end - begin) * 1000, 1)},
         request_id=request.state.request_id,
     )
-
-
-def _ready(state: State) -> Batcher:
-    if state.batcher is None:
-        raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
-    if state.batcher.failure is not None:
-        raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
-    if not state.batcher.ready.is_set():
-        raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
-    return state.batcher
 
 
 async def _read(request: Request) -> tuple[Parameters, list[bytes], list[View]]:
@@ -266,58 +250,12 @@ async def _read_form(request: Request) -> tuple[Parameters, list[bytes], list[Vi
         return Parameters.model_validate(fields), [await file.read() for file in files], [view] * len(files)
 
 
-def _decode(state: State, several: list[bytes], views: list[View]) -> tuple[Decoded, ...]:
-    try:
-        return decoders(state.settings).decode(several, ImageLimits(), views)
-    except DecodersBusy:
-        raise Problem("decoders_busy", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
-    except ImageError as error:
-        raise Problem("invalid_image", f"{error}.") from None
-
-
-def _resolve(state: State, reference: str | None) -> Resolved | None:
-    if reference is None or reference == "":
-        return None
-    with state.database.read() as session:
-        resolved = adapters.resolve(session, reference)
-    if resolved.model != state.settings.model_id:
-        raise Problem("adapter_for_other_model", "Ask a service that serves the base model of this adapter.")
-    return resolved
-
-
-async def _ask(state: State, batcher: Batcher, question: Question, request: Request) -> Any:
-    """Wait for the answer; a client that leaves takes its question out of the queue."""
-    try:
-        future = batcher.submit(question)
-    except Full as error:
-        state.metrics.refused.inc()
-        raise Problem("overloaded", "Ask again later.", headers={"Retry-After": str(error.retry_after_s)}) from None
-    except Closed:
-        raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
-    waiting = asyncio.wrap_future(future)
-    try:
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=0.25)
-            if not waiting.done() and await request.is_disconnected():
-                raise HTTPException(400)  # nobody reads this
-        return waiting.result()
-    except asyncio.CancelledError:
-        raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
-    except HTTPException:
-        raise
-    except AdapterDamaged:
-        raise Problem("artifact_damaged", "The adapter's stored files fail their digest or cannot be loaded.") from None
-    except Exception:
-        raise Problem("answer_failed", "Try a shorter question or another image; the log has the request id.") from None
-    finally:
-        waiting.cancel()
-
-
-def _grounding(parameters: Parameters, answer: Any, threshold: float | None) -> Grounding | None:
-    if parameters.grounding == "none":
+def grounding_view(wanted: str, answer: Answer, threshold: float | None) -> Grounding | None:
+    """What is told of an answer's grounding; `wanted` is none, summary or tokens."""
+    if wanted == "none":
         return None
     tokens = None
-    if parameters.grounding == "tokens" and answer.tokens is not None:
+    if wanted == "tokens" and answer.tokens is not None:
         tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
     flagged = answer.score < threshold if threshold is not None and answer.score is not None else None
     return Grounding(score=answer.score, flagged=flagged, threshold=threshold, tokens=tokens)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.batcher import Batcher, Closed, Full
+from service.batcher import Batcher, Closed, Full, Whole
 from tests.conftest import wait_for
 
 
@@ -39,7 +39,7 @@ def make(work: Work) -> Iterator[Callable[..., Batcher[int, int]]]:
     made: list[Batcher[int, int]] = []
 
     def start(**changes: Any) -> Batcher[int, int]:
-        made.append(Batcher(work, **({"batch_max": 4, "window_s": 0.05, "queue_max": 8} | changes)))
+        made.append(Batcher(Whole(work), **({"batch_max": 4, "window_s": 0.05, "queue_max": 8} | changes)))
         made[-1].start()
         assert made[-1].ready.wait(5)
         return made[-1]
@@ -124,7 +124,7 @@ def test_failing_setup_is_remembered() -> None:
     def setup() -> None:
         raise OSError("no model")
 
-    batcher: Batcher[int, int] = Batcher(lambda items: items, batch_max=1, window_s=0, queue_max=1, setup=setup)
+    batcher: Batcher[int, int] = Batcher(Whole(lambda items: items), batch_max=1, window_s=0, queue_max=1, setup=setup)
     batcher.start()
     wait_for(lambda: batcher.failure, 5)
     assert not batcher.ready.is_set()
