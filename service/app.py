@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -20,7 +23,7 @@ import hscr
 from service import logs, problems, tracing
 from service.artifact_store import open_store
 from service.auth import Auth, check_settings
-from service.batcher import Batcher
+from service.batcher import Batcher, Entry
 from service.datasets import clear_leftovers
 from service.db import Database
 from service.decoding import decoders
@@ -128,9 +131,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             tokens_max=settings.batch_tokens_max,
             setup=state.engine.load,
             on_batch=state.metrics.batch_size.observe,
+            on_first=state.metrics.first_token.observe,
+            on_end=_trace_answer,
         )
         state.batcher = batcher
-        state.metrics.watch_queue(lambda: batcher.depth)
+        state.metrics.watch_queue(lambda: batcher.depth, lambda: batcher.oldest_s)
+        state.metrics.watch_engine(lambda: asdict(state.engine.stats) if state.engine else {})
         batcher.start()
     yield
     state.draining.set()
@@ -138,6 +144,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(state.batcher.close)
     state.database.close()
     await run_in_threadpool(tracing.stop)
+
+
+def _trace_answer(entry: Entry[Any, Any]) -> None:
+    """Spans of how long a question waited and how long the model worked on it, the grounding pass with it."""
+    if entry.joined is not None:
+        tracing.past("vqa.queue", entry.since, entry.joined)
+        tracing.past("vqa.model", entry.joined, time.monotonic(), tokens=entry.cost)
 
 
 def _documentation(app: FastAPI) -> None:

@@ -54,7 +54,9 @@ class Canaries:
 def dataset(c: Canaries) -> bytes:
     """Good rows and bad ones, each field with a word; the images carry words too."""
     rows: list[Any] = [
-        record(0, id=c("id"), question=c("question"), answer=c("answer"), group=c("group"), image=f"images/{c('file')}.png"),
+        record(
+            0, id=c("id"), question=c("question"), answer=c("answer"), group=c("group"), image=f"images/{c('file')}.png"
+        ),
         record(1, answer={"a": c("an answer that is no text")}),
         record(2, image=c("missing image"), question=c("question of a bad row")),
         record(3, **{c("unknown field"): c("unknown value")}),
@@ -62,7 +64,9 @@ def dataset(c: Canaries) -> bytes:
     ]
     named = rows[0]["image"]
     lines = "\n".join(json.dumps(r) for r in rows) + f'\n{{"id": "{c("broken JSON")}\n'
-    return zip_of({"records.jsonl": lines.encode(), named: png(), f"{c('another file')}.txt": c("a text file").encode()})
+    return zip_of(
+        {"records.jsonl": lines.encode(), named: png(), f"{c('another file')}.txt": c("a text file").encode()}
+    )
 
 
 def dicom_of(c: Canaries) -> bytes:
@@ -70,7 +74,14 @@ def dicom_of(c: Canaries) -> bytes:
     from pydicom.filebase import DicomBytesIO
 
     whole = dcmread(DicomBytesIO(dicom(np.arange(64, dtype=np.uint16).reshape(8, 8))))
-    for name in ("PatientName", "PatientID", "InstitutionName", "StudyDescription", "ReferringPhysicianName", "PatientComments"):
+    for name in (
+        "PatientName",
+        "PatientID",
+        "InstitutionName",
+        "StudyDescription",
+        "ReferringPhysicianName",
+        "PatientComments",
+    ):
         setattr(whole, name, c(f"DICOM {name}"))
     whole.add_new(0x00091010, "LO", c("DICOM private tag"))
     whole.add_new(0x00090010, "LO", c("DICOM private creator"))
@@ -90,8 +101,14 @@ def nifti_of(c: Canaries) -> bytes:
 def speak(rig: Rig, c: Canaries) -> None:
     """Say every word at every door."""
     ask = rig.http.post
-    head = {"User-Agent": c("user agent"), "Referer": c("referer"), "tracestate": f"a={c('tracestate')}",
-            "baggage": f"a={c('baggage')}", "Cookie": c("cookie"), "Authorization": f"Bearer {c('wrong key')}"}
+    head = {
+        "User-Agent": c("user agent"),
+        "Referer": c("referer"),
+        "tracestate": f"a={c('tracestate')}",
+        "baggage": f"a={c('baggage')}",
+        "Cookie": c("cookie"),
+        "Authorization": f"Bearer {c('wrong key')}",
+    }
     image = {"base64": base64.b64encode(png()).decode()}
     answers = [
         ask("/vqa", json={"image": image, "question": c("asked")}, headers=head),
@@ -100,7 +117,9 @@ def speak(rig: Rig, c: Canaries) -> None:
         ask("/vqa", json={"image": image, "question": "a", "adapter": c("missing adapter").lower()}),
         ask("/vqa", json={"image": {"base64": c("base64")}, "question": "a"}),
         ask("/vqa", json={"image": image, c("field"): c("value")}),
-        ask("/vqa", content=b'{"question": "' + c("broken JSON").encode(), headers={"Content-Type": "application/json"}),
+        ask(
+            "/vqa", content=b'{"question": "' + c("broken JSON").encode(), headers={"Content-Type": "application/json"}
+        ),
         ask("/vqa", content=c("other body").encode(), headers={"Content-Type": f"text/{c('content type')}"}),
         ask("/vqa", files={"image": (f"{c('file name')}.dcm", dicom_of(c))}, data={"question": c("asked of a DICOM")}),
         ask("/vqa", files={"image": (f"{c('file name')}.dcm", dicom_of(c)[:-60])}, data={"question": "a"}),
@@ -111,7 +130,11 @@ def speak(rig: Rig, c: Canaries) -> None:
         rig.http.get(f"/{c('no route')}/{c('no route')}"),
         rig.http.get(f"/jobs/{c('job id')}", params={c("query"): c("query value")}),
         rig.http.request("GET", "/jobs", params={"after": f"{c('cursor')} "}),
-        ask("/datasets", files={"file": (f"{c('upload name')}.zip", c("no zip").encode())}, data={"name": c("bad name") + "/"}),
+        ask(
+            "/datasets",
+            files={"file": (f"{c('upload name')}.zip", c("no zip").encode())},
+            data={"name": c("bad name") + "/"},
+        ),
         ask("/adapters/x/versions", files={"file": (c("adapter file"), zip_of({f"{c('pickle')}.bin": b"x"}))}),
     ]
     made = ask("/datasets", files={"file": (f"{c('upload name')}.zip", dataset(c))}, data={"name": "canaries"})
@@ -127,7 +150,9 @@ def speak(rig: Rig, c: Canaries) -> None:
         rig.tell(**told)
         job = ask("/align", json=good, headers={"Idempotency-Key": c("idempotency key")})
         answers.append(job)
-        wait_for(lambda job=job: rig.http.get(f"/jobs/{job.json()['id']}").json()["status"] in ("succeeded", "failed"), 40)
+        wait_for(
+            lambda job=job: rig.http.get(f"/jobs/{job.json()['id']}").json()["status"] in ("succeeded", "failed"), 40
+        )
     rig.tell()
     answers += [
         ask("/align", json=good | {"model": c("model")}),
@@ -147,7 +172,11 @@ def speak(rig: Rig, c: Canaries) -> None:
 
 def leaks(rig: Rig, c: Canaries) -> dict[str, list[str]]:
     """Where a word is that should not be there: {place of storage: the words' origins}."""
-    texts: dict[str, str | bytes] = {"logs": rig.log(), "metrics": rig.http.get("/metrics").text, "broker": rig.broker()}
+    texts: dict[str, str | bytes] = {
+        "logs": rig.log(),
+        "metrics": rig.http.get("/metrics").text,
+        "broker": rig.broker(),
+    }
     with rig.database.read() as session:
         for table in Base.metadata.sorted_tables:
             for column in table.columns:
@@ -178,7 +207,11 @@ def test_the_words_were_really_said_and_are_where_they_belong(rig: Rig, spoken: 
             for column in table.columns
             if spoken.found(json.dumps(session.execute(select(column)).scalars().all(), default=str))
         }
-    assert {"dataset_records.record", "jobs.meta", "adapter_versions.notes", "alias_history.reason"} <= kept <= KEPT_ON_PURPOSE
+    assert (
+        {"dataset_records.record", "jobs.meta", "adapter_versions.notes", "alias_history.reason"}
+        <= kept
+        <= KEPT_ON_PURPOSE
+    )
     lines = [json.loads(line) for line in rig.log().splitlines() if line.startswith("{")]
     failed = [x for x in lines if x["event"] == "the engine failed on a question"]
     assert [(x["exception"], x["request_id"][:4]) for x in failed] == [("RuntimeError", "req_")]
