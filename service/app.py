@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib.resources import files as package_files
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -20,7 +23,7 @@ import hscr
 from service import logs, problems, tracing
 from service.artifact_store import open_store
 from service.auth import Auth, check_settings
-from service.batcher import Batcher
+from service.batcher import Batcher, Entry
 from service.datasets import clear_leftovers
 from service.db import Database
 from service.decoding import decoders
@@ -135,6 +138,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         asked: Batcher | Upstream
         if isinstance(state.engine, Upstream):
             asked = state.engine
+            state.metrics.watch_queue(lambda: asked.depth)
         else:
             turn = EngineTurn(
                 Device.of(settings), state.engine.load, state.engine.unload, lambda: left_s(state.database)
@@ -149,9 +153,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 setup=turn.begin,
                 turn=turn,
                 on_batch=state.metrics.batch_size.observe,
+                on_first=state.metrics.first_token.observe,
+                on_end=_trace_answer,
             )
+            _watch(state.metrics, state.engine, asked)
         state.batcher = asked
-        state.metrics.watch_queue(lambda: asked.depth)
         asked.start()
     yield
     state.draining.set()
@@ -161,6 +167,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(state.batcher.close)
     state.database.close()
     await run_in_threadpool(tracing.stop)
+
+
+def _watch(metrics: Metrics, engine: LocalEngine, batcher: Batcher) -> None:
+    metrics.watch_queue(lambda: batcher.depth, lambda: batcher.oldest_s)
+    metrics.watch_engine(lambda: asdict(engine.stats))
+
+
+def _trace_answer(entry: Entry[Any, Any]) -> None:
+    """Spans of how long a question waited and how long the model worked on it, the grounding pass with it."""
+    if entry.joined is not None:
+        tracing.past("vqa.queue", entry.since, entry.joined)
+        tracing.past("vqa.model", entry.joined, time.monotonic(), tokens=entry.cost)
 
 
 def _documentation(app: FastAPI) -> None:
