@@ -1,174 +1,83 @@
 """Answers with grounding: the model asked about images, with any adapter, in one thread that owns the device.
 
 The grounding score is the alignment reward (hscr/reward.py) of the answer's least grounded word, its dropout mask seeded by the image's
-digest: there is no record id online, and the same image always meets the same mask.
+digest: there is no record id online, and the same image always meets the same mask. The branch with the whole image was seen while the
+answer was decoded, so grounding is one pass over the dropped prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from hscr.artifacts import bytes_digest
-from hscr.decode import decode
-from hscr.images import Images
+from hscr.answers import Answer, AnswerRequest, Delta, OnDelta, TokenGrounding, TokenLogprob
+from hscr.lora_rows import LoraRows
 from hscr.model import VLM, decode_text, encode_prompts
 from hscr.packing import token_logprobs
-from hscr.parent import read_adapter
-from hscr.reward import branches, grounding_score, words_of
-from hscr.visual_tokens import Prompt
+from hscr.prefix import empty_cache, joinable
+from hscr.prefix_cache import PrefixCache, begin
+from hscr.reward import grounding_score, words_of
+from hscr.running import Row, Running
+from hscr.saying import Saying
+from hscr.visual_tokens import Prompt, dropped
 
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """One question on one image, or on several in order. `adapter` is a name given to `load_adapter`, None the base."""
-
-    image: Images
-    question: str
-    adapter: str | None = None
-    max_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-    grounding: str = "none"  # none | summary | tokens
-
-
-@dataclass(frozen=True)
-class TokenGrounding:
-    """A token of the answer: log-probabilities (nats) with and without the image, their difference, and whether a word's."""
-
-    text: str
-    logprob: float
-    logprob_without_image: float
-    reward: float
-    is_content: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`token_ids` include the end of sequence where the model said it. `score` is None where no grounding was asked for."""
-
-    text: str
-    token_ids: list[int]
-    tokens: list[TokenGrounding] | None
-    score: float | None
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-def _key(name: str) -> str:
-    """A module name for an adapter's name: peft allows no dot there, and two names must never share one."""
-    return "a" + bytes_digest(name.encode()).removeprefix("sha256:")[:32]
+__all__ = ["Answer", "AnswerRequest", "Answerer", "Delta", "OnDelta", "TokenGrounding", "TokenLogprob"]
 
 
 class Answerer:
-    """A loaded model that answers; adapters share its base weights and its image features. Not thread-safe: one thread owns it."""
+    """A loaded model that answers; adapters share its base weights and its image features. Not thread-safe: one thread owns it.
 
-    def __init__(self, vlm: VLM, *, dropout_ratio: float = 0.7) -> None:
+    `prefix_cache_bytes` bounds what is kept of images across requests (hscr/prefix_cache.py); 0 keeps nothing.
+    """
+
+    def __init__(self, vlm: VLM, *, dropout_ratio: float = 0.7, prefix_cache_bytes: int = 0) -> None:
         self.vlm = vlm
         self.dropout_ratio = dropout_ratio
-        self._adapters: set[str] = set()
+        self.lora = LoraRows(vlm.base, vlm.device)
+        self.prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a PEFT folder available under `name` (use its digest). Loading a name again does nothing. Raises ValueError."""
-        if name in self._adapters:
-            return
-        key, config = _key(name), read_adapter(folder)
-        try:
-            if not isinstance(self.vlm.model, PeftModel):
-                self.vlm.model = get_peft_model(self.vlm.model, config, adapter_name=key)
-            self.vlm.model.load_adapter(str(folder), adapter_name=key)
-        except Exception as error:  # peft raises RuntimeError, KeyError, ValueError: the weights are another model's
-            self._delete(key)
-            raise ValueError("the adapter does not fit this model") from error
-        self.vlm.model.requires_grad_(False).eval()
-        self._adapters.add(name)
+        if name not in self.lora:
+            self.lora.load(name, folder)
 
     def unload_adapter(self, name: str) -> None:
-        if name in self._adapters:
-            self._adapters.discard(name)
-            self._delete(_key(name))
+        self.lora.unload(name)
 
-    def _delete(self, key: str) -> None:
-        """Take one adapter's layers out, and the wrapper with the last of them: peft cannot disable what isn't there."""
-        if isinstance(self.vlm.model, PeftModel) and key in self.vlm.model.peft_config:
-            if len(self.vlm.model.peft_config) == 1:
-                self.vlm.model = self.vlm.model.unload()
-            else:
-                other = next(k for k in self.vlm.model.peft_config if k != key)
-                self.vlm.model.set_adapter(other, inference_mode=True)  # peft warns where the active one goes
-                self.vlm.model.delete_adapter(key)
-
-    @contextmanager
-    def _policy(self, adapter: str | None) -> Iterator[None]:
-        """Run as the base or as one adapter. One adapter at a time: no per-row hooks that an exception could leave behind."""
-        if adapter is None:
-            if isinstance(self.vlm.model, PeftModel):
-                with self.vlm.model.disable_adapter():
-                    yield
-            else:
-                yield
-        elif adapter not in self._adapters:
-            raise ValueError("no adapter of that name is loaded")
-        else:
-            self.vlm.model.set_adapter(_key(adapter), inference_mode=True)
-            yield
+    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
+        """Answer a batch, in order. A row's answer does not depend on its batch (float32)."""
+        batch = AnswerBatch(self)
+        rows = batch.join(requests)
+        answers: dict[Row, Answer] = {}
+        while len(answers) < len(rows):
+            answers.update(batch.step())
+        return [answers[row] for row in rows]
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
-        """Answer a batch, in order; requests of one adapter are decoded together. A row's answer does not depend on its batch (float32)."""
-        prompts = encode_prompts(self.vlm, [r.image for r in requests], [r.question for r in requests])
-        answers: dict[int, Answer] = {}
-        for adapter in dict.fromkeys(r.adapter for r in requests):
-            rows = [i for i, r in enumerate(requests) if r.adapter == adapter]
-            with self._policy(adapter):
-                made = self._answer([requests[i] for i in rows], [prompts[i] for i in rows])
-            answers.update(zip(rows, made, strict=True))
-        return [answers[i] for i in range(len(requests))]
-
-    def _answer(self, requests: Sequence[AnswerRequest], prompts: Sequence[Prompt]) -> list[Answer]:
-        ids = decode(
-            self.vlm,
-            prompts,
-            max_tokens=[r.max_tokens for r in requests],
-            temperature=[r.temperature for r in requests],
-            seeds=[r.seed for r in requests],
-        )
-        scored = [i for i, r in enumerate(requests) if r.grounding != "none" and ids[i]]
-        grounding = dict(
-            zip(scored, self.ground([prompts[i] for i in scored], [ids[i] for i in scored]), strict=True)
-            if scored
-            else ()
-        )
-        answers = []
-        for i, (request, row) in enumerate(zip(requests, ids, strict=True)):
-            score, tokens = grounding.get(i, (None, None))
-            answers.append(
-                Answer(
-                    text=decode_text(self.vlm, row),
-                    token_ids=row,
-                    tokens=tokens if request.grounding == "tokens" else None,
-                    score=score,
-                    finish_reason="stop" if row and row[-1] in self.vlm.eos_ids else "length",
-                    prompt_tokens=len(prompts[i].input_ids),
-                    completion_tokens=len(row),
-                )
-            )
-        return answers
-
     def ground(
-        self, prompts: Sequence[Prompt], answers: Sequence[list[int]]
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[list[int]],
+        logprobs: Sequence[Sequence[float]],
+        adapters: Sequence[str | None],
+        salts: Sequence[str],
     ) -> list[tuple[float, list[TokenGrounding]]]:
-        """Score and per-token values of given answers: one batched teacher-forced pass with and one without dropped tokens."""
-        scored = branches(self.vlm, prompts, answers, [p.image for p in prompts], dropout_ratio=self.dropout_ratio)
+        """Score and per-token values of answers whose log-probabilities with the image are known: one pass with tokens dropped."""
+        cut = [dropped(p, self.dropout_ratio, p.image, 0) for p in prompts]
+        with self._base():
+            rows = begin(self.vlm, self.lora, self.prefixes, cut, [ids[:-1] for ids in answers], adapters, salts)
+            longest = max(map(len, answers))
+            with self.lora.rows(adapters):
+                logits = rows.logits(longest)
         out = []
-        for ids, branch in zip(answers, scored, strict=True):
-            with_image, without = token_logprobs(branch.full, ids), token_logprobs(branch.dropped, ids)
+        for ids, seen, own in zip(answers, logprobs, logits, strict=True):
+            with_image = torch.tensor(seen)
+            without = token_logprobs(own[longest - len(ids) :], ids).cpu()
             rewards = with_image - without
             _, words = words_of(self.vlm, ids)
             content = {t for w in words for t in w.tokens}
@@ -178,3 +87,120 @@ class Answerer:
             ]
             out.append((grounding_score(rewards, words), tokens))
         return out
+
+    def _base(self) -> AbstractContextManager[Any]:
+        """The adapter that a training may have left on the model is off."""
+        return self.vlm.model.disable_adapter() if isinstance(self.vlm.model, PeftModel) else nullcontext()
+
+
+class AnswerBatch:
+    """Answers under way: requests join between steps, where `joins`, and leave whenever they are not wanted any more."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer = answerer
+        self.joins = joinable(empty_cache(answerer.vlm))
+        self._running = Running(answerer.vlm, answerer.lora, answerer.prefixes)
+        self._asked: dict[Row, tuple[AnswerRequest, OnDelta | None]] = {}
+        self._ended: list[Row] = []
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    @property
+    def adapters(self) -> set[str | None]:
+        """What the answers under way are given with."""
+        return {row.adapter for row in self._asked}
+
+    def join(self, requests: Sequence[AnswerRequest], listeners: Sequence[OnDelta | None] | None = None) -> list[Row]:
+        """Take requests in: their prompts are computed, their first tokens said. A row each, by which `step` names its answer.
+
+        Raises ValueError for what the model cannot be asked; then none of them is in.
+        """
+        if not requests:
+            return []
+        vlm, questions = self.answerer.vlm, [r.question for r in requests]
+        prompts = encode_prompts(vlm, [r.image for r in requests], questions)  # type: ignore[arg-type]
+        rows = []
+        listeners = listeners or [None] * len(requests)
+        for request, prompt, listener in zip(requests, prompts, listeners, strict=True):
+            row = Row(prompt, request.adapter, request.max_tokens, request.temperature, request.top_p, request.seed)
+            row.salt, row.scored, row.n_top = request.salt, request.grounding != "none", request.logprobs
+            if request.stop or listener is not None:
+                row.saying = Saying(vlm, request.stop)
+            rows.append(row)
+        with self.answerer._base():
+            ended = self._running.join(rows)
+        self._asked |= {row: asked for row, *asked in zip(rows, requests, listeners, strict=True)}  # type: ignore[misc]
+        self._ended += ended
+        self._tell(rows)
+        return rows
+
+    def step(self) -> dict[Row, Answer]:
+        """One more token an answer; those that are whole. An exception leaves nothing under way."""
+        try:
+            if self._running.rows:
+                running = list(self._running.rows)
+                with self.answerer._base():
+                    self._ended += self._running.step()
+                self._tell(running)
+            ended, self._ended = self._ended, []
+            return self._finished([row for row in ended if row in self._asked])
+        except Exception:
+            self._asked, self._ended = {}, []
+            self._running.clear()
+            raise
+
+    def lost(self) -> list[Row]:
+        """Answers that a failed `join` has broken off; they are under way no more."""
+        alive = {*self._running.rows, *self._ended}
+        gone = [row for row in self._asked if row not in alive]
+        for row in gone:
+            del self._asked[row]
+        return gone
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Answer these no further."""
+        self._running.leave(rows)
+        for row in rows:
+            self._asked.pop(row, None)
+
+    def _tell(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            listener = self._asked[row][1]
+            if listener is not None and row.saying is not None and row not in self._ended:
+                delta = row.saying.delta(row.top if row.n_top is not None else None)
+                if delta is not None:
+                    listener(delta)
+
+    def _finished(self, rows: Sequence[Row]) -> dict[Row, Answer]:
+        vlm = self.answerer.vlm
+        kept = {row: row.ids[: row.saying.kept] if row.saying is not None else row.ids for row in rows}
+        scored = [row for row in rows if row.scored and kept[row]]
+        grounding = self.answerer.ground(
+            [row.prompt for row in scored],
+            [kept[row] for row in scored],
+            [row.logprobs[: len(kept[row])] for row in scored],
+            [row.adapter for row in scored],
+            [row.salt for row in scored],
+        ) if scored else []  # fmt: skip
+        grounded = dict(zip(scored, grounding, strict=True))
+        answers = {}
+        for row in rows:
+            request, listener = self._asked.pop(row)
+            score, tokens = grounded.get(row, (None, None))
+            stopped = row.ids[-1] in vlm.eos_ids or (row.saying is not None and row.saying.stopped)
+            answers[row] = Answer(
+                text=row.saying.text if row.saying is not None else decode_text(vlm, row.ids),
+                token_ids=kept[row],
+                tokens=tokens if request.grounding == "tokens" else None,
+                score=score,
+                finish_reason="stop" if stopped else "length",
+                prompt_tokens=len(row.prompt.input_ids),
+                completion_tokens=len(row.ids),
+                logprobs=row.top[: len(kept[row])] if row.n_top is not None else None,
+            )
+            if listener is not None and row.saying is not None:
+                delta = row.saying.delta(row.top if row.n_top is not None else None, last=True)
+                if delta is not None:
+                    listener(delta)
+        return answers

@@ -60,7 +60,7 @@ def decode(
             best = logits.argmax(-1).tolist()  # one transfer for all greedy rows
             for at, i in enumerate(rows):
                 if i in running:
-                    token = _sampled(logits[at], heats[i], streams[i]) if heats[i] > 0 else best[at]
+                    token = sampled(logits[at], heats[i], streams[i]) if heats[i] > 0 else best[at]
                     best[at] = token
                     out[i].append(token)
                     if token in vlm.eos_ids or len(out[i]) == limits[i]:
@@ -72,6 +72,13 @@ def decode(
     return out
 
 
-def _sampled(logits: Tensor, temperature: float, stream: torch.Generator) -> int:
+def sampled(logits: Tensor, temperature: float, stream: torch.Generator, top_p: float = 1.0) -> int:
+    """A token drawn from logits [V]; below 1, `top_p` leaves the likeliest tokens that together reach it (Holtzman et al. 2020)."""
     scaled = (logits - logits.max()).float().cpu() / temperature  # at most 0: no temperature, however small, overflows
-    return int(torch.multinomial(torch.softmax(scaled, dim=-1), 1, generator=stream))
+    chances = torch.softmax(scaled, dim=-1)
+    if top_p < 1:
+        ordered, tokens = chances.sort(descending=True, stable=True)
+        chances[tokens[ordered.cumsum(0) - ordered >= top_p]] = 0  # the likeliest always stays: nothing is before it
+        if not chances.any():
+            chances[tokens[0]] = 1
+    return int(torch.multinomial(chances, 1, generator=stream))

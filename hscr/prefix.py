@@ -21,31 +21,80 @@ from hscr.visual_tokens import Prompt
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values in buffers with room to spare: a new token is written into them, where the stock layer copies the whole cache."""
+    """Keys and values in buffers with room to spare: a new token is written into them, where the stock layer copies the whole cache.
+
+    Buffers are [rows, heads, columns, d]; what is held is their first n rows and the columns from `_low` to `_high`. Other rows can join
+    at the right edge, and rows can leave, without a copy of those that stay.
+    """
 
     ROOM = 64  # tokens
+    MORE = 4  # rows
 
     def __init__(self) -> None:
         super().__init__()
         self._buffers: list[Tensor] = []
+        self._low = self._high = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         held = self.get_seq_length()
         if held == 0 or torch.is_grad_enabled():  # what a graph holds must not be written to
             self._buffers = []
             return super().update(key_states, value_states, *args, **kwargs)
-        now = held + key_states.shape[-2]
-        if not self._buffers or self._buffers[0].shape[-2] < now:
-            held_now: list[Any] = [self.keys, self.values]
-            self._buffers = [F.pad(t, (0, 0, 0, now - held + self.ROOM)) for t in held_now]
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., held:now, :] = new
-        self.keys, self.values = (buffer[..., :now, :] for buffer in self._buffers)
-        return self.keys, self.values
+        new = key_states.shape[-2]
+        if not self._buffers or self._buffers[0].shape[-2] < self._high + new:
+            rows = max(len(key_states), len(self._buffers[0]) if self._buffers else 0)
+            self._make(rows, held, held + new + self.ROOM)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[: len(states), :, self._high : self._high + new] = states
+        self._high += new
+        return self._look(len(key_states))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._buffers = []  # of other rows
+
+    def join(self, other: GrowingLayer) -> None:
+        """Take the rows of another layer in below, the last columns of both in one place."""
+        more: list[Any] = [other.keys, other.values]
+        mine, new, width = len(self._held()), len(more[0]), more[0].shape[-2]
+        if not self._buffers or len(self._buffers[0]) < mine + new or self._high < width:
+            high = max(self.get_seq_length(), width)
+            self._make(mine + new + self.MORE, high, high + self.ROOM)
+        for buffer, states in zip(self._buffers, more, strict=True):
+            buffer[mine : mine + new, :, self._low : self._high] = 0  # what left rows had there: finite, and masked
+            buffer[mine : mine + new, :, self._high - width : self._high] = states
+        if width > self._high - self._low:
+            for buffer in self._buffers:
+                buffer[:mine, :, self._high - width : self._low] = 0
+            self._low = self._high - width
+        self._look(mine + new)
+
+    def leave(self, moves: Sequence[tuple[int, int]], n: int, cut: int) -> None:
+        """Keep the first n rows after moving rows (to, from), and drop `cut` columns on the left, which only padded."""
+        if not self._buffers:
+            self._make(len(self._held()), self.get_seq_length(), self.get_seq_length() + self.ROOM)
+        for to, source in moves:
+            for buffer in self._buffers:
+                buffer[to, :, self._low : self._high] = buffer[source, :, self._low : self._high]
+        self._low += cut
+        self._look(n)
+
+    def _make(self, rows: int, high: int, columns: int) -> None:
+        """New buffers, what is held copied to end at column `high`."""
+        held: list[Any] = [self.keys, self.values]
+        width = held[0].shape[-2]
+        self._buffers = [t.new_zeros(rows, t.shape[1], columns, t.shape[3]) for t in held]
+        for buffer, states in zip(self._buffers, held, strict=True):
+            buffer[: len(states), :, high - width : high] = states
+        self._low, self._high = high - width, high
+
+    def _held(self) -> Tensor:
+        held: Any = self.keys
+        return held
+
+    def _look(self, n: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (buffer[:n, :, self._low : self._high] for buffer in self._buffers)
+        return self.keys, self.values
 
 
 def empty_cache(vlm: VLM) -> DynamicCache:
@@ -78,12 +127,16 @@ class Prefixes:
         """Put the prompts' keys and values into an empty cache, left-padded; False, and nothing done, unless all are known."""
         if any(id(p) not in self._known for p in prompts):
             return False
-        found = [self._known[id(p)][1] for p in prompts]
-        width = max(len(p.input_ids) for p in prompts) - 1
-        for layer in range(len(found[0])):
-            keys, values = (_left_padded([own[layer][which] for own in found], width) for which in (0, 1))
-            cache.update(keys, values, layer)
+        fill(cache, [self._known[id(p)][1] for p in prompts])
         return True
+
+
+def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
+    """Put keys and values [heads, T, d] by layer, of one row each, into an empty cache, left-padded."""
+    width = max(own[0][0].shape[1] for own in rows)
+    for layer in range(len(rows[0])):
+        keys, values = (_left_padded([own[layer][which] for own in rows], width) for which in (0, 1))
+        cache.update(keys, values, layer)
 
 
 def _left_padded(rows: Sequence[Tensor], width: int) -> Tensor:
@@ -135,8 +188,28 @@ class Rows:
         self.keep([number[id(p)] for p in prompts])
         self._columns([_tokens(p, len(p.input_ids) - 1, tail) for p, tail in zip(prompts, tails, strict=True)])
 
+    @classmethod
+    def after(
+        cls,
+        vlm: VLM,
+        prompts: Sequence[Prompt],
+        held: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        tails: Sequence[Sequence[int]],
+    ) -> Rows:
+        """Rows whose prompts' first tokens are computed: `held` has a row's keys and values by layer, [heads, tokens, d]."""
+        rows = cls.__new__(cls)
+        rows.vlm, rows.own_masks, rows.cache = vlm, vlm.family.masks is not None, empty_cache(vlm)
+        rows._start(prompts)
+        rows._extra.clear()  # the images are in what is held
+        starts = [own[0][0].shape[1] for own in held]
+        rows._columns([(p.input_ids[:n], p.position_ids[..., :n]) for p, n in zip(prompts, starts, strict=True)])
+        fill(rows.cache, held)
+        rows._columns([_tokens(p, n, tail) for p, n, tail in zip(prompts, starts, tails, strict=True)])
+        return rows
+
     def _start(self, prompts: Sequence[Prompt]) -> None:
         self.ids = torch.empty((len(prompts), 0), dtype=torch.long, device=self.vlm.device)
+        self.first: list[int] = []  # the column where a row begins
         self.mask = self.ids
         self.positions = self.ids.expand(*prompts[0].position_ids.shape[:-1], *self.ids.shape)
         self._extra: dict[str, Any] = image_inputs(self.vlm, prompts)
@@ -144,6 +217,7 @@ class Rows:
     def _columns(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Append a block of columns, (ids [T], positions [..., T]) a row, left-padded."""
         n, width = len(rows), max(len(ids) for ids, _ in rows)
+        self.first = self.first or [width - len(ids) for ids, _ in rows]
         ids = torch.full((n, width), self.vlm.eos_id)
         positions = torch.zeros((*rows[0][1].shape[:-1], n, width), dtype=torch.long)
         mask = torch.zeros((n, width), dtype=torch.long)
@@ -185,10 +259,59 @@ class Rows:
         """Go on with these rows, in this order; a row may be taken several times."""
         if list(rows) == list(range(len(self.ids))):
             return
+        self.first = [self.first[row] for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.vlm.device)
         self.ids, self.mask = self.ids[index], self.mask[index]
         self.positions = self.positions.index_select(-2, index)
         self.cache.batch_select_indices(index)
+
+    @property
+    def can_join(self) -> bool:
+        """Whether rows may come and go between steps: not where a stock layer has dropped what lies before its window."""
+        return joinable(self.cache)
+
+    def join(self, other: Rows) -> None:
+        """Take in rows that have one new column, as these do."""
+        assert self.new == other.new == 1
+        width = max(self.ids.shape[1], other.ids.shape[1])
+        for rows in (self, other):
+            more = width - rows.ids.shape[1]
+            rows.ids, rows.positions, rows.mask = (F.pad(t, (more, 0)) for t in (rows.ids, rows.positions, rows.mask))
+            rows.first = [at + more for at in rows.first]
+        self.ids, self.mask = torch.cat([self.ids, other.ids]), torch.cat([self.mask, other.mask])
+        self.positions = torch.cat([self.positions, other.positions], dim=-2)
+        self.first += other.first
+        layers: list[Any] = self.cache.layers
+        for mine, its in zip(layers, other.cache.layers, strict=True):
+            mine.join(its)
+
+    def leave(self, gone: Sequence[int]) -> list[int]:
+        """Go on without these rows: the old numbers of those that stay, in their new order. The last rows move into the gaps."""
+        n = len(self.ids) - len(gone)
+        gaps = sorted(row for row in gone if row < n)
+        movers = [row for row in range(n, len(self.ids)) if row not in gone]
+        order = list(range(n))
+        for gap, mover in zip(gaps, movers, strict=True):
+            order[gap] = mover
+        if not self.can_join or n == 0:
+            self.keep(order)
+            return order
+        self.first = [self.first[row] for row in order]
+        cut = min(self.first)
+        index = torch.tensor(order, dtype=torch.long, device=self.vlm.device)
+        self.ids, self.mask = self.ids[index, cut:], self.mask[index, cut:]
+        self.positions = self.positions.index_select(-2, index)[..., cut:]
+        self.first = [at - cut for at in self.first]
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            layer.leave(list(zip(gaps, movers, strict=True)), n, cut)
+        return order
+
+
+def joinable(cache: DynamicCache) -> bool:
+    """Every layer keeps every token, so that rows of other lengths can stand beside each other whenever they come."""
+    kinds: set[Any] = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    return kinds == {GrowingLayer}
 
 
 def _tokens(prompt: Prompt, start: int, tail: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,12 @@
 """The registry: adapter names, immutable versions by digest, and what a reference means. Aliases move in service/aliases.py.
 
-An adapter's folder is stored once under its digest; a row points at it only when it is whole. No torch and no web framework here.
+An adapter's folder lies in the store (service/artifact_store.py) under its digest; a row points at it only when it is whole.
+No torch and no web framework here.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,14 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import verify_manifest
 from hscr.config import OptimizationConfig, PreferenceConfig
-from service import audit, jobs
+from service import artifact_store, audit, jobs
 from service.errors import Problem
 from service.models import Adapter, AdapterVersion, Alias, Dataset, Job, VersionTag
 
 NAME = r"^[a-z0-9][a-z0-9._\-]{0,63}$"
 CHAMPION = "champion"
-_REFERENCE = re.compile(
+REFERENCE = re.compile(
     r"^(?P<name>[a-z0-9][a-z0-9._\-]{0,63})(?:@(?P<alias>[a-z0-9][a-z0-9._\-]{0,63})|:(?P<version>[0-9]{1,9}))?$"
 )
 
@@ -41,39 +39,8 @@ class Resolved:
 
 
 def folder(data_dir: Path, digest: str) -> Path:
-    return data_dir / "artifacts" / "adapters" / digest.replace(":", "-")
-
-
-def store(data_dir: Path, source: Path, digest: str, token: str) -> Path:
-    """Copy a verified adapter folder to its place by digest, under a temporary name until it is whole. Raises ValueError."""
-    verify_manifest(source, digest)
-    final = folder(data_dir, digest)
-    if not final.exists():
-        temporary = final.with_name(f".{final.name}.{token}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copytree(source, temporary)
-            sync_tree(temporary)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        try:
-            temporary.rename(final)
-        except OSError:  # another attempt was first; equal digests are equal folders
-            shutil.rmtree(temporary, ignore_errors=True)
-    verify_manifest(final, digest)
-    return final
-
-
-def sync_tree(root: Path) -> None:
-    """Bring a folder's files to the disk before its name is: a rename must not outlive the bytes after a power cut."""
-    for path in [*root.rglob("*"), root, root.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Where an adapter lies in the default store and in a backup."""
+    return artifact_store.LocalStore.below(data_dir).folder(artifact_store.adapter(digest))
 
 
 def publish(
@@ -149,7 +116,7 @@ def get_version(session: Session, name: str, number: int) -> AdapterVersion:
 
 def resolve(session: Session, reference: str) -> Resolved:
     """`name@alias`, `name:version`, or `name` (its alias champion, else its newest version) -> one immutable version. Raises Problem."""
-    match = _REFERENCE.match(reference)
+    match = REFERENCE.match(reference)
     if match is None:
         raise Problem("adapter_not_found", "Write an adapter as name, name@alias or name:version.")
     name, alias, number = match["name"], match["alias"], match["version"]

@@ -1,4 +1,4 @@
-"""Data sets: an uploaded archive becomes a folder named by its content's digest, and rows that can be browsed.
+"""Data sets: an uploaded archive becomes a stored folder named by its content's digest, and rows that can be browsed.
 
 Bad rows are reported with their line and reason and left out of the stored copy, so that a run reads only what was counted. Whatever
 is refused leaves nothing behind. No torch and no web framework here.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -17,7 +18,7 @@ from uuid import uuid4
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import file_digest, json_digest
+from hscr.artifacts import file_digest, json_digest, write_manifest
 from hscr.data_set import PREFERENCES, checked_preferences, given_preferences
 from hscr.image_limits import ImageError
 from hscr.image_view import View
@@ -29,16 +30,19 @@ from hscr.records import (
     to_json,
     write_jsonl,
 )
-from service import audit
-from service.adapters import sync_tree
+from service import artifact_store, audit
 from service.archive import ArchiveLimits, discard, flatten, unpack
+from service.artifact_store import Artifact, ArtifactStore
 from service.db import Database
-from service.decoding import Decoders, DecodersBusy
+from service.decoding import Cleaned, Decoders, DecodersBusy
 from service.errors import Problem
 from service.foreign import Reading, convert, is_ours
-from service.models import Dataset, DatasetRecord, new_id
+from service.models import AdapterVersion, Dataset, DatasetRecord, Evaluation, Job, new_id
+from service.retention import artifacts_held
+from service.uid_key import of_folder
 
 REJECTED_KEPT = 1000
+_TEXT = {b"{": "data.jsonl", b"[": "data.json"}  # a file of text by its first letter, and its name while it is read
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,19 @@ class Content:
     images: dict[str, str]  # path -> digest
     digest: str
     format: str = "hscr"
+    pictures: dict[str, Any] = field(default_factory=dict)
     given: Path | None = None  # the file of preference records that a preference set brings along
 
 
 def folder(data_dir: Path, digest: str) -> Path:
-    return data_dir / "datasets" / digest.replace(":", "-")
+    """Where a data set lies in the default store and in a backup."""
+    return artifact_store.LocalStore.below(data_dir).folder(artifact_store.data_set(digest, None))
+
+
+def artifact(session: Session, digest: str) -> Artifact:
+    """The stored folder of every data set with this digest."""
+    noted = select(Dataset.files_digest).where(Dataset.digest == digest, Dataset.files_digest.is_not(None))
+    return artifact_store.data_set(digest, session.scalars(noted.limit(1)).first())
 
 
 def import_upload(
@@ -67,37 +79,65 @@ def import_upload(
     reading: Reading = Reading(),
     actor: str = "local",
     decoders: Decoders | None = None,
+    store: ArtifactStore | None = None,
+    key: bytes | None = None,
 ) -> tuple[Dataset, bool]:
-    """Check, unpack and register a zip or a parquet file; the data set and whether it is new (equal content under one name is not).
+    """Check, unpack and register a zip, parquet, JSONL or JSON file; the data set and whether it is new. Raises Problem.
 
-    Raises Problem.
+    Equal content under one name is not new. Files of images are cleaned on the way (hscr/clean_image.py). `store`: where it is kept, `key`: what
+    UIDs are remapped under; the data folder's own where None.
     """
+    key = key or of_folder(data_dir)
+    store = store or artifact_store.LocalStore.below(data_dir)
     incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
     upload, imported = incoming / "upload", incoming / "imported"
     upload.mkdir(parents=True)
     try:
-        if file.read(4) == b"PAR1":  # a parquet file holds its images itself
-            file.seek(0)
-            with (upload / "data.parquet").open("wb") as out:
+        head = file.read(4096)
+        file.seek(0)
+        alone = "data.parquet" if head[:4] == b"PAR1" else _TEXT.get(head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1])
+        if alone is not None:
+            with (upload / alone).open("wb") as out:
                 shutil.copyfileobj(file, out, 2**20)
         else:
-            file.seek(0)
             unpack(file, upload, limits)
         source = flatten(upload)
         if reading.layout == "hscr" or (reading.layout == "auto" and is_ours(source)):
-            content = _read(source, rows_max, decoders)
+            content = _read(source, rows_max, key, decoders)
         else:
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
-            content = _imported(_read(source, rows_max, decoders), report)
-        _store(source, content, folder(data_dir, content.digest))
+            content = _imported(_read(source, rows_max, key, decoders), report)
+        whole = _assemble(source, content, incoming / "whole")
+        n_bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+        with artifacts_held(data_dir, database):
+            files = store.put(artifact_store.data_set(content.digest, None), whole, give=True)
+            with database.write() as session:
+                dataset, new = _register(session, name, content, files, n_bytes)
+                if new:
+                    audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
+                return dataset, new
     finally:
         discard(incoming)
-    with database.write() as session:
-        dataset, new = _register(session, name, content)
-        if new:
-            audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
-        return dataset, new
+
+
+def delete(session: Session, dataset_id: str, actor: str) -> None:
+    """Forget a data set that nothing points at; retention.collect frees its folder. Raises Problem.
+
+    What a version learnt from, or was measured on, stays for as long as the version can be asked about it.
+    """
+    dataset = session.get(Dataset, dataset_id, with_for_update=True)
+    if dataset is None:
+        raise _unknown()
+    for column in (Job.dataset_id, Job.evaluation_dataset_id, AdapterVersion.dataset_id, Evaluation.dataset_id):
+        if session.scalar(select(column).where(column == dataset_id).limit(1)) is not None:
+            raise Problem(
+                "dataset_in_use",
+                "A job used it, so that versions and the audit lead to it; GET /datasets/{id}/lineage lists them.",
+            )
+    session.delete(dataset)
+    session.flush()
+    audit.record(session, actor, "dataset.delete", dataset_id, digest=dataset.digest)
 
 
 def _imported(content: Content, report: dict[str, Any]) -> Content:
@@ -106,16 +146,16 @@ def _imported(content: Content, report: dict[str, Any]) -> Content:
     return replace(content, rejected=rows, format=report["source"]["format"])
 
 
-def _read(source: Path, rows_max: int, given_decoders: Decoders | None) -> Content:
+def _read(source: Path, rows_max: int, key: bytes, given_decoders: Decoders | None) -> Content:
     decoders = given_decoders or Decoders(1, 2 * 2**30, 20)
     try:
-        return _read_with(decoders, source, rows_max)
+        return _read_with(decoders, source, rows_max, key)
     finally:
         if given_decoders is None:
             decoders.close()
 
 
-def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
+def _read_with(decoders: Decoders, source: Path, rows_max: int, key: bytes) -> Content:
     try:
         path = records_file(source)
     except ValueError:
@@ -126,6 +166,7 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
     if len(records) + len(rejected) > rows_max:
         raise Problem("invalid_archive", f"The data set has more than {rows_max} rows.")
     images: dict[str, str] = {}
+    told_of: dict[str, Cleaned] = {}
     bad: dict[tuple[str, View], str] = {}
     good: set[tuple[str, View]] = set()
     kept: list[VQARecord] = []
@@ -133,9 +174,10 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
         for image, view in record.shown:
             if (image, view) not in good and (image, view) not in bad:
                 try:
-                    if decoders.check(source / image, view=view).format == "dicom":  # whatever its name says
-                        raise ImageError("a DICOM file's header may name the patient: send its frames as PNG files")
-                    if image not in images:
+                    if image in images:
+                        decoders.check(source / image, view=view)
+                    else:
+                        told_of[image] = _clean(decoders, source / image, key, view)
                         images[image] = file_digest(source / image)
                     good.add((image, view))
                 except DecodersBusy:
@@ -162,7 +204,24 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
     if given is not None:
         told += _odd_preferences(given, records, set() if given != path else {row.line for row in rejected})
         digest = json_digest([digest, file_digest(given)])
-    return Content(kept, told, images, digest, given=given)
+    return Content(kept, told, images, digest, given=given, pictures=_pictures([told_of[image] for image in images]))
+
+
+def _clean(decoders: Decoders, path: Path, key: bytes, view: View) -> Cleaned:
+    """Put what may be stored of a file in its place, before anything else looks at it. Raises ImageError, DecodersBusy."""
+    cleaned = decoders.clean(path, key, view=view)
+    if cleaned.data is None:
+        return cleaned
+    fresh = path.with_name(f".cleaned-{uuid4().hex}")  # not over the file itself: other names may be links to it
+    fresh.write_bytes(cleaned.data)
+    fresh.replace(path)
+    return replace(cleaned, data=b"")
+
+
+def _pictures(told: list[Cleaned]) -> dict[str, Any]:
+    """What an upload's answer says of its pictures: counts of formats and flags, and how many files held more than a picture."""
+    formats, flags = Counter(c.note.format for c in told), Counter(flag for c in told for flag in c.note.flags)
+    return {"formats": formats, "flags": flags, "cleaned": sum(c.data is not None for c in told)}
 
 
 def _odd_preferences(given: Path, records: list[VQARecord], told: set[int]) -> list[dict[str, Any]]:
@@ -187,31 +246,22 @@ def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
                 yield number
 
 
-def _store(source: Path, content: Content, final: Path) -> None:
-    """Put exactly the accepted records and their images under the digest; the rename comes last."""
-    if final.exists():
-        return
-    whole = final.with_name(f".incoming-{uuid4().hex}")
-    try:
-        whole.mkdir()
-        for image in content.images:
-            (whole / image).parent.mkdir(parents=True, exist_ok=True)
-            (source / image).rename(whole / image)
-        write_jsonl(whole / "records.jsonl", content.records)
-        if content.given is not None:
-            checked = checked_preferences(content.given, content.records)
-            write_jsonl(whole / PREFERENCES, (row for row in checked if not isinstance(row, RejectedRow)))
-        sync_tree(whole)
-        try:
-            whole.rename(final)
-        except OSError:
-            if not final.exists():  # a second upload of the same content was first: fine; anything else is not
-                raise
-    finally:
-        discard(whole)
+def _assemble(source: Path, content: Content, whole: Path) -> Path:
+    """A folder of exactly the accepted records and their images, with its manifest. The images are moved, and their digests known."""
+    whole.mkdir()
+    for image in content.images:
+        (whole / image).parent.mkdir(parents=True, exist_ok=True)
+        (source / image).rename(whole / image)
+    write_jsonl(whole / "records.jsonl", content.records)
+    if content.given is not None:
+        checked = checked_preferences(content.given, content.records)
+        write_jsonl(whole / PREFERENCES, (row for row in checked if not isinstance(row, RejectedRow)))
+    written = {path.name: file_digest(path) for path in whole.glob("*.jsonl")}
+    write_manifest(whole, content.images | written)
+    return whole
 
 
-def _register(session: Session, name: str, content: Content) -> tuple[Dataset, bool]:
+def _register(session: Session, name: str, content: Content, files: str, n_bytes: int) -> tuple[Dataset, bool]:
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))  # one version number at a time
     known = session.scalar(select(Dataset).where(Dataset.name == name, Dataset.digest == content.digest))
@@ -224,10 +274,13 @@ def _register(session: Session, name: str, content: Content) -> tuple[Dataset, b
         version=latest + 1,
         format=content.format,
         digest=content.digest,
+        files_digest=files,
         n_records=len(content.records),
         n_images=len(content.images),
         n_rejected=len(content.rejected),
         rejected=content.rejected[:REJECTED_KEPT],
+        n_bytes=n_bytes,
+        pictures=content.pictures,
     )
     session.add(dataset)
     session.flush()
@@ -239,13 +292,18 @@ def _register(session: Session, name: str, content: Content) -> tuple[Dataset, b
     return dataset, True
 
 
-def get(session: Session, dataset_id: str) -> Dataset:
-    dataset = session.get(Dataset, dataset_id)
+def get(session: Session, dataset_id: str, *, hold: bool = False) -> Dataset:
+    """The data set; with `hold` nobody deletes it before this transaction ends. Raises Problem."""
+    dataset = session.get(Dataset, dataset_id, with_for_update={"read": True, "key_share": True} if hold else None)
     if dataset is None:
-        raise Problem(
-            "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
-        )
+        raise _unknown()
     return dataset
+
+
+def _unknown() -> Problem:
+    return Problem(
+        "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
+    )
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,26 @@ class DecodersBusy(Exception):
     """No process became free in time."""
 
 
+@dataclass(frozen=True)
+class Cleaned:
+    """What is told of an image, and the bytes to store in its file's place; None: the file holds nothing but the picture."""
+
+    note: Note
+    data: bytes | None
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """How the pool does: counts since the start, `busy` now."""
+
+    processes: int
+    busy: int
+    orders: int
+    refused: int
+    lost: int
+    no_room: int
+
+
 @dataclass
 class _Child:
     process: subprocess.Popen[bytes]
@@ -59,8 +79,15 @@ class Decoders:
     def __init__(self, processes: int, memory_bytes: int, seconds: float) -> None:
         self.memory_bytes, self.seconds = memory_bytes, seconds
         self._free: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # None: a process that is not started
+        self._counts = dict.fromkeys(("orders", "refused", "lost", "no_room"), 0)
+        self._count_lock = threading.Lock()
+        self.processes = processes
         for _ in range(processes):
             self._free.put(None)
+
+    def stats(self) -> DecodeStats:
+        with self._count_lock:
+            return DecodeStats(self.processes, self.processes - self._free.qsize(), **self._counts)
 
     def decode(self, several: Sequence[bytes], limits: ImageLimits, views: Sequence[View]) -> tuple[Decoded, ...]:
         """The images of one question (hscr.images.read_images). Raises ImageError, DecodersBusy."""
@@ -75,6 +102,13 @@ class Decoders:
         """Whether a file can be decoded; no pixels come back. Raises ImageError, DecodersBusy."""
         order = {"sizes": [], "path": str(path.resolve()), **_common(limits, [view])}
         return _note(self._ask(order, ())[0]["images"][0])
+
+    def clean(self, path: Path, key: bytes, limits: ImageLimits = ImageLimits(), view: View = View()) -> Cleaned:
+        """What of a file may be stored (hscr/clean_image.py). Raises ImageError, DecodersBusy."""
+        order = {"sizes": [], "path": str(path.resolve()), "key": key.hex(), **_common(limits, [view])}
+        answer, content = self._ask(order, ())
+        told = answer["images"][0]
+        return Cleaned(_note(told), content[0] if "bytes" in told else None)
 
     def warm(self) -> None:
         """Start one process now, so that the first question does not wait for it."""
@@ -93,7 +127,9 @@ class Decoders:
         try:
             child = self._free.get(timeout=self.seconds)
         except queue.Empty:
+            self._count("no_room")
             raise DecodersBusy from None
+        self._count("orders")
         try:
             if child is None or child.process.poll() is not None:
                 if child is not None:
@@ -108,6 +144,7 @@ class Decoders:
                 stalled = not late.is_alive()
                 child.end()
                 child = None
+                self._count("lost")
                 what = f"takes more than {self.seconds:g} s" if stalled else "ended the process that did it"
                 raise ImageError(f"decoding the image {what}") from None
             finally:
@@ -115,8 +152,13 @@ class Decoders:
         finally:
             self._free.put(child)
         if "refused" in answer:
+            self._count("refused")
             raise ImageError(answer["refused"])
         return answer, pixels
+
+    def _count(self, what: str) -> None:
+        with self._count_lock:
+            self._counts[what] += 1
 
     def _start(self) -> _Child:
         names = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")  # no key, no database address
@@ -171,7 +213,7 @@ def _exchange(child: _Child, order: dict[str, Any], data: Sequence[bytes]) -> tu
     answer: dict[str, Any] = json.loads(line)
     pixels = []
     for told in answer.get("images", ()):
-        size = told["size"][0] * told["size"][1] * 3 if "size" in told else 0
+        size = told["size"][0] * told["size"][1] * 3 if "size" in told else told.get("bytes", 0)
         pixels.append(answers.read(size))
         if len(pixels[-1]) != size:
             raise EOFError

@@ -59,10 +59,13 @@ class Dataset(Base):
     version: Mapped[int]
     format: Mapped[str] = mapped_column(String(40))
     digest: Mapped[str] = mapped_column(String(80), index=True)
+    files_digest: Mapped[str | None] = mapped_column(String(80))  # of the stored folder's SHA256SUMS
     n_records: Mapped[int]
     n_images: Mapped[int]
     n_rejected: Mapped[int]
     rejected: Mapped[list[Any]]  # [{"line": 3, "reason": "…"}], the first thousand
+    n_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files; None: uploaded before that was noted
+    pictures: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # their formats, flags, and how many were cleaned
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -217,7 +220,7 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """An immutable version: its folder is DATA/artifacts/adapters/<digest>/. A job publishes at most one; an uploaded one has no job."""
+    """An immutable version: its folder lies in the store under its digest. A job publishes at most one; an uploaded one has no job."""
 
     __tablename__ = "adapter_versions"
     __table_args__ = (

@@ -13,9 +13,11 @@ from statistics import median
 from typing import Any
 
 from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from service import datasets
+from service.db import Database
 from service.models import Job
 
 STAGES = ("generating", "optimizing", "evaluating", "reporting")
@@ -123,6 +125,17 @@ class Outlook:
 
 def _size(session: Session, dataset_id: str) -> int:
     return datasets.facts(session, dataset_id).n_records
+
+
+def left_s(database: Database) -> float | None:
+    """How long the jobs that run now may take yet, the longest of them; None where nobody knows."""
+    try:
+        with database.read() as session:
+            outlook = Outlook(session)
+            left = [outlook.of(job).remaining_s for job in session.scalars(select(Job).where(Job.status == "running"))]
+    except DBAPIError:
+        return None
+    return max((s for s in left if s is not None), default=None)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import shlex
 import sys
 from functools import cache
@@ -15,6 +16,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+SECRET_VARIABLES = frozenset(
+    f"{prefix}{name}"
+    for prefix in ("", "HSCR_")
+    for name in ("API_KEY", "WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", "ARTIFACTS_URL", "ARTIFACTS_OPTIONS")
+) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+
+
+def without_secrets() -> dict[str, str]:
+    """This process's environment for a child that has no business with what opens database, broker, store and API."""
+    return {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES and not k.startswith("FSSPEC_")}
 
 
 class Settings(BaseSettings):
@@ -28,20 +40,55 @@ class Settings(BaseSettings):
         default="redis://127.0.0.1:6379/0", validation_alias=AliasChoices("REDIS_URL", "HSCR_REDIS_URL")
     )
 
+    artifacts_url: str = (
+        Field(  # where adapters, reports and data sets lie; empty = in the data folder (docs/storage.md)
+            default="", repr=False, validation_alias=AliasChoices("ARTIFACTS_URL", "HSCR_ARTIFACTS_URL")
+        )
+    )
+    artifacts_options: SecretStr | None = Field(  # JSON: what fsspec needs to open that address
+        default=None, validation_alias=AliasChoices("ARTIFACTS_OPTIONS", "HSCR_ARTIFACTS_OPTIONS")
+    )
+    artifacts_cache_max_bytes: int = Field(default=50 * 2**30, ge=0)  # of what was read from such an address
+    artifacts_wait_s: float = Field(default=600.0, ge=0)  # a job waits so long for a store that is away
+    artifacts_grace_s: float = Field(default=3600.0, ge=0)  # objects without a row are removed when they are older
+    log: Literal["auto", "json", "console"] = (
+        "auto"  # JSON lines, or lines for people; auto: by whether stderr is a terminal
+    )
+    trace: Literal["auto", "on", "off"] = "auto"  # OpenTelemetry; auto: where OTEL_EXPORTER_OTLP_ENDPOINT is set
+
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: SecretStr | None = None
 
     model: str = ""  # Hugging Face name or folder; empty = the demo model that ships with hscr
     model_revision: str | None = None
-    engine: Literal["local", "none"] = "local"
+    engine: Literal["local", "openai", "none"] = "local"
+    upstream_url: str = ""  # engine openai: the model server's address (vLLM), http://HOST:PORT
+    upstream_key: SecretStr | None = None
+    upstream_model: str = ""  # its name there; empty = HSCR_MODEL
+    upstream_data_dir: str = ""  # what the server calls the data folder, for adapters; empty = as it is called here
+    upstream_adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded there
+    upstream_concurrency: int = Field(default=32, ge=1)  # questions with it at once; queue_max more wait
+    upstream_timeout_s: float = Field(default=120.0, gt=0)
+    upstream_check_s: float = Field(default=5.0, gt=0)  # between looks whether it is there
     device: str = "auto"
     dtype: str = "auto"
+    # Jobs and engine on one device: both (a job's estimate must fit beside the engine), or one of them goes first.
+    device_policy: Literal["share", "serve_first", "train_first"] = "share"
+    device_name: str = (
+        ""  # of one device for all who share the data folder; empty = by `device` and CUDA_VISIBLE_DEVICES
+    )
+    device_wait_s: float = Field(default=120.0, ge=0)  # a job waits so long for the engine to leave
     engine_threads: int = Field(default=1, ge=1)
-    batch_max: int = Field(default=8, ge=1)
+    scheduling: Literal["continuous", "static"] = "continuous"  # do questions join others between decode steps
+    batch_max: int = Field(default=16, ge=1)  # questions that are answered together
+    batch_tokens_max: int = Field(default=32768, ge=1)  # their tokens, prompts and answers: bounds the key-value cache
     batch_window_s: float = Field(default=0.005, ge=0)
     queue_max: int = Field(default=64, ge=1)
-    adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded in the engine
+    key_questions_max: int | None = Field(default=32, ge=1)  # of one key, waiting or being answered
+    adapters_max_bytes: int = Field(default=2 * 2**30, ge=0)  # adapters kept loaded in the engine
+    prefix_cache_max_bytes: int = Field(default=2**30, ge=0)  # keys and values of images asked about; 0 = none
+    prefix_cache_per_key: bool = False  # callers do not share them: who asked about an image cannot be timed by others
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
     evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
@@ -84,6 +131,9 @@ class Settings(BaseSettings):
     ]  # after each failed attempt, then given up
 
     body_max_bytes: int = 32 * 2**20
+    body_max_s: float = Field(default=120.0, gt=0)  # a body that is no upload comes within this time
+    body_pause_max_s: float = Field(default=30.0, gt=0)  # any body: without a byte
+    head_max_s: float = Field(default=20.0, gt=0)  # a request's line and headers come within this time
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30
     adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked
@@ -93,6 +143,9 @@ class Settings(BaseSettings):
     decode_processes: int = Field(default=2, ge=1)  # that decode images, each with the limits below
     decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
     decode_max_s: float = Field(default=20.0, gt=0)
+    uid_key: SecretStr | None = Field(
+        default=None, min_length=16
+    )  # remaps UIDs of uploaded DICOM files; None: a secret in the data folder
     import_max_s: float = Field(default=3600.0, gt=0)
 
     @field_validator("run_command", "evaluate_command", "plan_command", mode="before")

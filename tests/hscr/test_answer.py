@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hscr.answer
 from hscr.answer import Answerer, AnswerRequest
 from hscr.config import OptimizationConfig
 from hscr.model import VLM, add_lora, load_model
 from hscr.reward import words_of
+from hscr.running import Running
 from tests.hscr.tiny import picture, save_tiny_llava
 
 QUESTIONS = ["Where is the lesion?", "Which plane is shown?", "Is there a lesion?"]
@@ -79,7 +79,7 @@ def test_an_exception_in_the_middle_leaves_no_adapter_behind(
         def broken(*args: Any, **kw: Any) -> Any:
             raise RuntimeError("out of memory")
 
-        patch.setattr(hscr.answer, "decode", broken)
+        patch.setattr(Running, "_say", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             answerer.answer(requests("one" if at == "adapter" else None))
     assert answerer.answer(requests()) == base
@@ -115,7 +115,7 @@ def test_unloading_the_last_adapter_gives_the_base_back(answerer: Answerer, adap
         answerer.answer(requests("two"))
     answerer.unload_adapter("one")
     assert answerer.answer(requests()) == base
-    assert not [n for n, _ in answerer.vlm.model.named_parameters() if "lora" in n]
+    assert not answerer.lora._hooks
     answerer.load_adapter("two", adapters[1])
     assert answerer.answer(requests("two")) == two
 
@@ -162,10 +162,8 @@ def test_an_adapter_that_cannot_be_used_is_refused_and_leaves_the_model_as_it_wa
         with pytest.raises(ValueError, match="adapter"):
             answerer.load_adapter("two", folder)
         assert answerer.answer(requests()) == base
-        left = [n for n, _ in answerer.vlm.model.named_parameters() if "lora_A" in n]
-        assert len(left) == (
-            14 if others else 0
-        )  # 7 linear layers in 2 blocks of the good adapter, nothing of the bad one
+        # 7 linear layers in 2 blocks of the good adapter, nothing of the bad one
+        assert len(answerer.lora._hooks) == (14 if others else 0)
     with pytest.raises(ValueError, match="no adapter of that name"):
         answerer.answer(requests("two"))
     answerer.load_adapter("two", adapters[1])
@@ -211,7 +209,7 @@ def test_the_dropout_mask_belongs_to_the_image(answerer: Answerer) -> None:
 
 def test_grounding_without_dropout_is_zero(vlm: VLM) -> None:
     for answer in Answerer(vlm, dropout_ratio=0.0).answer(requests(grounding="summary")):
-        assert answer.score == 0.0
+        assert answer.score == pytest.approx(0, abs=1e-5)
 
 
 def test_finish_reason_and_counts(answerer: Answerer) -> None:

@@ -1,0 +1,107 @@
+"""Iteration-level scheduling: whoever shares the batch, and whenever they came, an answer is the one it would be alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hscr.answer import AnswerBatch, Answerer, AnswerRequest
+from hscr.answers import Answer
+from hscr.config import OptimizationConfig
+from hscr.model import VLM, add_lora, load_model
+from tests.hscr.tiny import picture
+from tests.hscr.tiny_families import NAMES, save_tiny
+
+QUESTIONS = ["Where is the lesion?", "Which plane?", "Is there a lesion in the left frontal lobe? yes no", "what"]
+ADAPTERS = (None, "one", "two")
+
+
+def save_adapter(model: Path, folder: Path, seed: int, rank: int = 2) -> Path:
+    """Random weights, strong enough to change answers."""
+    vlm = load_model(model, device="cpu")
+    add_lora(vlm, OptimizationConfig(lora_rank=rank), seed=seed)
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in vlm.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.3, generator=stream)
+    vlm.model.save_pretrained(str(folder), safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[VLM, dict[str, Path]]:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_tiny(request.param, folder / "model")
+    adapters = {name: save_adapter(model, folder / name, seed, seed) for seed, name in enumerate(("one", "two"), 1)}
+    return load_model(model, device="cpu"), adapters
+
+
+def answerer_of(family: tuple[VLM, dict[str, Path]], **options: Any) -> Answerer:
+    answerer = Answerer(family[0], **options)
+    for name, folder in family[1].items():
+        answerer.load_adapter(name, folder)
+    return answerer
+
+
+def close(answerer: Answerer) -> None:
+    for name in ("one", "two"):
+        answerer.unload_adapter(name)
+
+
+def asked(rng: random.Random) -> AnswerRequest:
+    image = rng.randrange(4)
+    return AnswerRequest(
+        picture(image, ((28, 28), (40, 28))[image % 2]),
+        rng.choice(QUESTIONS),
+        rng.choice(ADAPTERS),
+        max_tokens=rng.randint(1, 9),
+        temperature=rng.choice([0.0, 0.0, 1.5]),
+        top_p=rng.choice([1.0, 0.6]),
+        seed=rng.randrange(3),
+        grounding=rng.choice(["none", "summary", "tokens"]),
+        logprobs=rng.choice([None, None, 2]),
+    )
+
+
+def same(a: Answer, b: Answer) -> None:
+    assert (a.text, a.token_ids, a.finish_reason) == (b.text, b.token_ids, b.finish_reason)
+    assert a.score == pytest.approx(b.score, abs=2e-4)
+    if a.tokens is not None:
+        assert b.tokens is not None
+        assert [t.reward for t in a.tokens] == pytest.approx([t.reward for t in b.tokens], abs=2e-4)
+    if a.logprobs is not None:
+        assert b.logprobs is not None
+        assert [t.logprob for t in a.logprobs] == pytest.approx([t.logprob for t in b.logprobs], abs=2e-4)
+        assert [[x for x, _ in t.top] for t in a.logprobs] == [[x for x, _ in t.top] for t in b.logprobs]
+
+
+def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> None:
+    """Rows that join at any step, leave at any step, repeat images, and a prefix cache that holds about two of them."""
+    plain, mixed = answerer_of(family), answerer_of(family, prefix_cache_bytes=60_000)
+    said = set()
+    for seed in range(4):
+        rng = random.Random(seed)
+        batch, rows, got = AnswerBatch(mixed), {}, {}
+        waiting = [asked(rng) for _ in range(10)]
+        cancelled = 0
+        while waiting or len(batch):
+            if waiting and (rng.random() < 0.6 or not len(batch)):
+                new = [waiting.pop() for _ in range(min(len(waiting), rng.randint(1, 3)))]
+                rows |= dict(zip(batch.join(new), new, strict=True))
+            if len(batch) > 2 and rng.random() < 0.15:
+                gone = rng.choice(list(batch._asked))
+                batch.leave([gone])
+                cancelled += 1
+            got |= batch.step()
+        assert len(got) == 10 - cancelled
+        for row, answer in got.items():
+            same(answer, plain.answer([rows[row]])[0])
+            said.add(answer.text)
+    assert len(said) > 15  # the answers differ, so equality says something
+    close(plain)
+    close(mixed)
