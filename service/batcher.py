@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -69,6 +70,11 @@ class Asked(Protocol):
         """Questions that wait."""
         ...
 
+    @property
+    def full_for_s(self) -> int | None:
+        """About how many seconds until a question would be taken; None where one is now. Asked before a request costs anything."""
+        ...
+
     def submit(self, item: Any, on_delta: OnDelta | None = None) -> Future[Answer]:
         """Queue a question. Raises Full, Closed. A cancelled future takes it out again."""
         ...
@@ -87,6 +93,10 @@ class Entry(Generic[Item, Result]):
     on_delta: OnDelta | None
     cost: int  # tokens of prompt and answer, about
     since: float = field(default_factory=time.monotonic)
+    joined: float | None = None  # when the engine began with it
+    context: Context = field(
+        default_factory=copy_context
+    )  # of whoever asked: what is told of it later belongs to that request
 
     @property
     def gone(self) -> bool:
@@ -177,13 +187,16 @@ class Batcher(Generic[Item, Result]):
         on_batch: Callable[[int], None] = lambda size: None,
         on_first: Callable[[float], None] = lambda seconds: None,
         turn: Turn | None = None,
+        on_end: Callable[[Entry[Item, Result]], None] = lambda entry: None,
     ) -> None:
         """At most `batch_max` items and `tokens_max` tokens (Engine.cost) run at once; one that is larger alone runs alone.
 
-        `on_batch` gets how many run whenever some joined, `on_first` the seconds from a question's coming to its first token.
+        `on_batch` gets how many run whenever some joined, `on_first` the seconds from a question's coming to its first token,
+        `on_end` a question that is over, in the context of its request.
         """
         self._turn = turn
         self._engine, self._setup, self._on_batch, self._on_first = engine, setup, on_batch, on_first
+        self._on_end = on_end
         self.batch_max, self.window_s, self.queue_max, self.tokens_max = batch_max, window_s, queue_max, tokens_max
         self._waiting: deque[Entry[Item, Result]] = deque()
         self._running: list[Entry[Item, Result]] = []
@@ -199,8 +212,20 @@ class Batcher(Generic[Item, Result]):
         self._thread.start()
 
     @property
+    def oldest_s(self) -> float:
+        """How long the first that waits has waited."""
+        waiting = [entry.since for entry in list(self._waiting) if not entry.gone]
+        return time.monotonic() - min(waiting) if waiting else 0.0
+
+    @property
     def depth(self) -> int:
         return sum(not entry.gone for entry in list(self._waiting))
+
+    @property
+    def full_for_s(self) -> int | None:
+        if len(self._waiting) < self.queue_max or (depth := self.depth) < self.queue_max:
+            return None
+        return max(1, min(60, round((depth + len(self._running)) * self._item_s)))
 
     def submit(self, item: Item, on_delta: OnDelta | None = None) -> Future[Result]:
         """Queue an item. Raises Full, Closed. `on_delta` is called in the batcher's thread with what is said, as it is said."""
@@ -210,10 +235,9 @@ class Batcher(Generic[Item, Result]):
                 raise Closed
             if self._turn is not None and self._turn.away:
                 raise Yielded(self._turn.back_in_s)
-            if len(self._waiting) >= self.queue_max:  # those who left go first
-                self._waiting = deque(e for e in self._waiting if not e.gone)
-            if len(self._waiting) >= self.queue_max:
-                raise Full(max(1, min(60, round((len(self._waiting) + len(self._running)) * self._item_s))))
+            if (wait_s := self.full_for_s) is not None:
+                raise Full(wait_s)
+            self._waiting = deque(e for e in self._waiting if not e.gone)  # their images go too
             self._waiting.append(entry)
             self._came.notify()
         return entry.future
@@ -233,6 +257,7 @@ class Batcher(Generic[Item, Result]):
         try:
             self._setup()
         except Exception as error:
+            log.exception("the model could not be loaded")
             self.failure = error
             return
         self.ready.set()
@@ -290,6 +315,8 @@ class Batcher(Generic[Item, Result]):
             self._marked = time.monotonic()
         self._on_batch(len(self._running) + len(new))
         self._running += new
+        for entry in new:
+            entry.joined = time.monotonic()
         try:
             self._engine.join(new)
         except Exception as error:
@@ -318,6 +345,9 @@ class Batcher(Generic[Item, Result]):
             now = time.monotonic()
             self._item_s = 0.8 * self._item_s + 0.2 * (now - self._marked) / done
             self._marked = now
+        for entry in self._running:
+            if entry not in left:
+                entry.context.run(self._on_end, entry)
         self._running = left
 
     def _leave(self) -> None:
