@@ -33,13 +33,22 @@ def json_digest(value: Any) -> str:
 
 
 def _manifest_text(folder: Path) -> str:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return "".join(f"{file_digest(p).removeprefix('sha256:')}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    return _lines({p: file_digest(p) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}, folder)
 
 
-def write_manifest(folder: Path) -> str:
-    """Write FOLDER/SHA256SUMS over all files below it; returns the folder's digest."""
-    text = _manifest_text(folder)
+def _lines(digests: dict[Path, str], folder: Path) -> str:
+    return "".join(
+        f"{digests[path].removeprefix('sha256:')}  {path.relative_to(folder).as_posix()}\n" for path in sorted(digests)
+    )
+
+
+def write_manifest(folder: Path, known: dict[str, str] | None = None) -> str:
+    """Write FOLDER/SHA256SUMS over all files below it; returns the folder's digest. `known`: name -> digest of every file, if at hand."""
+    text = (
+        _manifest_text(folder)
+        if known is None
+        else _lines({folder / name: digest for name, digest in known.items()}, folder)
+    )
     atomic_write(folder / MANIFEST, text.encode())
     return bytes_digest(text.encode())
 

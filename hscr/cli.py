@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.markup import escape
@@ -10,6 +11,7 @@ from rich.markup import escape
 from hscr import cli_data, cli_demo, cli_model
 from hscr.cli_events import EXIT_STOPPED
 from hscr.cli_options import console
+from hscr.disk import is_full
 from hscr.events import Error, Stopped, to_line
 
 EXIT_BAD_INPUT = 2
@@ -49,15 +51,23 @@ def run_app(application: typer.Typer) -> None:
     try:
         application()
     except (ValueError, ArithmeticError) as error:
-        code = "bad_input" if isinstance(error, ValueError) else "diverged"
-        message = str(error)
-        if as_json:
-            sys.stdout.write(to_line(Error(code, message)) + "\n")
-        else:
-            console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
-        sys.exit(EXIT_BAD_INPUT)
+        _refuse("bad_input" if isinstance(error, ValueError) else "diverged", str(error), as_json)
     except Stopped:
         console.print("stopped; the same command goes on from the last checkpoint")
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        _refuse(
+            "disk_full", "the disk is full; free some space, and the same command goes on from where it was", as_json
+        )
+
+
+def _refuse(code: str, message: str, as_json: bool) -> NoReturn:
+    if as_json:
+        sys.stdout.write(to_line(Error(code, message)) + "\n")
+    else:
+        console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(EXIT_BAD_INPUT)

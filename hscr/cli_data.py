@@ -19,8 +19,12 @@ def import_(
     form: Annotated[
         str, typer.Option("--format", help="auto, vqa-rad, slake, pathvqa, llava, trl, hf-parquet or table.")
     ] = "auto",
-    split: Annotated[str | None, typer.Option(help="Only this split: train, valid or test [default: all].")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Languages to keep [default: en]. Repeatable.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Only this split: train, valid or test.", show_default="all")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Languages to keep. Repeatable.", show_default="en")
+    ] = None,
 ) -> None:
     """Make a data set of VQA-RAD, SLAKE, PathVQA, LLaVA conversations, TRL pairs, CSV or JSONL; import.json lists what was left out."""
     from hscr.importing import import_data

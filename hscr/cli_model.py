@@ -134,7 +134,7 @@ def plan(
     device: Device = "auto",
     revision: Revision = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB that the run may have [default: what the device has free].", min=0)
+        float | None, typer.Option(help="GiB that the run may have.", show_default="what the device has free", min=0)
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

@@ -34,13 +34,13 @@ Data = Annotated[
     Path, typer.Argument(help="Data set: a folder with records.jsonl and its images, or the .jsonl itself.")
 ]
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Hugging Face name or local folder [default: the demo model].")
+    str, typer.Option("--model", "-m", help="Hugging Face name or local folder.", show_default="the demo model")
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of a Hugging Face name; pin it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 DType = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16, float16.")]
 Quantize = Annotated[
-    str | None, typer.Option(help="4bit: the language model in NF4 (CUDA; pip install 'hscr[quantized]').")
+    str | None, typer.Option(help="4bit: the language model in NF4 (CUDA; pip install 'hscr\\[quantized]').")
 ]
 Preset = Annotated[str, typer.Option(help=f"Configuration to start from: {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="JSON file laid over the preset.")]

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hscr.artifacts import bytes_digest, file_digest, json_digest
+from hscr.chat import Asked, Turn, plain, prompt_text, templated, turns_of
 from hscr.config import OptimizationConfig
 from hscr.families import Family, family_of, makes_features
 from hscr.feature_cache import DiskFeatures, FeatureCache
@@ -241,27 +242,9 @@ def reference_policy(vlm: VLM) -> AbstractContextManager[None]:
     return nullcontext() if vlm.on_top else vlm.model.disable_adapter()
 
 
-def _plain(vlm: VLM, text: str) -> str:
-    """Text that spells a special token is broken up and so stays text: an "<image>" in a question adds no image."""
-    for token in vlm.special_tokens:
-        if token in text:
-            text = text.replace(token, token[0] + " " + token[1:])
-    return text
-
-
-def _chat(vlm: VLM, question: str, answer: str | None = None, n_images: int = 1) -> str:
-    """The processor's chat template with the images first; both texts have been through `_plain`."""
-    content: list[dict[str, str]] = [*[{"type": "image"}] * n_images, {"type": "text", "text": question}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return vlm.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
-
-
-def processed(vlm: VLM, images: Sequence[Image.Image], question: str) -> Any:
+def processed(vlm: VLM, images: Sequence[Image.Image], asked: Asked) -> Any:
     """The processor's tensors of one prompt: input_ids [1, T] with a placeholder a visual token, pixel_values and their like."""
-    question = _plain(vlm, question)
-    chat, bos = _chat(vlm, question, n_images=len(images)), vlm.tokenizer.bos_token
+    chat, bos = prompt_text(vlm, asked, len(images)), vlm.tokenizer.bos_token
     # A template that writes the first token itself must not get a second one; stock apply_chat_template does the same.
     special = bos is None or not chat.startswith(bos)
     return vlm.processor(images=list(images), text=chat, return_tensors="pt", add_special_tokens=special)
@@ -276,10 +259,11 @@ def require_images(vlm: VLM, n: int) -> None:
 
 
 @torch.no_grad()
-def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str]) -> list[Prompt]:
+def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[Asked]) -> list[Prompt]:
     """One prompt a (image or images, question), the tower run once per distinct image (features stay in `vlm.features`).
 
-    Raises ValueError where the family takes one image a prompt and there are more.
+    A question may be a conversation (hscr/chat.py) that ends with one; its images are given in order over the turns. Raises ValueError
+    where the family takes one image a prompt and there are more, ConversationError where the chat template cannot say the conversation.
     """
     drafts: list[tuple[Prompt, list[str]]] = []
     missing: dict[str, dict[str, torch.Tensor]] = {}
@@ -288,7 +272,7 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str])
         pictures = as_images(item)
         require_images(vlm, len(pictures))
         keys = [bytes_digest(f"{i.mode}{i.size}".encode() + i.tobytes()) for i in pictures]
-        asked = "\n".join([str(len(keys)), *keys, question])
+        asked = "\n".join([str(len(keys)), *keys, _identity(turns_of(question, len(keys)))])
         for key in keys:
             if key not in known and (features := vlm.features.get(key)) is not None:
                 known[key] = features
@@ -300,7 +284,7 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str])
             batch = processed(vlm, pictures, question)
             for key, picture in zip(keys, pictures, strict=True):
                 if key not in known and key not in missing:
-                    missing[key] = _pixels(batch if len(pictures) == 1 else processed(vlm, [picture], question))
+                    missing[key] = _pixels(batch if len(pictures) == 1 else processed(vlm, [picture], ""))
             ids = batch["input_ids"][0]
             positions = vlm.family.positions(vlm.base, ids, batch)
             vlm.tokens.put(asked, torch.cat([ids[None], positions.reshape(-1, len(ids))]))
@@ -310,6 +294,13 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[str])
         known[key] = features
         vlm.features.put(key, features)
     return [_with_features(vlm, prompt, [known[key] for key in keys]) for prompt, keys in drafts]
+
+
+def _identity(turns: tuple[Turn, ...]) -> str:
+    """A conversation as a part of a key: one question is its own text, more turns are told apart in every role, text and image count."""
+    if len(turns) == 1:
+        return "question\n" + turns[0].text
+    return "turns\n" + json.dumps([[t.role, t.n_images, t.text] for t in turns])
 
 
 def _pixels(batch: Any) -> dict[str, torch.Tensor]:
@@ -353,8 +344,8 @@ def encode_answer(vlm: VLM, question: str, answer: str) -> list[int]:
 
     Tokenised jointly with the prompt, because many tokenisers split the first word differently at the start of a text.
     """
-    question, answer = _plain(vlm, question), _plain(vlm, answer)
-    prompt, whole = _chat(vlm, question), _chat(vlm, question, answer)
+    asked, answer = Turn("user", plain(vlm, question), 1), plain(vlm, answer)
+    prompt, whole = templated(vlm, [asked]), templated(vlm, [asked, Turn("assistant", answer)])
     end = whole.find(answer, len(prompt)) + len(answer)
     if whole.startswith(prompt) and end >= len(prompt) + len(answer):
         before = vlm.tokenizer(prompt, add_special_tokens=False)["input_ids"]

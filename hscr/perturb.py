@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from hscr.chat import Asked
 from hscr.config import PERTURBATIONS
 from hscr.feature_cache import FeatureCache
 from hscr.images import Images, as_images
@@ -33,7 +34,7 @@ def perturbed(
     vlm: VLM,
     prompts: Sequence[Prompt],
     images: Sequence[Images],
-    questions: Sequence[str],
+    questions: Sequence[Asked],
     names: Sequence[object],
     *,
     kind: str,

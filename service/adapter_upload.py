@@ -6,7 +6,6 @@ What is refused leaves nothing behind. The base's shapes are asked of a child pr
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,21 +19,23 @@ from sqlalchemy.orm import Session
 
 from hscr import foreign_adapter
 from hscr.artifacts import write_manifest
-from service import adapters, audit
+from service import adapters, artifact_store, audit
 from service.archive import ArchiveLimits, flatten, unpack
+from service.artifact_store import ArtifactStore
 from service.db import Database
 from service.errors import Problem
 from service.models import AdapterVersion
 from service.retention import artifacts_held
-from service.settings import Settings
+from service.settings import Settings, without_secrets
 
-_SECRETS = ("HSCR_API_KEY", "HSCR_WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", "HSCR_DATABASE_URL", "HSCR_REDIS_URL")
 _KEPT = frozenset({".safetensors", ".json"}) | foreign_adapter.PICKLES
 
 
-def upload(database: Database, settings: Settings, by: str, name: str, file: IO[bytes]) -> tuple[AdapterVersion, bool]:
+def upload(
+    database: Database, settings: Settings, store: ArtifactStore, by: str, name: str, file: IO[bytes]
+) -> tuple[AdapterVersion, bool]:
     """The version and whether it is new: the same weights under the same name are the version that is there. Raises Problem."""
-    incoming = settings.data_dir / "artifacts" / "adapters" / f".incoming-{uuid4().hex}"
+    incoming = settings.data_dir / "datasets" / f".incoming-{uuid4().hex}"  # where the sweep leaves it alone
     incoming.mkdir(parents=True)
     try:
         most = settings.adapter_max_bytes
@@ -49,8 +50,8 @@ def upload(database: Database, settings: Settings, by: str, name: str, file: IO[
         plain = incoming / "plain"
         foreign_adapter.write_plain(found, plain)
         digest = write_manifest(plain)
-        with artifacts_held(settings.data_dir):
-            adapters.store(settings.data_dir, plain, digest, uuid4().hex)
+        with artifacts_held(settings.data_dir, database):
+            store.put(artifact_store.adapter(digest), plain, give=True)
             config = {"optimization": {"lora_rank": found.rank, "lora_alpha": found.alpha}}
             with database.write() as session:
                 return _register(session, by, name, digest, settings.model_id, config)
@@ -61,13 +62,12 @@ def upload(database: Database, settings: Settings, by: str, name: str, file: IO[
 @cache
 def base_shapes(model: str, revision: str | None) -> dict[str, tuple[int, int]]:
     """The base's linear layers. Raises Problem."""
-    environment = {k: v for k, v in os.environ.items() if k not in _SECRETS}
     done = subprocess.run(
         [sys.executable, "-m", "hscr.base_shapes", model, *([revision] if revision else [])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=without_secrets(),
         cwd=Path(foreign_adapter.__file__).parent.parent,
         timeout=300,
         check=False,

@@ -1,13 +1,12 @@
 """The registry: adapter names, immutable versions by digest, and what a reference means. Aliases move in service/aliases.py.
 
-An adapter's folder is stored once under its digest; a row points at it only when it is whole. No torch and no web framework here.
+An adapter's folder lies in the store (service/artifact_store.py) under its digest; a row points at it only when it is whole.
+No torch and no web framework here.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import verify_manifest
 from hscr.config import OptimizationConfig, PreferenceConfig
-from service import audit, jobs
+from service import artifact_store, audit, jobs
 from service.errors import Problem
 from service.models import Adapter, AdapterVersion, Alias, Dataset, Job, VersionTag
 
@@ -41,35 +39,8 @@ class Resolved:
 
 
 def folder(data_dir: Path, digest: str) -> Path:
-    return data_dir / "artifacts" / "adapters" / digest.replace(":", "-")
-
-
-def store(data_dir: Path, source: Path, digest: str, token: str) -> Path:
-    """Copy a verified adapter folder to its place by digest, under a temporary name until it is whole. Raises ValueError."""
-    verify_manifest(source, digest)
-    final = folder(data_dir, digest)
-    if not final.exists():
-        temporary = final.with_name(f".{final.name}.{token}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, temporary)
-        sync_tree(temporary)
-        try:
-            temporary.rename(final)
-        except OSError:  # another attempt was first; equal digests are equal folders
-            shutil.rmtree(temporary, ignore_errors=True)
-    verify_manifest(final, digest)
-    return final
-
-
-def sync_tree(root: Path) -> None:
-    """Bring a folder's files to the disk before its name is: a rename must not outlive the bytes after a power cut."""
-    for path in [*root.rglob("*"), root, root.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Where an adapter lies in the default store and in a backup."""
+    return artifact_store.LocalStore.below(data_dir).folder(artifact_store.adapter(digest))
 
 
 def publish(

@@ -17,7 +17,8 @@ from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 
 import hscr
-from service import problems
+from service import logs, problems, tracing
+from service.artifact_store import open_store
 from service.auth import Auth, check_settings
 from service.batcher import Batcher
 from service.datasets import clear_leftovers
@@ -30,6 +31,7 @@ from service.routes import (
     adapters,
     aliases,
     align,
+    chat,
     datasets,
     evaluate,
     gates,
@@ -39,6 +41,7 @@ from service.routes import (
     keys,
     lineage,
     metrics,
+    models,
     preferences,
     vqa,
     webhooks,
@@ -65,7 +68,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     if engine is None and settings.engine == "local":
         engine = LocalEngine(settings)
     counters = Metrics()
-    state = State(settings, Database(settings.database), counters, engine, None)
+    state = State(settings, Database(settings.database), counters, engine, None, open_store(settings))
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,
@@ -91,6 +94,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         gates,
         lineage,
         vqa,
+        chat,
+        models,
         keys,
         health,
     ):
@@ -103,13 +108,15 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     state: State = app.state.hscr
     settings = state.settings
+    logs.configure("api", settings.log)
     if settings.api_key is None:
         logging.getLogger("hscr").warning(
             "no HSCR_API_KEY: until a key is made, open to everybody on this machine, and to nobody else"
         )
+    tracing.start("api", settings.trace)
+    state.metrics.watch_decoders(decoders(settings).stats)
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         await run_in_threadpool(decoders(settings).warm)
@@ -130,6 +137,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if state.batcher is not None:
         await run_in_threadpool(state.batcher.close)
     state.database.close()
+    await run_in_threadpool(tracing.stop)
 
 
 def _documentation(app: FastAPI) -> None:

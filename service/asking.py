@@ -9,17 +9,20 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from hscr.answers import Answer, Delta, OnDelta
+from hscr.chat import ConversationError
 from hscr.image_limits import ImageError, ImageLimits
 from hscr.image_view import View
 from hscr.images import Decoded
-from service import adapters
+from service import adapters, artifact_store
 from service.adapters import Resolved
+from service.artifact_store import brought
 from service.batcher import Asked, Closed, Full
 from service.decoding import DecodersBusy, decoders
 from service.engine import AdapterDamaged, Question
@@ -67,6 +70,11 @@ def resolve(state: State, reference: str | None) -> Resolved | None:
     if resolved.model != state.settings.model_id:
         raise Problem("adapter_for_other_model", "Ask a service that serves the base model of this adapter.")
     return resolved
+
+
+async def adapter_folder(state: State, resolved: Resolved | None) -> Path | None:
+    """Where the version's files are, brought from the store where they are not at hand; None for the base. Raises Problem."""
+    return await brought(state.artifacts, artifact_store.adapter(resolved.digest)) if resolved else None
 
 
 async def ask(state: State, question: Question, request: Request) -> Answer:
@@ -169,6 +177,10 @@ def _result(future: asyncio.Future[Answer]) -> Answer:
         return future.result()
     except asyncio.CancelledError:
         raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
+    except Problem:  # of another server (service/upstream.py)
+        raise
+    except ConversationError as error:
+        raise Problem("conversation_refused", f"{error}.", param="messages") from None
     except AdapterDamaged:
         raise Problem("artifact_damaged", "The adapter's stored files fail their digest or cannot be loaded.") from None
     except Exception:

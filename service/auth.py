@@ -20,13 +20,13 @@ from service import keys
 from service.db import Database
 from service.errors import Problem
 from service.keys import ANYBODY, ENV, SCOPES, Caller
-from service.problems import problem_response
+from service.problems import answer
 from service.settings import Settings, is_loopback
 
 log = logging.getLogger("hscr.auth")
 OPEN = ("/healthz", "/readyz")
 READ = ("GET", "HEAD")
-# By the first part of the path: the scopes that may read, and those that may change. `admin` may do everything.
+# By the first part or the first two parts of the path: the scopes that may read, and those that may change. `admin` may do everything.
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vqa": (("vqa",), ("vqa",)),
     "datasets": (("align",), ("align",)),
@@ -35,6 +35,8 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "jobs": (("align",), ("align",)),
     "adapters": (("vqa", "align"), ("align",)),
     "lineage": (("vqa", "align"), ()),
+    "v1/chat": (("vqa",), ("vqa",)),
+    "v1/models": (("vqa", "align"), ()),
     "metrics": (SCOPES, ()),
     "docs": (SCOPES, ()),
     "openapi.json": (SCOPES, ()),
@@ -73,10 +75,10 @@ class Auth:
                 raise Problem("scope_missing", detail)
             scope["state"]["caller"] = caller
         except Problem as refusal:
-            await problem_response(refusal, scope["state"]["request_id"])(scope, receive, send)
+            await answer(refusal, scope)(scope, receive, send)
         except DBAPIError:
             away = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
-            await problem_response(away, scope["state"]["request_id"])(scope, receive, send)
+            await answer(away, scope)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -117,7 +119,9 @@ class Auth:
 
 
 def _allowed(scope: Scope) -> tuple[str, ...]:
-    read, change = RULES.get(scope["path"].split("/")[1] if "/" in scope["path"] else "", ((), ()))
+    first, _, rest = scope["path"].removeprefix("/").partition("/")
+    both = f"{first}/{rest.partition('/')[0]}"
+    read, change = RULES.get(both) or RULES.get(first) or ((), ())
     return read if scope["method"] in READ else change
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
 from hscr import __version__
-from hscr.artifacts import verify_manifest, write_json, write_manifest
-from service import adapters, audit, datasets, reports, run_folders, snapshot
-from service.adapters import sync_tree
+from hscr.artifacts import MANIFEST, verify_manifest, write_json, write_manifest
+from service import artifact_store, audit, run_folders, snapshot
+from service.artifact_store import KINDS, Artifact, ArtifactStore, LocalStore, open_store, sync_tree
 from service.db import Database, now
+from service.errors import Problem
 from service.retention import artifacts_held
 from service.settings import Settings
 
@@ -45,8 +49,8 @@ def backup(settings: Settings, out: Path) -> Report:
     incoming = out.with_name(f".{out.name}.{uuid4().hex[:8]}.tmp")
     (incoming / DATABASE).mkdir(parents=True)
     try:
-        with artifacts_held(settings.data_dir), snapshot.take(settings.database, incoming / DATABASE) as taken:
-            damaged = _copy_artifacts(settings.data_dir, incoming / DATA, taken)
+        with _held(settings), snapshot.take(settings.database, incoming / DATABASE) as taken:
+            damaged = _copy_artifacts(open_store(settings), incoming / DATA, taken)
             still = taken.rows(_STILL)
             busy = [job for job in still if not _copy_run(settings.data_dir, incoming / DATA, job)]
             counts = {name: taken.rows(f'SELECT count(*) FROM "{name}"')[0] for name in taken.tables}
@@ -77,10 +81,10 @@ def restore(settings: Settings, source: Path) -> Report:
     place.mkdir(parents=True, exist_ok=True)
     incoming = place / f".restoring-{uuid4().hex[:8]}"
     try:
-        shutil.copytree(source / DATA, incoming)
+        shutil.copytree(source / DATA / "runs", incoming / "runs")
         sync_tree(incoming)
-        for part in sorted(incoming.iterdir()):
-            part.rename(place / part.name)
+        _store_artifacts(LocalStore.below(source / DATA), open_store(settings))
+        (incoming / "runs").rename(place / "runs")
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
     snapshot.put_back(settings.database, source / DATABASE, about["database"], about["revision"], about["tables"])
@@ -107,33 +111,58 @@ def _about(source: Path) -> dict[str, Any]:
     return about
 
 
-def _copy_artifacts(data_dir: Path, out: Path, taken: snapshot.Taken) -> list[str]:
-    """Copy what the rows name; the digests of what is missing or not what it was."""
-    damaged = []
-    for digest in taken.rows("SELECT DISTINCT digest FROM datasets"):
-        if not _copied(datasets.folder(data_dir, digest), datasets.folder(out, digest)):
-            damaged.append(digest)
-    for digest in taken.rows("SELECT DISTINCT digest FROM adapter_versions"):
-        target = adapters.folder(out, digest)
-        try:
-            whole = _copied(adapters.folder(data_dir, digest), target) and verify_manifest(target, digest) == digest
-        except ValueError:
-            whole = False
-        if not whole:
-            damaged.append(digest)
-    for name in taken.rows("SELECT DISTINCT report FROM jobs WHERE report IS NOT NULL"):
-        if not _copied(reports.folder(data_dir, name), reports.folder(out, name)):
-            damaged.append(name)
+@contextmanager
+def _held(settings: Settings) -> Iterator[None]:
+    """Nothing is collected meanwhile, by this host or another."""
+    database = Database(settings.database)
+    try:
+        with artifacts_held(settings.data_dir, database):
+            yield
+    finally:
+        database.close()
+
+
+def _copy_artifacts(store: ArtifactStore, out: Path, taken: snapshot.Taken) -> list[str]:
+    """Copy what the rows name out of the store; the digests of what is missing or changed. Raises Problem where the store is away."""
+    digests = taken.rows("SELECT digest FROM datasets GROUP BY digest ORDER BY digest")
+    files = taken.rows("SELECT max(files_digest) FROM datasets GROUP BY digest ORDER BY digest")
+    named = [(d, artifact_store.data_set(d, known)) for d, known in zip(digests, files, strict=True)]
+    named += [(d, artifact_store.adapter(d)) for d in taken.rows("SELECT DISTINCT digest FROM adapter_versions")]
+    reports = taken.rows("SELECT DISTINCT report FROM jobs WHERE report IS NOT NULL")
+    named += [(name, artifact_store.report(name)) for name in reports]
+    damaged = [digest for digest, artifact in named if not _copied(store, artifact, out)]
     for name in ("datasets", "artifacts", "runs"):
         (out / name).mkdir(parents=True, exist_ok=True)
     return damaged
 
 
-def _copied(source: Path, target: Path) -> bool:
-    if not source.is_dir():
+def _copied(store: ArtifactStore, artifact: Artifact, out: Path) -> bool:
+    """Whether a whole copy is there now; without a manifest (a data set stored by an earlier version) nobody can say."""
+    target = LocalStore.below(out).folder(artifact)
+    try:
+        with store.lent(artifact) as folder:
+            shutil.copytree(folder, target)
+        if artifact.files is not None or (target / MANIFEST).is_file():
+            verify_manifest(target, artifact.files)
+    except (Problem, ValueError) as error:
+        if isinstance(error, Problem) and error.code != "artifact_damaged":
+            raise
         return False
-    shutil.copytree(source, target)
     return True
+
+
+def _store_artifacts(source: LocalStore, store: ArtifactStore) -> None:
+    """Bring a backup's artifacts into the store of this deployment, wherever it lies."""
+    for kind in KINDS:
+        for name in source.names(kind):
+            folder = source.fetch(Artifact(kind, name, None))
+            if (folder / MANIFEST).is_file():
+                store.put(Artifact(kind, name, verify_manifest(folder)), folder)
+            else:  # of an earlier version
+                with TemporaryDirectory() as scratch:
+                    copy = Path(shutil.copytree(folder, Path(scratch) / name))
+                    write_manifest(copy)
+                    store.put(Artifact(kind, name, None), copy)
 
 
 def _copy_run(data_dir: Path, out: Path, job_id: str) -> bool:

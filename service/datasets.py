@@ -1,4 +1,4 @@
-"""Data sets: an uploaded archive becomes a folder named by its content's digest, and rows that can be browsed.
+"""Data sets: an uploaded archive becomes a stored folder named by its content's digest, and rows that can be browsed.
 
 Bad rows are reported with their line and reason and left out of the stored copy, so that a run reads only what was counted. Whatever
 is refused leaves nothing behind. No torch and no web framework here.
@@ -17,7 +17,7 @@ from uuid import uuid4
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import file_digest, json_digest
+from hscr.artifacts import file_digest, json_digest, write_manifest
 from hscr.data_set import PREFERENCES, checked_preferences, given_preferences
 from hscr.image_limits import ImageError
 from hscr.image_view import View
@@ -29,14 +29,15 @@ from hscr.records import (
     to_json,
     write_jsonl,
 )
-from service import audit
-from service.adapters import sync_tree
+from service import artifact_store, audit
 from service.archive import ArchiveLimits, discard, flatten, unpack
+from service.artifact_store import Artifact, ArtifactStore
 from service.db import Database
 from service.decoding import Decoders, DecodersBusy
 from service.errors import Problem
 from service.foreign import Reading, convert, is_ours
 from service.models import Dataset, DatasetRecord, new_id
+from service.retention import artifacts_held
 
 REJECTED_KEPT = 1000
 
@@ -54,7 +55,14 @@ class Content:
 
 
 def folder(data_dir: Path, digest: str) -> Path:
-    return data_dir / "datasets" / digest.replace(":", "-")
+    """Where a data set lies in the default store and in a backup."""
+    return artifact_store.LocalStore.below(data_dir).folder(artifact_store.data_set(digest, None))
+
+
+def artifact(session: Session, digest: str) -> Artifact:
+    """The stored folder of every data set with this digest."""
+    noted = select(Dataset.files_digest).where(Dataset.digest == digest, Dataset.files_digest.is_not(None))
+    return artifact_store.data_set(digest, session.scalars(noted.limit(1)).first())
 
 
 def import_upload(
@@ -67,11 +75,13 @@ def import_upload(
     reading: Reading = Reading(),
     actor: str = "local",
     decoders: Decoders | None = None,
+    store: ArtifactStore | None = None,
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register a zip or a parquet file; the data set and whether it is new (equal content under one name is not).
 
-    Raises Problem.
+    `store`: where it is kept; the data folder's own where None. Raises Problem.
     """
+    store = store or artifact_store.LocalStore.below(data_dir)
     incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
     upload, imported = incoming / "upload", incoming / "imported"
     upload.mkdir(parents=True)
@@ -90,14 +100,16 @@ def import_upload(
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
             content = _imported(_read(source, rows_max, decoders), report)
-        _store(source, content, folder(data_dir, content.digest))
+        whole = _assemble(source, content, incoming / "whole")
+        with artifacts_held(data_dir, database):
+            files = store.put(artifact_store.data_set(content.digest, None), whole, give=True)
+            with database.write() as session:
+                dataset, new = _register(session, name, content, files)
+                if new:
+                    audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
+                return dataset, new
     finally:
         discard(incoming)
-    with database.write() as session:
-        dataset, new = _register(session, name, content)
-        if new:
-            audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
-        return dataset, new
 
 
 def _imported(content: Content, report: dict[str, Any]) -> Content:
@@ -187,31 +199,22 @@ def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
                 yield number
 
 
-def _store(source: Path, content: Content, final: Path) -> None:
-    """Put exactly the accepted records and their images under the digest; the rename comes last."""
-    if final.exists():
-        return
-    whole = final.with_name(f".incoming-{uuid4().hex}")
-    try:
-        whole.mkdir()
-        for image in content.images:
-            (whole / image).parent.mkdir(parents=True, exist_ok=True)
-            (source / image).rename(whole / image)
-        write_jsonl(whole / "records.jsonl", content.records)
-        if content.given is not None:
-            checked = checked_preferences(content.given, content.records)
-            write_jsonl(whole / PREFERENCES, (row for row in checked if not isinstance(row, RejectedRow)))
-        sync_tree(whole)
-        try:
-            whole.rename(final)
-        except OSError:
-            if not final.exists():  # a second upload of the same content was first: fine; anything else is not
-                raise
-    finally:
-        discard(whole)
+def _assemble(source: Path, content: Content, whole: Path) -> Path:
+    """A folder of exactly the accepted records and their images, with its manifest. The images are moved, and their digests known."""
+    whole.mkdir()
+    for image in content.images:
+        (whole / image).parent.mkdir(parents=True, exist_ok=True)
+        (source / image).rename(whole / image)
+    write_jsonl(whole / "records.jsonl", content.records)
+    if content.given is not None:
+        checked = checked_preferences(content.given, content.records)
+        write_jsonl(whole / PREFERENCES, (row for row in checked if not isinstance(row, RejectedRow)))
+    written = {path.name: file_digest(path) for path in whole.glob("*.jsonl")}
+    write_manifest(whole, content.images | written)
+    return whole
 
 
-def _register(session: Session, name: str, content: Content) -> tuple[Dataset, bool]:
+def _register(session: Session, name: str, content: Content, files: str) -> tuple[Dataset, bool]:
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))  # one version number at a time
     known = session.scalar(select(Dataset).where(Dataset.name == name, Dataset.digest == content.digest))
@@ -224,6 +227,7 @@ def _register(session: Session, name: str, content: Content) -> tuple[Dataset, b
         version=latest + 1,
         format=content.format,
         digest=content.digest,
+        files_digest=files,
         n_records=len(content.records),
         n_images=len(content.images),
         n_rejected=len(content.rejected),

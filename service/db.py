@@ -6,14 +6,16 @@ Parameters never appear in an exception's text, for they may be health data.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Engine, TypeDecorator, create_engine, event, func, select
+from sqlalchemy import DateTime, Dialect, Engine, TypeDecorator, create_engine, event, func, select, text
 from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 _WRITE = "hscr_write"
@@ -51,6 +53,21 @@ class Database:
         """Commits at the end of the block, rolls back where it raises."""
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
+
+    @contextmanager
+    def shared(self, name: str) -> Iterator[None]:
+        """Hold a name together with others, against `alone`. On SQLite nothing: one host has the file, and files have locks."""
+        if self.engine.dialect.name != "postgresql":
+            yield
+            return
+        with self.engine.connect() as connection:
+            connection.execute(text("SET LOCAL lock_timeout = 0"))  # a collector may take its time
+            connection.execute(select(func.pg_advisory_xact_lock_shared(func.hashtextextended(name, 0))))
+            try:
+                yield
+            finally:
+                with suppress(DBAPIError):  # where the connection is lost the hold is too, and nothing is to be told
+                    connection.rollback()
 
     def close(self) -> None:
         self.engine.dispose()
@@ -90,6 +107,20 @@ def lock(session: Session, name: str) -> None:
     """Hold a name until the write transaction ends, against all others that do so. On SQLite a write transaction is alone anyway."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
+def alone(session: Session, name: str) -> bool:
+    """Whether nobody holds a name (`Database.shared`); then nobody will until the transaction ends."""
+    if session.get_bind().dialect.name != "postgresql":
+        return True
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))))
+
+
+def disk_is_full(error: DBAPIError) -> bool:
+    """True where the database could not write because its disk takes no more."""
+    return getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or (
+        getattr(error.orig, "sqlstate", None) == "53100"
+    )
 
 
 def upgrade(url: str, revision: str = "head") -> None:

@@ -35,6 +35,18 @@ class DecodersBusy(Exception):
     """No process became free in time."""
 
 
+@dataclass(frozen=True)
+class DecodeStats:
+    """How the pool does: counts since the start, `busy` now."""
+
+    processes: int
+    busy: int
+    orders: int
+    refused: int
+    lost: int
+    no_room: int
+
+
 @dataclass
 class _Child:
     process: subprocess.Popen[bytes]
@@ -59,8 +71,15 @@ class Decoders:
     def __init__(self, processes: int, memory_bytes: int, seconds: float) -> None:
         self.memory_bytes, self.seconds = memory_bytes, seconds
         self._free: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # None: a process that is not started
+        self._counts = dict.fromkeys(("orders", "refused", "lost", "no_room"), 0)
+        self._count_lock = threading.Lock()
+        self.processes = processes
         for _ in range(processes):
             self._free.put(None)
+
+    def stats(self) -> DecodeStats:
+        with self._count_lock:
+            return DecodeStats(self.processes, self.processes - self._free.qsize(), **self._counts)
 
     def decode(self, several: Sequence[bytes], limits: ImageLimits, views: Sequence[View]) -> tuple[Decoded, ...]:
         """The images of one question (hscr.images.read_images). Raises ImageError, DecodersBusy."""
@@ -93,7 +112,9 @@ class Decoders:
         try:
             child = self._free.get(timeout=self.seconds)
         except queue.Empty:
+            self._count("no_room")
             raise DecodersBusy from None
+        self._count("orders")
         try:
             if child is None or child.process.poll() is not None:
                 if child is not None:
@@ -108,6 +129,7 @@ class Decoders:
                 stalled = not late.is_alive()
                 child.end()
                 child = None
+                self._count("lost")
                 what = f"takes more than {self.seconds:g} s" if stalled else "ended the process that did it"
                 raise ImageError(f"decoding the image {what}") from None
             finally:
@@ -115,8 +137,13 @@ class Decoders:
         finally:
             self._free.put(child)
         if "refused" in answer:
+            self._count("refused")
             raise ImageError(answer["refused"])
         return answer, pixels
+
+    def _count(self, what: str) -> None:
+        with self._count_lock:
+            self._counts[what] += 1
 
     def _start(self) -> _Child:
         names = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")  # no key, no database address

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, a log line of ids and numbers, metrics, the limit of its body, and the last net for exceptions.
+"""What surrounds every request: its id, a log line of ids and numbers, metrics, the limits of its body, and the last net for exceptions.
 
 Plain ASGI, so that streams pass through unbuffered. Logs hold no question, file name or query string; of an unexpected exception they hold
 its type and where it was raised, not its text.
@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 import re
 import time
-import traceback
-from pathlib import Path
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs, tracing
+from service.body import Body, BodyLimits, BodyRefused
 from service.errors import Problem
 from service.metrics import Metrics
-from service.problems import problem_response
+from service.problems import answer
 from service.settings import Settings
 
 log = logging.getLogger("hscr.http")
 _ADAPTER_UPLOAD = re.compile(r"^/adapters/[^/]+/versions/?$")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # a label: callers may send any word
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._\-]{1,64}$")
 
 
@@ -37,68 +38,66 @@ class Edge:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.match(given) else f"req_{uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        s = self.settings
-        limit = s.upload_max_bytes if scope["path"] == "/datasets" else s.body_max_bytes
-        if scope["method"] == "POST" and _ADAPTER_UPLOAD.match(scope["path"]):
-            limit = s.adapter_max_bytes + 2**20
-        guard = _Guard(receive, send, request_id, limit)
-        begin = time.perf_counter()
+        body = Body(receive, headers, self._limits(scope, headers.get(b"content-type", b"")))
+        guard = _Guard(body, send, request_id)
+        with logs.bound(request_id=request_id), tracing.span("request", headers, request_id=request_id) as span:
+            begin = time.perf_counter()
+            await self._served(scope, receive, guard)
+            seconds = time.perf_counter() - begin
+            route = getattr(scope.get("route"), "path", "unmatched")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(method, route, str(guard.status)).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            told = {"method": method, "route": route, "status": guard.status}
+            if (code := scope["state"].get("problem")) is not None:
+                self.metrics.refusals.labels(code).inc()
+                told["problem"] = code
+            span.set(**told)
+            log.info("request", extra=told | {"ms": round(seconds * 1000, 1)})
+
+    def _limits(self, scope: Scope, content_type: bytes) -> BodyLimits:
+        s, upload = self.settings, None
+        if scope["method"] == "POST" and content_type.lower().startswith(b"multipart/form-data"):
+            if scope["path"].rstrip("/") == "/datasets":
+                upload = s.upload_max_bytes
+            elif _ADAPTER_UPLOAD.match(scope["path"]):
+                upload = s.adapter_max_bytes + 2**20
+        if upload is not None:
+            return BodyLimits(upload, s.body_pause_max_s, None)
+        return BodyLimits(s.body_max_bytes, s.body_pause_max_s, s.body_max_s)
+
+    async def _served(self, scope: Scope, receive: Receive, guard: _Guard) -> None:
+        """The application's response, or the refusal of a body, or of what it raised a problem without its text."""
         try:
-            declared = headers.get(b"content-length", b"0")
-            if declared.isdigit() and int(declared) > limit:
-                guard.too_large = True
-            else:
-                await self.app(scope, guard.receive, guard.send)
-        except _TooLarge:
+            guard.body.check_headers()
+            await self.app(scope, guard.body.receive, guard.send)
+        except BodyRefused:
             pass
         except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)[-4:]
-            where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
-            log.error("request %s: %s raised at %s", request_id, type(error).__name__, where)
-            if guard.status is None:
+            where = logs.place(error.__traceback__)
+            log.error("request %s: %s", guard.request_id, type(error).__name__, extra={"where": where})
+            if guard.status is None and guard.body.refused is None:
                 problem = Problem("internal", "This is a fault of the service; its log has the request id.")
-                await problem_response(problem, request_id)(scope, receive, guard.send_through)
-        if guard.too_large and guard.status is None:
-            problem = Problem(
-                "body_too_large", f"At most {limit} bytes are read here.", headers={"Connection": "close"}
-            )
-            await problem_response(problem, request_id)(scope, receive, guard.send_through)
-        seconds = time.perf_counter() - begin
-        route = getattr(scope.get("route"), "path", "unmatched")
-        self.metrics.requests.labels(scope["method"], route, str(guard.status)).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
-        log.info("%s %s %s %s %.1f ms", request_id, scope["method"], route, guard.status, seconds * 1000)
-
-
-class _TooLarge(Exception):
-    pass
+                await answer(problem, scope)(scope, receive, guard.send_through)
+        if guard.body.refused is not None and guard.status is None:
+            await answer(guard.body.refused, scope)(scope, receive, guard.send_through)
 
 
 class _Guard:
-    """Counts a request's body, stamps its response, and remembers whether one was begun."""
+    """Stamps a request's response, remembers whether one was begun, and lets none pass in place of the refusal of its body."""
 
-    def __init__(self, receive: Receive, send: Send, request_id: str, limit: int) -> None:
-        self._receive, self._send, self._request_id, self._left = receive, send, request_id, limit
+    def __init__(self, body: Body, send: Send, request_id: str) -> None:
+        self.body, self._send, self.request_id = body, send, request_id
         self.status: int | None = None
-        self.too_large = False
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            if self._left < 0:
-                self.too_large = True
-                raise _TooLarge
-        return message
 
     async def send(self, message: Message) -> None:
-        if self.too_large and self.status is None:
+        if self.body.refused is not None and self.status is None:
             return  # whatever the application makes of its cut body: the refusal is ours
         await self.send_through(message)
 
     async def send_through(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            stamp = [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff")]
+            stamp = [(b"x-request-id", self.request_id.encode()), (b"x-content-type-options", b"nosniff")]
             message["headers"] = [*message.get("headers", []), *stamp]
         await self._send(message)

@@ -19,10 +19,10 @@ from service.batcher import Entry, Whole
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from hscr.chat import Turn
     from PIL import Image
 
     from hscr.answer import AnswerBatch, Answerer
+    from hscr.chat import Turn
     from hscr.running import Row
 
 log = logging.getLogger("hscr.engine")

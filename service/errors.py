@@ -10,12 +10,16 @@ from typing import Any
 
 TABLE: dict[str, tuple[int, str]] = {
     "bad_request": (400, "The request cannot be read"),
+    "invalid_parameter": (400, "A parameter is invalid"),
+    "unsupported_parameter": (400, "This parameter is not supported here"),
+    "conversation_refused": (400, "The model cannot be asked this conversation"),
     "unauthorized": (401, "An API key is needed"),
     "host_not_allowed": (403, "This address is not served"),
     "origin_not_allowed": (403, "Calls from this web origin are refused"),
     "key_required": (403, "This address is served with an API key only"),
     "scope_missing": (403, "This key may not do that"),
     "not_found": (404, "No such route"),
+    "model_not_found": (404, "No such model"),
     "dataset_not_found": (404, "No such data set"),
     "job_not_found": (404, "No such job"),
     "report_not_found": (404, "This job has no report"),
@@ -27,6 +31,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "key_not_found": (404, "No such key"),
     "alias_not_found": (404, "No such alias"),
     "method_not_allowed": (405, "This route does not take this method"),
+    "body_too_slow": (408, "The body comes too slowly"),
     "job_ended": (409, "The job has ended"),
     "job_not_ended": (409, "The job has not ended"),
     "job_elsewhere": (409, "The job is in another status"),
@@ -55,6 +60,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "internal": (500, "The service failed"),
     "artifact_damaged": (500, "A stored file is not what it was"),
     "answer_failed": (500, "The model failed on this request"),
+    "artifacts_unavailable": (503, "The artifact store does not answer"),
     "engine_unavailable": (503, "This replica answers no questions"),
     "engine_loading": (503, "The model is still loading"),
     "base_unknown": (503, "The base model cannot be looked at"),
@@ -62,6 +68,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "plan_unavailable": (503, "No estimate can be made now"),
     "decoders_busy": (503, "Too many images are being decoded"),
     "draining": (503, "The service is shutting down"),
+    "disk_full": (507, "The disk is full"),
     "database_unavailable": (503, "The database does not answer"),
 }
 

@@ -59,6 +59,7 @@ class Dataset(Base):
     version: Mapped[int]
     format: Mapped[str] = mapped_column(String(40))
     digest: Mapped[str] = mapped_column(String(80), index=True)
+    files_digest: Mapped[str | None] = mapped_column(String(80))  # of the stored folder's SHA256SUMS
     n_records: Mapped[int]
     n_images: Mapped[int]
     n_rejected: Mapped[int]
@@ -217,7 +218,7 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """An immutable version: its folder is DATA/artifacts/adapters/<digest>/. A job publishes at most one; an uploaded one has no job."""
+    """An immutable version: its folder lies in the store under its digest. A job publishes at most one; an uploaded one has no job."""
 
     __tablename__ = "adapter_versions"
     __table_args__ = (

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hscr.artifacts import write_json
-from service import datasets
 from service.errors import Problem
 from service.lifeline import PARENT_VARIABLE
 from service.settings import Settings
@@ -19,8 +18,8 @@ from service.settings import Settings
 _turn = threading.Lock()  # two at once would time each other
 
 
-def estimate(settings: Settings, data: str, evaluation: str | None, config: dict[str, Any]) -> dict[str, Any]:
-    """The plan of `align` on a data set (digest) and the evaluation's, as hscr/plan.py writes it. Raises Problem."""
+def estimate(settings: Settings, data: Path, evaluation: Path | None, config: dict[str, Any]) -> dict[str, Any]:
+    """The plan of `align` on a data set's folder and the evaluation's, as hscr/plan.py writes it. Raises Problem."""
     if not _turn.acquire(timeout=settings.plan_max_s):
         raise Problem("plan_unavailable", "Other estimates are being made. Try again.", headers={"Retry-After": "10"})
     try:
@@ -32,12 +31,11 @@ def estimate(settings: Settings, data: str, evaluation: str | None, config: dict
         _turn.release()
 
 
-def _command(settings: Settings, data: str, evaluation: str | None, config: Path) -> list[str]:
-    place = settings.data_dir.resolve()
-    command = [*settings.plan_command, str(datasets.folder(place, data)), "--model", settings.model_path, "--json"]
+def _command(settings: Settings, data: Path, evaluation: Path | None, config: Path) -> list[str]:
+    command = [*settings.plan_command, str(data.resolve()), "--model", settings.model_path, "--json"]
     command += ["--config", str(config), "--device", settings.device, "--dtype", settings.dtype]
     command += ["--revision", settings.model_revision] if settings.model_revision else []
-    return [*command, *(["--eval", str(datasets.folder(place, evaluation))] if evaluation else [])]
+    return [*command, *(["--eval", str(evaluation.resolve())] if evaluation else [])]
 
 
 def _child(settings: Settings, command: list[str]) -> dict[str, Any]:

@@ -9,7 +9,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
+from hscr.disk import is_full
+from service import openai_errors
+from service.db import disk_is_full
 from service.errors import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -41,8 +45,13 @@ _RESPONSE: dict[str, Any] = {
 RESPONSES: dict[int | str, dict[str, Any]] = {"default": _RESPONSE, 422: _RESPONSE}
 
 
-def problem_response(problem: Problem, request_id: str) -> JSONResponse:
-    return JSONResponse(problem.document(request_id), problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+def answer(problem: Problem, scope: Scope) -> JSONResponse:
+    """The problem's response, OpenAI's shape of it under /v1; its code noted for log and metrics."""
+    scope["state"]["problem"] = problem.code
+    if scope["path"].startswith(openai_errors.PREFIX):
+        return JSONResponse(openai_errors.document(problem), problem.status, headers=openai_errors.headers(problem))
+    document = problem.document(scope["state"]["request_id"])
+    return JSONResponse(document, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -50,25 +59,42 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Problem)
     async def refused(request: Request, error: Problem) -> JSONResponse:
-        return problem_response(error, request.state.request_id)
+        return answer(error, request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return problem_response(invalid_fields(error.errors()), request.state.request_id)
+        return answer(invalid_fields(error.errors()), request.scope)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.__cause__ is not None and is_full(error.__cause__):  # an upload that found no room beside the data
+            return answer(_no_room(), request.scope)
         code = _BY_STATUS.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
         detail = "See /docs for the routes and what they take."
         problem = Problem(code, detail, headers=dict(error.headers or {}))
-        return problem_response(problem, request.state.request_id)
+        return answer(problem, request.scope)
+
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> JSONResponse:
+        if not is_full(error):
+            raise error
+        return answer(_no_room(), request.scope)
 
     @app.exception_handler(DBAPIError)
     async def database(request: Request, error: DBAPIError) -> JSONResponse:
+        if disk_is_full(error):
+            return answer(_no_room(), request.scope)
         if not (error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")):
             raise error
         problem = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
-        return problem_response(problem, request.state.request_id)
+        return answer(problem, request.scope)
+
+
+def _no_room() -> Problem:
+    detail = (
+        "Nothing was stored. Free some space on the disk of the data folder or of the database, then send it again."
+    )
+    return Problem("disk_full", detail, headers={"Retry-After": "60"})
 
 
 def invalid_fields(errors: Any) -> Problem:

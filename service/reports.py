@@ -1,11 +1,5 @@
-"""Where published reports lie: DATA/artifacts/reports/<digest>/."""
+"""The files of a published report. They lie in the store (service/artifact_store.py) under the digest of their content."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 FILES = ("report.html", "report.json", "evaluation.json")
-
-
-def folder(data_dir: Path, name: str) -> Path:
-    return data_dir / "artifacts" / "reports" / name

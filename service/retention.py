@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
 
 from sqlalchemy import ColumnElement, delete, or_, select
 from sqlalchemy.orm import Session
 
 from service import jobs, run_folders
-from service.db import Database, now
+from service.artifact_store import ADAPTERS, DATASETS, REPORTS, ArtifactStore, LocalStore, open_store
+from service.db import Database, alone, now
 from service.errors import Problem
-from service.models import AdapterVersion, IdempotencyKey, Job, JobEvent, Outbox, PreferenceEdit, WebhookDelivery
+from service.models import (
+    AdapterVersion,
+    Dataset,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    Outbox,
+    PreferenceEdit,
+    WebhookDelivery,
+)
 from service.settings import Settings
 
 BATCH = 100
+_HOLD = "artifacts"
+_COLUMNS = {ADAPTERS: AdapterVersion.digest, REPORTS: Job.report, DATASETS: Dataset.digest}
 
 
 def delete_job(session: Session, job_id: str) -> bool:
@@ -74,48 +85,44 @@ def clean(database: Database, settings: Settings) -> int:
     with database.write() as session:
         old = IdempotencyKey.created_at < now() - timedelta(seconds=settings.keep_idempotency_s)
         done += session.execute(delete(IdempotencyKey).where(old)).rowcount  # type: ignore[attr-defined]
-    return done + run_folders.clear_aside(settings.data_dir / "runs") + collect(database, settings.data_dir)
+    done += run_folders.clear_aside(settings.data_dir / "runs")
+    return done + collect(database, settings.data_dir, open_store(settings))
 
 
 @contextmanager
-def artifacts_held(data_dir: Path) -> Iterator[None]:
-    """While an artifact is stored and its row not yet committed: nothing is collected. Many may hold it together."""
+def artifacts_held(data_dir: Path, database: Database | None = None) -> Iterator[None]:
+    """While an artifact is stored and its row not yet committed: nothing is collected. Many may hold it together.
+
+    With `database` also against other hosts that share it.
+    """
     with _lock_file(data_dir).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        yield
+        with database.shared(_HOLD) if database else nullcontext():
+            yield
 
 
-def collect(database: Database, data_dir: Path) -> int:
-    """Remove adapters and reports that no row points at: of deleted jobs, and of attempts that died before their rows; how many.
+def collect(database: Database, data_dir: Path, store: ArtifactStore | None = None) -> int:
+    """Remove artifacts that no row points at: of deleted jobs, and of attempts and uploads that died before their rows; how many.
 
-    Does nothing while anybody publishes.
+    Does nothing while anybody publishes. `store`: the data folder's own where None. Raises Problem where it is away.
     """
+    store = store or LocalStore.below(data_dir)
     with _lock_file(data_dir).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return 0
-        gone = []
+        gone = 0
         with database.read() as session:
-            for kind, column in (("adapters", AdapterVersion.digest), ("reports", Job.report)):
-                root = data_dir / "artifacts" / kind
-                run_folders.clear_aside(root)
-                names = {_row_name(kind, path): path for path in root.iterdir()} if root.is_dir() else {}
+            if not alone(session, _HOLD):
+                return 0
+            for kind, column in _COLUMNS.items():
+                names = {name if kind == REPORTS else name.replace("-", ":", 1): name for name in store.names(kind)}
                 for some in (list(names)[i : i + 500] for i in range(0, len(names), 500)):
                     kept = set(session.scalars(select(column).where(column.in_(some))))
-                    gone += [_put_aside(names[name]) for name in some if name not in kept]
-    for path in gone:
-        run_folders.discard(path)
-    return len(gone)
-
-
-def _row_name(kind: str, path: Path) -> str:
-    return path.name.replace("-", ":", 1) if kind == "adapters" else path.name
-
-
-def _put_aside(path: Path) -> Path:
-    """Renamed before it is removed: half an artifact must never lie under a digest's name."""
-    return path.rename(path.with_name(f".gone-{uuid4().hex}"))
+                    gone += sum(store.remove(kind, names[name]) for name in some if name not in kept)
+    store.clear()
+    return gone
 
 
 def _lock_file(data_dir: Path) -> Path:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
+from service import logs
 from service.app import create_app
+from service.engine import LocalEngine
 from service.lifeline import watch_parent
 from service.settings import Settings
 from service.state import State
+from service.timely import timely
 
 
 class _Server(uvicorn.Server):
@@ -31,11 +35,13 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def main() -> int:
+def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
+    """Serve until a signal. `make_engine` is for tests."""
     watch_parent()
     settings = Settings()
+    logs.configure("api", settings.log)
     try:
-        app = create_app(settings)
+        app = create_app(settings, make_engine(settings) if make_engine else None)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -43,8 +49,11 @@ def main() -> int:
         app,
         host=settings.host,
         port=settings.port,
+        log_config=None,  # service/logs.py
         access_log=False,  # it would log whole paths; service/edge.py logs routes
         server_header=False,
+        http=timely(settings.head_max_s),
+        ws="none",
         timeout_graceful_shutdown=15,
         timeout_keep_alive=15,
         h11_max_incomplete_event_size=64 * 1024,

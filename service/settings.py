@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import shlex
 import sys
 from functools import cache
@@ -15,6 +16,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+SECRET_VARIABLES = frozenset(
+    f"{prefix}{name}"
+    for prefix in ("", "HSCR_")
+    for name in ("API_KEY", "WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", "ARTIFACTS_URL", "ARTIFACTS_OPTIONS")
+) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+
+
+def without_secrets() -> dict[str, str]:
+    """This process's environment for a child that has no business with what opens database, broker, store and API."""
+    return {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES and not k.startswith("FSSPEC_")}
 
 
 class Settings(BaseSettings):
@@ -27,6 +39,22 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0", validation_alias=AliasChoices("REDIS_URL", "HSCR_REDIS_URL")
     )
+
+    artifacts_url: str = (
+        Field(  # where adapters, reports and data sets lie; empty = in the data folder (docs/storage.md)
+            default="", repr=False, validation_alias=AliasChoices("ARTIFACTS_URL", "HSCR_ARTIFACTS_URL")
+        )
+    )
+    artifacts_options: SecretStr | None = Field(  # JSON: what fsspec needs to open that address
+        default=None, validation_alias=AliasChoices("ARTIFACTS_OPTIONS", "HSCR_ARTIFACTS_OPTIONS")
+    )
+    artifacts_cache_max_bytes: int = Field(default=50 * 2**30, ge=0)  # of what was read from such an address
+    artifacts_wait_s: float = Field(default=600.0, ge=0)  # a job waits so long for a store that is away
+    artifacts_grace_s: float = Field(default=3600.0, ge=0)  # objects without a row are removed when they are older
+    log: Literal["auto", "json", "console"] = (
+        "auto"  # JSON lines, or lines for people; auto: by whether stderr is a terminal
+    )
+    trace: Literal["auto", "on", "off"] = "auto"  # OpenTelemetry; auto: where OTEL_EXPORTER_OTLP_ENDPOINT is set
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -59,6 +87,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(default=30.0, gt=0)
     stop_grace_s: float = Field(default=8.0, ge=0)  # a cancelled run gets this long after TERM, then KILL
     lock_wait_s: float = Field(default=60.0, ge=0)  # an attempt waits this long for an older one's run to be dead
+    disk_reserve_bytes: int = Field(
+        default=512 * 2**20, ge=0
+    )  # with less free in the data folder no run starts or goes on
     max_crashes: int = Field(default=3, ge=1)
     sweep_interval_s: float = Field(default=1.0, gt=0)
     ring_after_s: float = Field(default=5.0, gt=0)
@@ -86,6 +117,9 @@ class Settings(BaseSettings):
     ]  # after each failed attempt, then given up
 
     body_max_bytes: int = 32 * 2**20
+    body_max_s: float = Field(default=120.0, gt=0)  # a body that is no upload comes within this time
+    body_pause_max_s: float = Field(default=30.0, gt=0)  # any body: without a byte
+    head_max_s: float = Field(default=20.0, gt=0)  # a request's line and headers come within this time
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30
     adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked

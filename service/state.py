@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.artifact_store import ArtifactStore
 from service.batcher import Asked
 from service.db import Database
 from service.engine import LocalEngine
@@ -25,6 +26,7 @@ class State:
     metrics: Metrics
     engine: LocalEngine | None
     batcher: Asked | None
+    artifacts: ArtifactStore
     asked: Counter[str] = field(default_factory=Counter)  # questions of each key on their way; the event loop's own
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)

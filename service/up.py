@@ -23,6 +23,7 @@ from pathlib import Path
 
 import httpx
 
+from service.artifact_store import open_store
 from service.auth import check_settings
 from service.db import upgrade
 from service.lifeline import PARENT_VARIABLE, die_with_parent
@@ -113,6 +114,7 @@ class Up:
         data = self.settings.data_dir
         try:
             check_settings(self.settings)
+            open_store(self.settings)
         except ValueError as error:
             raise UpError(str(error)) from None
         for part in ("", "logs", "tmp"):

@@ -39,7 +39,11 @@ class JobFolder:
         earlier = self.attempts()
         if earlier:
             temporary = self.path / f".attempt-{fence}"
-            shutil.copytree(earlier[-1], temporary, symlinks=True, ignore=shutil.ignore_patterns(".lock", "*.tmp"))
+            try:
+                shutil.copytree(earlier[-1], temporary, symlinks=True, ignore=shutil.ignore_patterns(".lock", "*.tmp"))
+            except OSError:  # a full disk needs the room of what is no use
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             temporary.rename(final)
             for path in earlier:
                 shutil.rmtree(path, ignore_errors=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import verify_manifest, write_json
-from service import adapters, datasets, gates, lineage, reviews
+from hscr.artifacts import write_json
+from service import adapters, artifact_store, datasets, gates, lineage, reviews
+from service.artifact_store import Artifact
 from service.evaluations import KIND
 from service.models import Dataset, Job
 from service.settings import Settings
@@ -17,8 +18,19 @@ from service.settings import Settings
 CONFIG, REVIEW = "config.json", "review.json"
 
 
-class SourceDamaged(Exception):
-    """The stored version that the job is about is not what its digest says."""
+@dataclass(frozen=True)
+class Sources:
+    """What a run reads of the store: data sets, the version that it is about and the one before it, and the data that they learnt from."""
+
+    data: Artifact
+    evaluation: Artifact | None
+    version: Artifact | None
+    before: Artifact | None
+    learnt_from: tuple[Artifact, ...]
+
+    def all(self) -> list[Artifact]:
+        named = (self.data, self.evaluation, self.version, self.before, *self.learnt_from)
+        return list(dict.fromkeys(a for a in named if a is not None))
 
 
 @dataclass(frozen=True)
@@ -31,48 +43,45 @@ class Order:
     for_review: bool
 
 
-def order_of(session: Session, settings: Settings, job: Job, folder: Path, work: Path) -> Order:
-    """Write what the run reads into the job's folder; its output will be in `work`. Raises SourceDamaged."""
+def sources_of(session: Session, job: Job) -> Sources:
+    """The artifacts to have at hand before the run starts."""
+    data = datasets.artifact(session, session.get_one(Dataset, job.dataset_id).digest)
+    other = job.evaluation_dataset_id if job.kind != KIND else None
+    evaluation = datasets.artifact(session, session.get_one(Dataset, other).digest) if other else None
+    if job.source_name is None or job.source_version is None:
+        return Sources(data, evaluation, None, None, ())
+    version, before = adapters.get_version(session, job.source_name, job.source_version), gates.before(session, job.id)
+    learnt = [digest for v in (version, before) if v is not None for digest in lineage.learnt_from(session, v)]
+    return Sources(
+        data,
+        evaluation,
+        artifact_store.adapter(version.digest),
+        artifact_store.adapter(before.digest) if before else None,
+        tuple(datasets.artifact(session, digest) for digest in dict.fromkeys(learnt)),
+    )
+
+
+def order_of(
+    session: Session, settings: Settings, job: Job, folder: Path, work: Path, sources: Sources, at: dict[Artifact, Path]
+) -> Order:
+    """Write what the run reads into the job's folder; its output will be in `work`. `at`: where each source lies on this disk."""
     write_json(folder / CONFIG, job.config)
     evaluates = job.kind == KIND
     review = reviews.for_run(session, job.id)
     if review is not None:
         write_json(folder / REVIEW, review)
     for_review = job.review and job.approved_at is None
-    place = settings.data_dir.resolve()
-    data = datasets.folder(place, session.get_one(Dataset, job.dataset_id).digest)
-    command = [*(settings.evaluate_command if evaluates else settings.run_command), str(data)]
+    command = [*(settings.evaluate_command if evaluates else settings.run_command), str(at[sources.data])]
     command += ["--model", settings.model_path, "--out", str(work.resolve())]
     command += ["--config", str((folder / CONFIG).resolve()), "--events", "json"]
+    command += ["--eval", str(at[sources.evaluation])] if sources.evaluation else []
+    if sources.version is not None:
+        command += ["--adapter" if evaluates else "--parent", str(at[sources.version])]
+        command += ["--before", str(at[sources.before])] if sources.before else []
+        for seen in sources.learnt_from:
+            command += ["--trained-on", str(at[seen])]
     if evaluates:
-        return Order([*command, *_source(session, place, job)], True, None, False)
-    if job.evaluation_dataset_id:
-        other = session.get_one(Dataset, job.evaluation_dataset_id).digest
-        command += ["--eval", str(datasets.folder(place, other))]
-    if job.source_name is not None:
-        command += _source(session, place, job)
+        return Order(command, True, None, False)
     if review is not None:
         command += ["--review", str((folder / REVIEW).resolve())]
     return Order([*command, *(["--stop-after", "generating"] if for_review else [])], False, review, for_review)
-
-
-def _source(session: Session, place: Path, job: Job) -> list[str]:
-    """The version to evaluate or to align on top of, and the data that it learnt from, whose pictures must not be evaluated on."""
-    assert job.source_name is not None
-    assert job.source_version is not None
-    version, before = adapters.get_version(session, job.source_name, job.source_version), gates.before(session, job.id)
-    arguments = ["--adapter" if job.kind == KIND else "--parent", _checked(place, version.digest)]
-    arguments += ["--before", _checked(place, before.digest)] if before else []
-    seen = [digest for v in (version, before) if v is not None for digest in lineage.learnt_from(session, v)]
-    for digest in dict.fromkeys(seen):
-        arguments += ["--trained-on", str(datasets.folder(place, digest))]
-    return arguments
-
-
-def _checked(place: Path, digest: str) -> str:
-    folder = adapters.folder(place, digest)
-    try:
-        verify_manifest(folder, digest)
-    except ValueError:
-        raise SourceDamaged from None
-    return str(folder)

@@ -6,25 +6,24 @@ import shutil
 from pathlib import Path
 
 from hscr.artifacts import write_manifest
-from service.adapters import sync_tree
-from service.reports import FILES, folder
+from service import artifact_store
+from service.artifact_store import ArtifactStore
+from service.reports import FILES
 
 
-def store_report(data_dir: Path, work: Path) -> str | None:
-    """Copy the report's files to their place; its name, or None where the run wrote none."""
+def store_report(store: ArtifactStore, work: Path) -> str | None:
+    """Store the report's files; its name, or None where the run wrote none."""
     present = [name for name in FILES if (work / name).is_file()]
     if not present:
         return None
-    incoming = folder(data_dir, f".{work.parent.name}.{work.name}")
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
-    for name in present:
-        shutil.copyfile(work / name, incoming / name)
-    digest = write_manifest(incoming).replace(":", "-")
-    sync_tree(incoming)
-    final = folder(data_dir, digest)
+    made = work / ".report"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
     try:
-        incoming.rename(final)
-    except OSError:  # an earlier attempt stored the same report
-        shutil.rmtree(incoming, ignore_errors=True)
-    return digest
+        for name in present:
+            shutil.copyfile(work / name, made / name)
+        name = write_manifest(made).replace(":", "-")
+        store.put(artifact_store.report(name), made, give=True)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return name

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from service.events import LINE_MAX_BYTES, RunEvent, parse_run_event
 from service.lifeline import PARENT_VARIABLE, die_with_parent
+from service.settings import without_secrets
 
 DONE, BAD_INPUT, STOPPED = 0, 2, 75
-_SECRETS = ("HSCR_API_KEY", "HSCR_WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", "HSCR_DATABASE_URL", "HSCR_REDIS_URL")
 
 
 class Run:
@@ -31,7 +31,7 @@ class Run:
         `features`: the folder where it keeps image features, or `off`.
         """
         supervisor = os.getpid()
-        environment = {k: v for k, v in os.environ.items() if k not in _SECRETS}
+        environment = without_secrets()
         environment |= {PARENT_VARIABLE: str(supervisor), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["HSCR_FEATURE_CACHE"] = features
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
@@ -44,7 +44,7 @@ class Run:
                 env=environment,
                 process_group=0,
                 pass_fds=inherit,
-                preexec_fn=lambda: die_with_parent(supervisor),  # this process has one thread, so this is safe here
+                preexec_fn=lambda: die_with_parent(supervisor),  # one C call: safe beside a store's idle thread
             )
         assert self._process.stdout is not None
         self._pipe = self._process.stdout.fileno()

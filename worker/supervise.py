@@ -9,28 +9,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest
-from service import adapters, gates, jobs, preferences, reviews
+from hscr.disk import is_full
+from service import adapters, artifact_store, gates, jobs, logs, preferences, reviews, tracing
+from service.artifact_store import ADAPTERS, Artifact, ArtifactStore, open_store
 from service.db import Database, now
+from service.errors import Problem
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
 from service.models import Job
 from service.retention import artifacts_held
 from service.run_folders import try_lock
 from service.settings import Settings
 from worker.attempt import JobFolder
-from worker.command import REVIEW, Order, SourceDamaged, order_of
+from worker.carry import Interrupted, carry
+from worker.command import REVIEW, Order, order_of, sources_of
 from worker.reports import store_report
+from worker.room import CODE as DISK_FULL
+from worker.room import MESSAGE as DISK_FULL_MESSAGE
+from worker.room import has_room
 from worker.run import BAD_INPUT, DONE, STOPPED, Run
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
+Result = TypeVar("Result")
 busy = False
 
 
@@ -39,21 +48,31 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
     global busy
     busy = True  # before the claim: a SIGTERM from here on hands the job back instead of ending the process
     try:
+        if not has_room(
+            settings
+        ):  # left in the queue: the sweep rings again, and a job is not failed for its neighbours' files
+            log.warning("job %s: not claimed, the data folder has less free than HSCR_DISK_RESERVE_BYTES", job_id)
+            return
         with database.write() as session:
             mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
         if mine is None:
             return
-        log.info("job %s attempt %d: claimed", job_id, mine.fence)
-        _Attempt(database, settings, mine, should_stop).run()
+        n = mine.fence
+        with logs.bound(job_id=job_id, attempt=n), tracing.span("job.attempt", job_id=job_id, attempt=n) as span:
+            log.info("job %s attempt %d: claimed", job_id, n)
+            attempt = _Attempt(database, settings, mine, should_stop)
+            attempt.run()
+            span.set(ended=attempt.ended)
     except jobs.Superseded:
         log.warning("job %s: superseded", job_id)
     finally:
         busy = False
+        tracing.flush()  # not while it works: a collector that is away would hold up its lease
 
 
 @dataclass
 class _Asked:
-    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline."""
+    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline, disk_full."""
 
     reason: str
     kill_at: float
@@ -70,6 +89,8 @@ class _Attempt:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     order: Order = field(default_factory=lambda: Order([], False, None, False))
     generated: bool = False
+    store: ArtifactStore = field(init=False)
+    ended: str | None = None  # how, in one word of a log or trace
     over: bool = False  # the job will not go on: succeeded or cancelled
     pending: list[RunEvent] = field(default_factory=list)
     result: ResultEvent | None = None
@@ -78,17 +99,19 @@ class _Attempt:
     _renewed: float = field(default_factory=time.monotonic)
     _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, False, None))
     _timed: float = field(default_factory=time.monotonic)
+    _entered: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
-        folder = JobFolder(self.settings.data_dir, self.mine.job_id)
         try:
-            with folder.lock_file() as lock:
+            self.store = open_store(self.settings)
+            folder = JobFolder(self.settings.data_dir, self.mine.job_id)
+            with folder.lock_file() as lock, ExitStack() as lent:
                 if not self._wait_for(lock):
                     return
                 work = folder.begin(self.mine.fence)
                 status = self._follow(
                     Run(
-                        self._prepare(folder, work),
+                        self._prepare(folder, work, lent),
                         folder.path / "run.log",
                         threads=self.settings.run_threads,
                         features=self.settings.features_folder,
@@ -100,11 +123,17 @@ class _Attempt:
                     folder.trim()
         except jobs.Superseded:
             raise
-        except SourceDamaged:
-            message = "the stored adapter fails its digest; restore it from a backup"
-            self._finish(lambda s: jobs.fail(s, self.mine, "artifact_damaged", message))
+        except Problem as problem:
+            code, message = problem.code, problem.detail
+            self._finish(lambda s: jobs.fail(s, self.mine, code, message))
+        except Interrupted:
+            self._conclude(None, None)
         except Exception as error:
-            # Its type only: an exception's text may name a file.
+            if is_full(error):
+                log.warning("job %s attempt %d: the disk is full", self.mine.job_id, self.mine.fence)
+                self._crash(DISK_FULL, DISK_FULL_MESSAGE)
+                return
+            # Its type and place only (service/logs.py): an exception's text may name a file.
             log.exception("job %s attempt %d: the supervisor failed", self.mine.job_id, self.mine.fence)
             self._crash("attempt_failed", f"the attempt failed with {type(error).__name__}")
 
@@ -123,10 +152,17 @@ class _Attempt:
             time.sleep(TICK_S)
         return True
 
-    def _prepare(self, folder: JobFolder, work: Path) -> list[str]:
+    def _prepare(self, folder: JobFolder, work: Path, lent: ExitStack) -> list[str]:
+        with self.database.read() as session:
+            sources = sources_of(session, session.get_one(Job, self.mine.job_id))
+        at: dict[Artifact, Path] = {}
+        for artifact in sources.all():
+            check = artifact.kind == ADAPTERS
+            held = self._carry(lambda a=artifact, c=check: lent.enter_context(self.store.lent(a, check=c)))  # type: ignore[misc]
+            at[artifact] = held.resolve()
         with self.database.read() as session:
             job = session.get_one(Job, self.mine.job_id)
-            self.order = order_of(session, self.settings, job, folder.path, work)
+            self.order = order_of(session, self.settings, job, folder.path, work, sources, at)
         self.metrics, self.stage_seconds = dict(job.metrics), dict(job.stage_seconds)
         return self.order.command
 
@@ -160,6 +196,8 @@ class _Attempt:
                 self.asked = _Asked("pause", 0)
             elif self.should_stop():
                 self.asked = _Asked("stop", 0)
+            elif not has_room(self.settings):
+                self.asked = _Asked(DISK_FULL, 0)
 
     def _take(self, events: list[RunEvent]) -> None:
         for event in events:
@@ -179,8 +217,15 @@ class _Attempt:
 
     def _enter(self, event: StageEvent) -> None:
         self._time_stage()
+        self._trace_stage()
         self.stage = event.stage if event.status == "started" else None
         self.generated |= event.stage == "generating" and event.status != "started"
+
+    def _trace_stage(self) -> None:
+        """The stage that was under way is over."""
+        if self.stage is not None:
+            tracing.past(f"job.{self.stage}", self._entered, time.monotonic(), attempt=self.mine.fence)
+        self._entered = time.monotonic()
 
     def _time_stage(self) -> None:
         """Book the time since the last look to the stage that is under way."""
@@ -232,6 +277,8 @@ class _Attempt:
     def _conclude(self, status: int | None, work: Path | None) -> None:
         """End this attempt in exactly one way, by what was asked and how the run ended."""
         asked = self.asked.reason if self.asked else None
+        self._trace_stage()
+        self.ended = asked or ("done" if status == DONE else f"status_{status}")
         log.info("job %s attempt %d: run ended with %s, asked: %s", self.mine.job_id, self.mine.fence, status, asked)
         if asked == "cancel":
             self._finish(lambda s: jobs.cancelled(s, self.mine))
@@ -240,6 +287,8 @@ class _Attempt:
             self._publish(work, self.result)
         elif asked == "deadline":
             self._finish(lambda s: jobs.fail(s, self.mine, **jobs.DEADLINE))
+        elif asked == DISK_FULL or (status == BAD_INPUT and self.error and self.error.code == DISK_FULL):
+            self._crash(DISK_FULL, DISK_FULL_MESSAGE)
         elif status == BAD_INPUT:
             error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
@@ -259,23 +308,32 @@ class _Attempt:
             self._crash("no_result", "the run ended with another result than was asked for")
             return
         self._store_now([StageEvent(stage="publishing", status="started")])
-        with artifacts_held(self.settings.data_dir):
+        with ExitStack() as held:
+            self._carry(lambda: held.enter_context(artifacts_held(self.settings.data_dir, self.database)))
             if result.adapter is not None:
+                made_adapter, source = artifact_store.adapter(result.digest), work / result.adapter
                 try:
-                    adapters.store(self.settings.data_dir, work / result.adapter, result.digest, str(self.mine.fence))
+                    self._carry(lambda: self.store.put(made_adapter, source))
                 except ValueError:
                     self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
                     return
-            made = {
-                "digest": result.digest,
-                "result": result.metrics,
-                "report": store_report(self.settings.data_dir, work),
-            }
+            report = self._carry(lambda: store_report(self.store, work))
+            made = {"digest": result.digest, "result": result.metrics, "report": report}
             learnt = {} if self.order.evaluates else self._learnt(work)
             publish: Callable[..., Any] = gates.publish if self.order.evaluates else adapters.publish
             self._finish(lambda s: publish(s, self.mine, metrics=self.metrics, **made, **learnt))
         self.over = True
         log.info("job %s: published", self.mine.job_id)
+
+    def _carry(self, work: Callable[[], Result]) -> Result:
+        """Work of the store's, with a lease that goes on; tried again for a while where the store is away. Raises Problem, Interrupted."""
+        return carry(work, self._tend, wait_s=self.settings.artifacts_wait_s, grace_s=self.settings.stop_grace_s)
+
+    def _tend(self) -> bool:
+        """Keep the attempt alive during other work; whether something asks it to stop."""
+        self._beat()
+        self._look()
+        return self.asked is not None
 
     def _learnt(self, work: Path) -> dict[str, Any]:
         """What the adapter was optimised on, and what a person had changed of it."""

@@ -23,8 +23,9 @@ from redis.exceptions import RedisError
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.exc import DBAPIError
 
-from service import jobs, retention
+from service import jobs, logs, retention
 from service.db import Database, now
+from service.errors import Problem
 from service.lifeline import watch_parent
 from service.models import Job, Outbox
 from service.queue import make_celery, ring, waiting_bells
@@ -103,6 +104,8 @@ def sweep_once(database: Database, celery: Celery, settings: Settings, *, clean:
             step()
         except (BrokerError, RedisError, OSError) as error:
             log.warning("the broker or the disk does not answer: %s", type(error).__name__)
+        except Problem as problem:
+            log.warning("%s", problem.code)  # the artifact store is away
         except DBAPIError as error:
             log.warning("the database does not answer: %s", type(error).__name__)
 
@@ -120,7 +123,7 @@ def main() -> int:
     if arguments.healthy:
         return 0 if alive.is_file() and time.time() - alive.stat().st_mtime < 60 else 1
     watch_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.configure("sweep", settings.log)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -134,7 +137,10 @@ def main() -> int:
         due = time.monotonic() - cleaned > settings.clean_interval_s
         sweep_once(database, celery, settings, clean=due)
         cleaned = time.monotonic() if due else cleaned
-        alive.touch()
+        try:
+            alive.touch()
+        except OSError as error:  # a full disk, say: then the health check speaks, and the sweep goes on
+            log.warning("the heartbeat file cannot be written: %s", type(error).__name__)
         stop.wait(settings.sweep_interval_s)
     database.close()
     return 0

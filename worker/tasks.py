@@ -6,23 +6,23 @@ the child to hand its job back now.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import re
 import signal
 from typing import Any
 
-from celery.signals import worker_process_init, worker_shutting_down
+from celery.signals import setup_logging, worker_process_init, worker_shutting_down
 
+from service import logs, tracing
 from service.db import Database
 from service.lifeline import die_with_parent, watch_parent
 from service.queue import QUEUE, TASK, make_celery
 from service.settings import Settings
 from worker import supervise
 
-logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 settings = Settings()
+logs.configure("worker", settings.log)
 app = make_celery(settings)
 _JOB_ID = re.compile(r"^job_[0-9a-f]{28}$")
 _shutdown = mmap.mmap(-1, 1)  # written by the main process, seen by its forked child
@@ -48,6 +48,11 @@ def align(job_id: Any) -> None:
         )  # nobody waits for this child any more, or it was told to go; the message was acknowledged on receipt
 
 
+@setup_logging.connect
+def _keep_our_logging(**_: Any) -> None:
+    """Celery configures no logging of its own where somebody listens here."""
+
+
 @worker_shutting_down.connect
 def _tell_child(**_: Any) -> None:
     _shutdown[0] = 1
@@ -56,6 +61,7 @@ def _tell_child(**_: Any) -> None:
 @worker_process_init.connect
 def _prepare_child(**_: Any) -> None:
     signal.signal(signal.SIGTERM, _on_sigterm)
+    tracing.start("worker", settings.trace, threads=False)
     die_with_parent(os.getppid(), signal.SIGTERM)  # TERM, not KILL: there may be a job to hand back
 
 

@@ -16,9 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
-from hscr.artifacts import verify_manifest
-from service import adapter_upload, adapters, aliases, audit
-from service.errors import Problem
+from service import adapter_upload, adapters, aliases, artifact_store, audit
 from service.models import Adapter, AdapterVersion, Alias, VersionTag
 from service.pages import After, Limit, Page, page
 from service.state import Service, Who
@@ -148,7 +146,7 @@ def upload(
     """Checked before anything loads it: safetensors only, shapes of the served base, finite numbers. Only numbers, rank, scale and module
     names are kept. The same weights under the same name are the same version: 200 with what is there.
     """
-    row, new = adapter_upload.upload(state.database, state.settings, who.id, name, file.file)
+    row, new = adapter_upload.upload(state.database, state.settings, state.artifacts, who.id, name, file.file)
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/adapters/{name}/versions/{row.version}"
     with state.database.read() as session:
@@ -171,12 +169,8 @@ def download(state: Service, name: Name, version: Number) -> FileResponse:
     """A folder that stock `peft` and vLLM load, with its sha256 manifest; checked before it is sent."""
     with state.database.read() as session:
         row = adapters.get_version(session, name, version)
-    folder = adapters.folder(state.settings.data_dir, row.digest)
-    try:
-        verify_manifest(folder, row.digest)
-    except ValueError:
-        raise Problem("artifact_damaged", "The stored adapter fails its digest; restore it from a backup.") from None
-    path = _zip(folder, f"{name}-{version}")
+    with state.artifacts.lent(artifact_store.adapter(row.digest), check=True) as folder:
+        path = _zip(folder, f"{name}-{version}")
     return FileResponse(
         path,
         media_type="application/zip",

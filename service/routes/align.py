@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Query, Response
@@ -160,8 +161,12 @@ def align(
             data = datasets.get(session, request.dataset)
             other = None if evaluation_dataset is None else datasets.get(session, evaluation_dataset)
             n, n_evaluated = data.n_records, other.n_records if other else 0
-            digests = data.digest, None if other is None else other.digest
-        expected = plans.estimate(state.settings, *digests, values)
+            stored = datasets.artifact(session, data.digest)
+            tested = datasets.artifact(session, other.digest) if other else None
+        with ExitStack() as stack:
+            folder = stack.enter_context(state.artifacts.lent(stored))
+            second = stack.enter_context(state.artifacts.lent(tested)) if tested else None
+            expected = plans.estimate(state.settings, folder, second, values)
         response.status_code = 200
         return DryRun(records=n, evaluation_records=n_evaluated, config=values, plan=PlanView.model_validate(expected))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from fastapi import APIRouter, File, Form, Path, Response, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import select
+from starlette.background import BackgroundTask
 
 from service import datasets
 from service.archive import ArchiveLimits
@@ -74,7 +76,16 @@ def upload(
     reading = Reading(format, split, tuple(languages.split(",")), s.import_memory_max_bytes, s.import_max_s)
     limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
     dataset, new = datasets.import_upload(
-        state.database, s.data_dir, file.file, name, limits, s.record_rows_max, reading, who.id, decoders(s)
+        state.database,
+        s.data_dir,
+        file.file,
+        name,
+        limits,
+        s.record_rows_max,
+        reading,
+        who.id,
+        decoders(s),
+        state.artifacts,
     )
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/datasets/{dataset.id}"
@@ -109,12 +120,16 @@ def image(state: Service, dataset_id: DatasetId, number: Annotated[int, Path(ge=
     with state.database.read() as session:
         dataset = datasets.get(session, dataset_id)
         row = session.get(DatasetRecord, (dataset_id, number))
+        stored = datasets.artifact(session, dataset.digest)
     if row is None:
         raise Problem("not_found", "The data set has no record of this number.")
     # The path was checked when the record was read: relative and without "..".
     headers = {"Content-Security-Policy": "sandbox", "Cache-Control": "private, max-age=3600"}
     first = row.record.get("image") or row.record["images"][0]
-    return FileResponse(datasets.folder(state.settings.data_dir, dataset.digest) / first, headers=headers)
+    with ExitStack() as until_failed:
+        path = until_failed.enter_context(state.artifacts.lent_file(stored, first))
+        sent = until_failed.pop_all()
+    return FileResponse(path, headers=headers, background=BackgroundTask(sent.close))
 
 
 def _view(row: Dataset) -> DatasetView:

@@ -15,12 +15,11 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service import jobs
+from service import artifact_store, jobs
 from service.errors import Problem
 from service.models import AdapterVersion, Dataset, Job, JobEvent
 from service.outlook import Ahead, Outlook
 from service.pages import After, AfterNumber, Limit, Page, page
-from service.reports import folder as report_folder
 from service.state import Service, State
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -157,9 +156,9 @@ def report(state: Service, job_id: JobId, accept: Annotated[str, Header()] = "")
     with state.database.read() as session:
         name = jobs.get(session, job_id).report
     kind = "report.json" if "application/json" in accept and "text/html" not in accept else "report.html"
-    path = report_folder(state.settings.data_dir, name) / kind if name else None
-    if path is None or not path.is_file():
+    if name is None:
         raise Problem("report_not_found", "A job has its report when it has succeeded.")
+    path = state.artifacts.fetch(artifact_store.report(name)) / kind
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
     return FileResponse(path, headers={"Content-Security-Policy": policy})
 

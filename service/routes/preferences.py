@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from starlette.background import BackgroundTask
 
 from hscr.record_fields import MAX_TEXT_CHARS
 from hscr.records import PreferenceRecord, to_json
-from service import datasets, jobs, preferences, reviews
+from service import artifact_store, datasets, jobs, preferences, reviews
 from service.errors import Problem
 from service.models import Dataset, PreferenceEdit
 from service.pages import AfterNumber, Page, page
@@ -123,17 +125,20 @@ def export(
     Corrections are in it once the job has taken them up after its approval; before that it is what was generated.
     """
     with state.database.read() as session:
-        digest = session.get_one(Dataset, jobs.get(session, job_id).dataset_id).digest
-    data = datasets.folder(state.settings.data_dir, digest)
-    file = preferences.opened(state.settings.data_dir, job_id, (preferences.REVIEWED, preferences.FILE))
-    if images and not (data / "records.jsonl").is_file():
-        file.close()
-        raise Problem("artifact_damaged", "The stored data set is missing; restore it, or ask with images=false.")
-    body = preferences.as_zip(file, format, data) if images else preferences.as_lines(file, format)
+        stored = datasets.artifact(session, session.get_one(Dataset, jobs.get(session, job_id).dataset_id).digest)
+    with ExitStack() as until_failed:
+        file = preferences.opened(state.settings.data_dir, job_id, (preferences.REVIEWED, preferences.FILE))
+        until_failed.enter_context(file)
+        data = until_failed.enter_context(state.artifacts.lent(stored)) if images else None
+        if data is not None and not (data / "records.jsonl").is_file():
+            raise artifact_store.damaged(stored.kind)
+        sent = until_failed.pop_all()
+    body = preferences.as_zip(file, format, data) if data else preferences.as_lines(file, format)
     name = f"{job_id}-{format}.{'zip' if images else 'jsonl'}"
     return StreamingResponse(
         body,
         media_type="application/zip" if images else "application/jsonl",
+        background=BackgroundTask(sent.close),
         headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )
 

@@ -1,7 +1,8 @@
-"""What must hold after any faults, read from the database and the store alone."""
+"""What must hold after any faults, read from the database, the store, the run folders and the witnesses of the runs."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from sqlalchemy import func, select
 from hscr.artifacts import verify_manifest
 from service import adapters, audit, jobs
 from service.db import Database
-from service.models import AdapterVersion, IdempotencyKey, Job
+from service.models import AdapterVersion, IdempotencyKey, Job, Outbox
+from tests.chaos.run import is_long
 
 
-def check(database: Database, data_dir: Path, accepted: dict[str, str]) -> None:
+def check(database: Database, data_dir: Path, witness: Path, accepted: dict[str, str]) -> None:
     """`accepted`: the id that was answered for each Idempotency-Key. All jobs have ended. AssertionError says what is broken."""
     with database.read() as session:
         known = {job.id: job for job in session.scalars(select(Job))}
@@ -22,9 +24,10 @@ def check(database: Database, data_dir: Path, accepted: dict[str, str]) -> None:
         assert len(set(accepted.values())) == len(accepted), "two keys were answered with one job"
         n_keys = session.scalar(select(func.count()).select_from(IdempotencyKey))
         assert n_keys == len(known), "a request that was sent twice made two jobs"
+        assert not session.scalars(select(Outbox.job_id)).all(), "bells that nobody rings"
         made = dict(session.execute(select(AdapterVersion.job_id, func.count()).group_by(AdapterVersion.job_id)).all())
         for job in known.values():
-            assert job.status in jobs.ENDED, f"{job.id} is {job.status}"
+            assert job.status in ("succeeded", "cancelled"), f"{job.id} is {job.status}: {job.error_code}"
             assert made.get(job.id, 0) == (job.status == "succeeded"), (
                 f"{job.id} is {job.status} with {made.get(job.id)} versions"
             )
@@ -37,19 +40,30 @@ def check(database: Database, data_dir: Path, accepted: dict[str, str]) -> None:
                 assert after in jobs.TRANSITIONS[before], f"{job.id}: {before} -> {after}"
             fences = [row.fence for row in rows]
             assert fences == sorted(fences), f"{job.id}: a superseded attempt wrote"
-        digests = set(session.scalars(select(AdapterVersion.digest)))
+        versions = session.scalars(select(AdapterVersion)).all()
         assert audit.verify(session).findings == []
+    digests = {version.digest for version in versions}
     for digest in digests:
         verify_manifest(adapters.folder(data_dir, digest), digest)
     stored = {path.name.replace("-", ":", 1) for path in (data_dir / "artifacts" / "adapters").glob("*")}
     assert stored <= digests, "files that no row points at"
+    assert not list((data_dir / "artifacts").rglob("*.tmp")), "half an artifact"
+    assert {path.name for path in (data_dir / "runs").glob("*")} <= set(known), "run folders of no job"
+    overlaps = [path.stem for path in witness.glob("*.overlap")]
+    assert not overlaps, f"two runs of one job at once: {overlaps}"
+    same = defaultdict(set)
+    for version in versions:
+        assert version.job_id is not None
+        same[version.dataset_id, is_long(version.job_id)].add(version.digest)
+    assert all(len(found) == 1 for found in same.values()), "equal runs, killed here and there, gave different adapters"
 
 
-def orphans(data_dir: Path) -> list[str]:
-    """Command lines of runs that work in this data folder."""
+def orphans(data_dir: Path, real_runs: int | None) -> list[str]:
+    """Command lines of runs that work in this data folder; `real_runs` is the process that forks the real ones."""
     found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in psutil.process_iter(["cmdline", "status", "ppid"]):
         line = " ".join(process.info["cmdline"] or [])
-        if str(data_dir / "runs") in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+        of_ours = str(data_dir / "runs") in line or process.info["ppid"] == real_runs
+        if of_ours and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(line)
     return found

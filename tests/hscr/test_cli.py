@@ -68,6 +68,13 @@ def test_help_reads_and_names_every_command(hscr: Any, command: str) -> None:
     assert all(c in out for c in COMMANDS) or command
 
 
+def test_help_shows_brackets_and_names_no_path_of_this_machine(hscr: Any) -> None:
+    _, out, _ = hscr("align", "--help")
+    assert "pip install 'hscr[quantized]'" in out  # rich takes a bare [word] for markup
+    assert "the demo model" in out
+    assert str(Path(cli.__file__).parent) not in out
+
+
 def test_help_answers_without_loading_torch() -> None:
     code = "import sys, hscr.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -116,7 +116,5 @@ def test_an_answers_tokens_spell_it(vlm: VLM, answer: str) -> None:
 
 
 def test_without_a_usable_template_the_answer_is_tokenised_alone(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hscr.model._chat", lambda vlm, question, answer=None: f"{len(answer or '')}: {question} {answer}"
-    )
+    monkeypatch.setattr("hscr.model.templated", lambda vlm, turns: f"{len(turns[-1].text)}: {[t.text for t in turns]}")
     assert decode_text(vlm, encode_answer(vlm, "Where?", "left lobe")) == "left lobe"

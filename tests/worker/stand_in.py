@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from hscr.artifacts import file_digest, write_json, write_manifest
+from hscr.disk import is_full
 
 
 def say(kind: str, **values: object) -> None:
@@ -157,5 +158,16 @@ def crash_again(out: Path, told: dict) -> bool:
     return count < told.get("crashes", 1000)
 
 
+def run() -> int:
+    """As the real one, it says so where the disk takes no more."""
+    try:
+        return main()
+    except OSError as error:
+        if not is_full(error):
+            raise
+        say("error", code="disk_full", message="the disk is full")
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -1,0 +1,54 @@
+"""The run program of the rig: the stand-in, or for the data set that CHAOS_REAL names the real `hscr align` (tests/chaos/real_runs.py).
+
+It holds a lock of the witness's own while it works, and leaves a note where another run of its job holds it: two runs of one job at once
+are what the lock of the run's folder is there to prevent. Every fourth stand-in run is long, so that it can outlive its supervisor's lease.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    job = Path(sys.argv[sys.argv.index("--out") + 1]).parent.name
+    witness = Path(os.environ["CHAOS_WITNESS"])
+    lock = (witness / f"{job}.lock").open("w")
+    os.set_inheritable(lock.fileno(), True)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        (witness / f"{job}.overlap").touch()
+    if os.environ.get("CHAOS_REAL", "-") in sys.argv[1]:
+        return real()
+    os.environ["STAND_IN"] = os.environ["CHAOS_LONG" if is_long(job) else "CHAOS_SHORT"]
+    from tests.worker import stand_in
+
+    return stand_in.run()
+
+
+def is_long(job: str) -> bool:
+    return int(job[-1], 16) % 4 == 0
+
+
+def real() -> int:
+    """Have the server fork a run with all of this process's files, and end as it ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run is in this process's group and gets it too
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(os.environ["CHAOS_REAL_SOCKET"])
+        held = [n for n in range(1, 64) if n != server.fileno() and Path(f"/proc/self/fd/{n}").exists()]
+        told = {"argv": sys.argv[1:], "env": dict(os.environ), "group": os.getpgrp(), "files": held}
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", held))]
+        server.sendmsg([json.dumps(told).encode() + b"\n"], ancillary)
+        answer = server.recv(16)
+    return int(answer) if answer else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
