@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from hscr.answers import Answer
+from hscr.answers import TOKEN_DROPOUT, Answer
 from service.adapters import Resolved
 
 UNGROUNDED = "The grounding score is below the threshold of this version."
@@ -36,6 +36,8 @@ class Grounding(BaseModel):
         description="In nats, from the version's evaluation; null for the base and where that carried none."
     )
     tokens: list[Token] | None = Field(description="With `grounding` tokens, and an answer that is not withheld.")
+    perturbation: str = Field(description="How the image was hidden; thresholds hold for token_dropout only.")
+    unavailable: str | None = Field(description="Why there is no score though it was asked for.")
 
 
 class Usage(BaseModel):
@@ -63,33 +65,34 @@ def scored(grounding: str, abstain: bool) -> str:
     return "summary" if abstain and grounding == "none" else grounding
 
 
-def grounding_view(wanted: str, answer: Answer, threshold: float | None) -> Grounding | None:
-    """What is told of an answer's grounding; `wanted` is none, summary or tokens."""
-    if wanted == "none":
-        return None
-    tokens = None
-    if wanted == "tokens" and answer.tokens is not None:
-        tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
-    flagged = answer.score < threshold if threshold is not None and answer.score is not None else None
-    return Grounding(score=answer.score, flagged=flagged, threshold=threshold, tokens=tokens)
-
-
-def answer_view(answer: Answer, resolved: Resolved | None, wanted: str, abstain: bool) -> AnswerView:
+def answer_view(answer: Answer, resolved: Resolved | None, grounding: str, abstain: bool) -> AnswerView:
     """What may be said: of a withheld answer neither text nor tokens."""
-    threshold = resolved.threshold if resolved else None
-    grounding = grounding_view(scored(wanted, abstain), answer, threshold)
-    withheld = abstain and grounding is not None and grounding.flagged is True
-    if withheld and grounding is not None:
-        grounding.tokens = None
+    threshold = resolved.threshold if resolved and answer.perturbation == TOKEN_DROPOUT else None
+    score = answer.score
+    flagged = score < threshold if threshold is not None and score is not None else None
+    withheld = abstain and flagged is True
     note = None
     if abstain:
         note = UNGROUNDED if withheld else NO_THRESHOLD if threshold is None else None
+    tokens = None
+    if grounding == "tokens" and answer.tokens is not None and not withheld:
+        tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
+    told = scored(grounding, abstain) != "none"
     return AnswerView(
         answer=None if withheld else answer.text,
         finish_reason=answer.finish_reason,
         token_ids=[] if withheld else answer.token_ids,
         adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
-        grounding=grounding,
+        grounding=Grounding(
+            score=score,
+            flagged=flagged,
+            threshold=threshold,
+            tokens=tokens,
+            perturbation=answer.perturbation,
+            unavailable=answer.unavailable,
+        )
+        if told
+        else None,
         abstained=withheld if abstain else None,
         abstain_note=note,
         usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),

@@ -6,6 +6,8 @@ A client that leaves takes its question out of the queue, or out of the batch th
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,15 +22,16 @@ from hscr.chat import ConversationError
 from hscr.image_limits import ImageError, ImageLimits
 from hscr.image_view import View
 from hscr.images import Decoded
-from service import adapters, artifact_store
+from service import adapters, artifact_store, tracing
 from service.adapters import Resolved
 from service.artifact_store import brought
-from service.batcher import Asked, Closed, Full
+from service.batcher import Asked, Closed, Full, Yielded
 from service.decoding import DecodersBusy, decoders
 from service.engine import AdapterDamaged, Question
 from service.errors import Problem
 from service.state import State
 
+log = logging.getLogger("hscr.asking")
 GONE_S = 0.25  # how often a waiting request looks whether its client is still there
 
 
@@ -38,11 +41,18 @@ def ready(state: State) -> Asked:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
     if state.batcher.failure is not None:
         raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
+    if state.turn is not None and state.turn.away:
+        raise _yielded(state.turn.back_in_s)
     if not state.batcher.ready.is_set():
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
     if (wait_s := state.batcher.full_for_s) is not None:
         raise _overloaded(state, wait_s)
     return state.batcher
+
+
+def _yielded(back_in_s: int) -> Problem:
+    detail = "A job has the device (HSCR_DEVICE_POLICY=train_first); Retry-After says about how long."
+    return Problem("engine_yielded", detail, headers={"Retry-After": str(back_in_s)})
 
 
 def require_images(state: State, n: int) -> None:
@@ -54,7 +64,8 @@ def require_images(state: State, n: int) -> None:
 def decode(state: State, several: list[bytes], views: list[View]) -> tuple[Decoded, ...]:
     """Images of a question, decoded in other processes. Blocks. Raises Problem."""
     try:
-        return decoders(state.settings).decode(several, ImageLimits(), views)
+        with tracing.span("vqa.decode", images=len(several), bytes=sum(map(len, several))):
+            return decoders(state.settings).decode(several, ImageLimits(), views)
     except DecodersBusy:
         raise Problem("decoders_busy", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
     except ImageError as error:
@@ -152,17 +163,32 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
         submitted: Future[Answer] = ready(state).submit(question, on_delta)
     except Full as error:
         raise _overloaded(state, error.retry_after_s) from None
+    except Yielded as error:
+        raise _yielded(error.retry_after_s) from None
     except Closed:
         raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
     future = asyncio.wrap_future(submitted)
     state.asked[key] += 1
+    begun = time.perf_counter()
     future.add_done_callback(lambda _: _answered(state, key))
+    future.add_done_callback(lambda done: _traced(done, question, begun))
     return future
 
 
 def _overloaded(state: State, wait_s: int) -> Problem:
     state.metrics.refused.inc()
     return Problem("overloaded", "Ask again later.", headers={"Retry-After": str(wait_s)})
+
+
+def _traced(done: asyncio.Future[Answer], question: Question, begun: float) -> None:
+    """A span of the answer, in the context of its request."""
+    told: dict[str, str | int | float | None] = {"adapter": question.adapter_digest, "grounding": question.grounding}
+    if not done.cancelled() and done.exception() is None:
+        answer = done.result()
+        told |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+    else:
+        told["error"] = "cancelled" if done.cancelled() else type(done.exception()).__name__
+    tracing.past("vqa.answer", begun, time.perf_counter(), **told)
 
 
 def _answered(state: State, key: str) -> None:
@@ -181,7 +207,10 @@ def _result(future: asyncio.Future[Answer]) -> Answer:
         raise
     except ConversationError as error:
         raise Problem("conversation_refused", f"{error}.", param="messages") from None
+    except Yielded as error:
+        raise _yielded(error.retry_after_s) from None
     except AdapterDamaged:
         raise Problem("artifact_damaged", "The adapter's stored files fail their digest or cannot be loaded.") from None
     except Exception:
+        log.exception("the engine failed on a question")  # its type and place only (service/logs.py)
         raise Problem("answer_failed", "Try a shorter question or another image; the log has the request id.") from None

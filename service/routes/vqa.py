@@ -11,7 +11,6 @@ import binascii
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -29,7 +28,7 @@ from service.answer_view import AnswerView, answer_view, scored
 from service.engine import Question
 from service.errors import Problem
 from service.problems import invalid_fields
-from service.state import Service
+from service.state import Service, State
 
 router = APIRouter(tags=["vqa"])
 
@@ -185,9 +184,7 @@ async def vqa(state: Service, request: Request) -> Any:
     versions = [await asyncio.to_thread(asking.resolve, state, parameters.adapter)]
     if parameters.compare is not None:
         versions.append(await asyncio.to_thread(asking.resolve, state, parameters.compare))
-    questions = [
-        _question(parameters, decoded, version, await asking.adapter_folder(state, version)) for version in versions
-    ]
+    questions = [await _question(state, parameters, decoded, version) for version in versions]
     asked = time.perf_counter()
 
     def response(answers: Sequence[Answer]) -> VQAResponse:
@@ -223,14 +220,14 @@ async def vqa(state: Service, request: Request) -> Any:
     return StreamingResponse(_events(request, streams, response), media_type="text/event-stream", headers=headers)
 
 
-def _question(
-    parameters: Parameters, decoded: Sequence[Decoded], version: Resolved | None, folder: Path | None
+async def _question(
+    state: State, parameters: Parameters, decoded: Sequence[Decoded], version: Resolved | None
 ) -> Question:
     return Question(
         images=tuple(d.image for d in decoded),
         text=parameters.question,
         adapter_digest=version.digest if version else None,
-        adapter_folder=folder,
+        adapter_folder=await asking.adapter_folder(state, version),
         max_tokens=parameters.max_tokens,
         temperature=parameters.temperature,
         seed=parameters.seed,

@@ -97,6 +97,8 @@ def test_grounding_comes_as_asked(asker: TestClient) -> None:
         "flagged": None,
         "threshold": None,
         "tokens": None,
+        "perturbation": "token_dropout",
+        "unavailable": None,
     }
     tokens = asker.post("/vqa", json=body(grounding="tokens")).json()["grounding"]["tokens"]
     assert tokens[0] == {"text": "a", "logprob": -0.1, "logprob_without_image": -2.1, "reward": 2.0, "is_content": True}
