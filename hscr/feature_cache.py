@@ -33,15 +33,20 @@ class FeatureCache:
     def __init__(self, max_bytes: int = 512 * 2**20, disk: DiskFeatures | None = None) -> None:
         self.max_bytes = max_bytes
         self.n_bytes = 0
+        self.hits = self.misses = 0
         self.disk = disk
         self._items: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, key: str) -> Tensor | None:
         if key in self._items:
+            self.hits += 1
             self._items.move_to_end(key)
             return self._items[key]
         found = self.disk.get(key) if self.disk is not None else None
-        if found is not None:
+        if found is None:
+            self.misses += 1
+        else:
+            self.hits += 1
             self._hold(key, found)
         return found
 

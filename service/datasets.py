@@ -306,6 +306,29 @@ def _unknown() -> Problem:
     )
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What of a data set never changes."""
+
+    digest: str
+    n_records: int
+
+
+_FACTS: dict[str, Facts] = {}
+_FACTS_MAX = 10_000
+
+
+def facts(session: Session, dataset_id: str) -> Facts:
+    """The digest and size of a data set that is there: asked for with every job that anybody looks at, so remembered by the process."""
+    known = _FACTS.get(dataset_id)
+    if known is None:
+        row = session.execute(select(Dataset.digest, Dataset.n_records).where(Dataset.id == dataset_id)).one()
+        if len(_FACTS) >= _FACTS_MAX:
+            _FACTS.clear()
+        known = _FACTS[dataset_id] = Facts(*row)
+    return known
+
+
 def clear_leftovers(data_dir: Path, older_than_s: float = 3600) -> None:
     """Remove what an upload left behind whose process was killed."""
     for path in (data_dir / "datasets").glob(".incoming-*"):

@@ -61,6 +61,10 @@ class Stats:
     prefix_hits: int = 0
     prefix_misses: int = 0
     prefix_bytes: int = 0
+    feature_hits: int = 0
+    feature_misses: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
 
 
 class LocalEngine:
@@ -100,6 +104,18 @@ class LocalEngine:
         self.model_digest = vlm.digest
         self.several_images = vlm.family.several_images
         log.info("model %s loaded, digest %s", s.model_id, vlm.digest)
+
+    def unload(self) -> None:
+        """Free the device; nothing runs. `load` brings everything back but the adapters, which come when they are asked for."""
+        import gc
+
+        import torch
+
+        self._answerer, self._batch, self._entries = None, None, {}
+        self._loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def cost(self, question: Question) -> int:
         """Tokens of prompt and answer: images as those of their sizes took before, text at three characters a token."""
@@ -215,6 +231,7 @@ class LocalEngine:
         except Exception as error:
             raise AdapterDamaged(digest) from error
         self._loaded[digest] = None
+        self.stats.adapter_loads += 1
         held = sum(map(self._answerer.lora.n_bytes, self._loaded))
         for old in [d for d in self._loaded if d not in wanted]:
             if held <= self.settings.adapters_max_bytes:
@@ -222,6 +239,7 @@ class LocalEngine:
             held -= self._answerer.lora.n_bytes(old)
             self._answerer.unload_adapter(old)
             del self._loaded[old]
+            self.stats.adapter_evictions += 1
 
     def _learn(self, question: Question, answer: Answer) -> None:
         self.stats.questions += 1
@@ -232,6 +250,8 @@ class LocalEngine:
     def _count(self) -> None:
         assert self._answerer is not None
         self.stats.adapters = len(self._loaded)
+        features = self._answerer.vlm.features
+        self.stats.feature_hits, self.stats.feature_misses = features.hits, features.misses
         self.stats.adapter_bytes = sum(map(self._answerer.lora.n_bytes, self._loaded))
         if (cache := self._answerer.prefixes) is not None:
             self.stats.prefix_hits, self.stats.prefix_misses = cache.hits, cache.misses

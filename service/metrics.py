@@ -40,11 +40,24 @@ class Metrics:
         )
         self.refused = Counter("hscr_vqa_refused", "Questions refused because the queue was full", registry=r)
         self.queue_depth = Gauge("hscr_vqa_queue_depth", "Questions waiting", registry=r)
+        self.queue_oldest = Gauge("hscr_vqa_queue_oldest_seconds", "Age of the question that waits longest", registry=r)
+        self.first_token = Histogram(
+            "hscr_vqa_first_token_seconds",
+            "From a question's coming to its first token; to its answer where a model is asked whole batches",
+            buckets=(0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6),
+            registry=r,
+        )
         self._counts = JobCounts()
         r.register(_Gpu())
 
-    def watch_queue(self, depth: Callable[[], float]) -> None:
+    def watch_queue(self, depth: Callable[[], float], oldest_s: Callable[[], float] | None = None) -> None:
         self.queue_depth.set_function(depth)
+        if oldest_s is not None:  # another server's queue is not ours to look into
+            self.queue_oldest.set_function(oldest_s)
+
+    def watch_engine(self, stats: Callable[[], dict[str, int]]) -> None:
+        """Counts of the engine by name (service/engine.py, Stats)."""
+        self.registry.register(_Engine(stats))
 
     def watch_decoders(self, stats: Callable[[], DecodeStats]) -> None:
         self.registry.register(_Decoders(stats))
@@ -63,6 +76,19 @@ class Metrics:
         for reason, n in lost.items():
             self.lost.labels(reason).inc(n)
         return generate_latest(self.registry)
+
+
+_NOW = {"adapters", "adapter_bytes", "prefix_bytes"}  # of the engine's counts those that also fall
+
+
+class _Engine(Collector):
+    def __init__(self, stats: Callable[[], dict[str, int]]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Any]:
+        for name, value in self._stats().items():
+            family = GaugeMetricFamily if name in _NOW else CounterMetricFamily
+            yield family(f"hscr_engine_{name}", f"The engine's {name.replace('_', ' ')}", value)
 
 
 class _Decoders(Collector):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -45,13 +46,19 @@ _RESPONSE: dict[str, Any] = {
 RESPONSES: dict[int | str, dict[str, Any]] = {"default": _RESPONSE, 422: _RESPONSE}
 
 
+class _Document(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        """In ASCII: a field's name that a caller sent may hold half a surrogate pair, which UTF-8 cannot say."""
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
 def answer(problem: Problem, scope: Scope) -> JSONResponse:
     """The problem's response, OpenAI's shape of it under /v1; its code noted for log and metrics."""
     scope["state"]["problem"] = problem.code
     if scope["path"].startswith(openai_errors.PREFIX):
-        return JSONResponse(openai_errors.document(problem), problem.status, headers=openai_errors.headers(problem))
+        return _Document(openai_errors.document(problem), problem.status, headers=openai_errors.headers(problem))
     document = problem.document(scope["state"]["request_id"])
-    return JSONResponse(document, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+    return _Document(document, problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -82,6 +89,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(DBAPIError)
     async def database(request: Request, error: DBAPIError) -> JSONResponse:
+        if isinstance(error, DataError):  # a NUL, or a number that no column holds: what a model let pass
+            detail = "A name, text or number of the request is none that can be stored."
+            return answer(Problem("invalid_request", detail), request.scope)
         if disk_is_full(error):
             return answer(_no_room(), request.scope)
         if not (error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")):

@@ -24,7 +24,7 @@ class KeyRequest(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"name": "ward 7", "scopes": ["vqa"], "expires_s": 7776000}]}
     )
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=100)]
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
     scopes: Annotated[list[ScopeName], Field(min_length=1, max_length=3)]
     expires_s: float | None = Field(None, gt=0, le=10 * 366 * 86400, allow_inf_nan=False)
     waiting_max: int | None = Field(

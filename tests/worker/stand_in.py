@@ -1,13 +1,15 @@
 """A run program that speaks the run contract in a few tenths of a second: events, locks, checkpoints, resume, exit codes. No torch.
 
 What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_at (step) and crashes (how often), exit (code at the
-start), ignore_term, checkpoints (tell of each step's), child (leave a grandchild), metrics (of the result), hold (wait while that file
-exists, after saying so in <file>.here), noise.
+start), ignore_term, checkpoints (tell of each step's), device (a file in the place of a device's memory: it must be the only one to make
+it), child (leave a grandchild), metrics (of the result), hold (wait while that file exists, after saying so in <file>.here), noise,
+secret (words that a careless run says on both outputs and in its events).
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import fcntl
 import hashlib
 import json
@@ -54,10 +56,20 @@ def main() -> int:
     if (arguments.data / "records.jsonl").is_file() is False:
         say("error", code="no_data", message="the data set is missing")
         return 2
+    if "device" in told:
+        with Path(told["device"]).open("x") as file:  # FileExistsError: the engine is still there
+            file.write("run")
+        atexit.register(Path(told["device"]).unlink)
     if told.get("noise"):
         print("not json", "x" * 200_000, flush=True)
         say("secret", question="What is left?")
         say("metrics", stage="optimizing", step=1, values={"loss": float("nan")})
+    if "secret" in told:
+        print(told["secret"], file=sys.stderr, flush=True)
+        print(told["secret"], flush=True)
+        say("question", text=told["secret"])
+        say("progress", stage="generating", done=1, total=told["secret"])
+        say("warning", code=told["secret"] + " ", message="a code with a space is no code")
     if told.get("child"):
         child = subprocess.Popen(
             [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]

@@ -1,0 +1,245 @@
+"""Health data where it has no business: one unlike word in every field that a caller can fill and in every header of a file, through good
+requests, refusals, failing answers and failing jobs; then a look at logs, metrics, traces, the broker, and rows of errors and events.
+
+What stores a caller's words on purpose is named below, and nothing else may.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from sqlalchemy import select
+
+from service.models import Base
+from tests.abuse.rig import Rig
+from tests.conftest import png, record, wait_for, zip_of
+from tests.hscr.medical import dicom, nifti
+
+WORD = "Zqxcanary"
+# table.column: what a caller gave it to keep.
+KEPT_ON_PURPOSE = {
+    "dataset_records.record",  # the records themselves
+    "dataset_records.record_id",
+    "jobs.meta",  # `metadata`, which is the caller's own
+    "idempotency_keys.response",  # the job as answered, its metadata with it
+    "api_keys.name",
+    "adapter_versions.notes",
+    "alias_history.reason",
+    "jobs.webhook",
+    "webhook_deliveries.url",
+}
+
+
+class Canaries:
+    """A new word for every place, so that a find says where it came from."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}
+
+    def __call__(self, place: str) -> str:
+        word = f"{WORD}{len(self.places):03d}x"
+        self.places[word] = place
+        return word
+
+    def found(self, text: str | bytes) -> list[str]:
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return [place for word, place in self.places.items() if word.lower() in text.lower()]
+
+
+def dataset(c: Canaries) -> bytes:
+    """Good rows and bad ones, each field with a word; the images carry words too."""
+    rows: list[Any] = [
+        record(
+            0, id=c("id"), question=c("question"), answer=c("answer"), group=c("group"), image=f"images/{c('file')}.png"
+        ),
+        record(1, answer={"a": c("an answer that is no text")}),
+        record(2, image=c("missing image"), question=c("question of a bad row")),
+        record(3, **{c("unknown field"): c("unknown value")}),
+        record(4, answer_type=c("answer type")),
+    ]
+    named = rows[0]["image"]
+    lines = "\n".join(json.dumps(r) for r in rows) + f'\n{{"id": "{c("broken JSON")}\n'
+    return zip_of(
+        {"records.jsonl": lines.encode(), named: png(), f"{c('another file')}.txt": c("a text file").encode()}
+    )
+
+
+def dicom_of(c: Canaries) -> bytes:
+    from pydicom import dcmread
+    from pydicom.filebase import DicomBytesIO
+
+    whole = dcmread(DicomBytesIO(dicom(np.arange(64, dtype=np.uint16).reshape(8, 8))))
+    for name in (
+        "PatientName",
+        "PatientID",
+        "InstitutionName",
+        "StudyDescription",
+        "ReferringPhysicianName",
+        "PatientComments",
+    ):
+        setattr(whole, name, c(f"DICOM {name}"))
+    whole.add_new(0x00091010, "LO", c("DICOM private tag"))
+    whole.add_new(0x00090010, "LO", c("DICOM private creator"))
+    out = DicomBytesIO()
+    whole.save_as(out, enforce_file_format=False)
+    return bytes(out.getvalue())
+
+
+def nifti_of(c: Canaries) -> bytes:
+    whole = bytearray(nifti(np.arange(64, dtype=np.uint8).reshape(4, 4, 4)))
+    whole[148:228] = c("NIfTI descrip").encode().ljust(80, b"\0")  # the header's texts of NIfTI-1
+    whole[228:252] = c("NIfTI aux_file").encode().ljust(24, b"\0")
+    whole[328:344] = c("NIfTI intent")[:16].encode().ljust(16, b"\0")
+    return bytes(whole)
+
+
+def speak(rig: Rig, c: Canaries) -> None:
+    """Say every word at every door."""
+    ask = rig.http.post
+    head = {
+        "User-Agent": c("user agent"),
+        "Referer": c("referer"),
+        "tracestate": f"a={c('tracestate')}",
+        "baggage": f"a={c('baggage')}",
+        "Cookie": c("cookie"),
+        "Authorization": f"Bearer {c('wrong key')}",
+    }
+    image = {"base64": base64.b64encode(png()).decode()}
+    answers = [
+        ask("/vqa", json={"image": image, "question": c("asked")}, headers=head),
+        ask("/vqa", json={"image": image, "question": f"engine, fail: {c('asked of a failing engine')}"}),
+        ask("/vqa", json={"image": image, "question": "a", "adapter": c("adapter")}),
+        ask("/vqa", json={"image": image, "question": "a", "adapter": c("missing adapter").lower()}),
+        ask("/vqa", json={"image": {"base64": c("base64")}, "question": "a"}),
+        ask("/vqa", json={"image": image, c("field"): c("value")}),
+        ask(
+            "/vqa", content=b'{"question": "' + c("broken JSON").encode(), headers={"Content-Type": "application/json"}
+        ),
+        ask("/vqa", content=c("other body").encode(), headers={"Content-Type": f"text/{c('content type')}"}),
+        ask("/vqa", files={"image": (f"{c('file name')}.dcm", dicom_of(c))}, data={"question": c("asked of a DICOM")}),
+        ask("/vqa", files={"image": (f"{c('file name')}.dcm", dicom_of(c)[:-60])}, data={"question": "a"}),
+        ask("/vqa", files={"image": (f"{c('file name')}.nii", nifti_of(c))}, data={"question": "a"}),
+        ask("/vqa", files={"image": (f"{c('file name')}.nii", nifti_of(c)[:360])}, data={"question": "a"}),
+        ask("/vqa", files={c("part"): ("a", b"a")}, data={c("form field"): c("form value")}),
+        rig.http.get(f"/adapters/{c('path')}"),
+        rig.http.get(f"/{c('no route')}/{c('no route')}"),
+        rig.http.get(f"/jobs/{c('job id')}", params={c("query"): c("query value")}),
+        rig.http.request("GET", "/jobs", params={"after": f"{c('cursor')} "}),
+        ask(
+            "/datasets",
+            files={"file": (f"{c('upload name')}.zip", c("no zip").encode())},
+            data={"name": c("bad name") + "/"},
+        ),
+        ask("/adapters/x/versions", files={"file": (c("adapter file"), zip_of({f"{c('pickle')}.bin": b"x"}))}),
+    ]
+    made = ask("/datasets", files={"file": (f"{c('upload name')}.zip", dataset(c))}, data={"name": "canaries"})
+    assert made.status_code == 201, made.text
+    answers.append(made)
+    good = {"dataset": made.json()["id"], "adapter": "canaries", "metadata": {c("metadata key"): c("metadata")}}
+    for told in (
+        {},
+        {"noise": True, "secret": c("a run's stray words")},
+        {"exit": 2, "secret": c("a refusing run's words")},
+        {"crash_at": 1, "crashes": 9, "secret": c("a crashing run's words")},
+    ):
+        rig.tell(**told)
+        job = ask("/align", json=good, headers={"Idempotency-Key": c("idempotency key")})
+        answers.append(job)
+        wait_for(
+            lambda job=job: rig.http.get(f"/jobs/{job.json()['id']}").json()["status"] in ("succeeded", "failed"), 40
+        )
+    rig.tell()
+    answers += [
+        ask("/align", json=good | {"model": c("model")}),
+        ask("/align", json=good | {"webhook": f"http://{c('webhook')}.example/"}),
+        ask("/align", json=good | {"preference": {c("config field"): c("config value")}}),
+        ask("/align", json=good | {"optimization": {"epochs": c("config number")}}),
+        ask("/align", json=good | {"parent": c("parent").lower()}),
+        ask("/evaluate", json={"dataset": made.json()["id"], "adapter": c("evaluated").lower()}),
+        rig.http.patch("/adapters/canaries/versions/1", json={"notes": c("notes")}),
+        rig.http.patch("/adapters/canaries/versions/1", json={"tags": [c("bad tag") + " "]}),
+        rig.http.put("/adapters/canaries/aliases/a", json={"version": 1, "reason": c("reason")}),
+        rig.http.put(f"/adapters/canaries/aliases/{c('bad alias')}", json={"version": 1}),
+    ]
+    seen = {a.status_code for a in answers if isinstance(a, httpx.Response)}
+    assert {200, 201, 202, 404, 415, 422, 500} <= seen, "good ones, refused ones and failed ones"
+
+
+def leaks(rig: Rig, c: Canaries) -> dict[str, list[str]]:
+    """Where a word is that should not be there: {place of storage: the words' origins}."""
+    texts: dict[str, str | bytes] = {
+        "logs": rig.log(),
+        "metrics": rig.http.get("/metrics").text,
+        "broker": rig.broker(),
+    }
+    with rig.database.read() as session:
+        for table in Base.metadata.sorted_tables:
+            for column in table.columns:
+                if f"{table.name}.{column.name}" not in KEPT_ON_PURPOSE:
+                    values = session.execute(select(column)).scalars().all()
+                    texts[f"{table.name}.{column.name}"] = json.dumps(values, default=str)
+    return {where: found for where, text in texts.items() if (found := c.found(text))}
+
+
+@pytest.fixture(scope="module")
+def spoken(rig: Rig) -> Canaries:
+    c = Canaries()
+    speak(rig, c)
+    return c
+
+
+def test_no_word_of_a_caller_is_where_it_has_no_business(rig: Rig, spoken: Canaries) -> None:
+    assert len(spoken.places) > 60
+    assert leaks(rig, spoken) == {}
+
+
+def test_the_words_were_really_said_and_are_where_they_belong(rig: Rig, spoken: Canaries) -> None:
+    """Else the test above would find nothing because there is nothing."""
+    with rig.database.read() as session:
+        kept = {
+            f"{table.name}.{column.name}"
+            for table in Base.metadata.sorted_tables
+            for column in table.columns
+            if spoken.found(json.dumps(session.execute(select(column)).scalars().all(), default=str))
+        }
+    assert (
+        {"dataset_records.record", "jobs.meta", "adapter_versions.notes", "alias_history.reason"}
+        <= kept
+        <= KEPT_ON_PURPOSE
+    )
+    lines = [json.loads(line) for line in rig.log().splitlines() if line.startswith("{")]
+    failed = [x for x in lines if x["event"] == "the engine failed on a question"]
+    assert [(x["exception"], x["request_id"][:4]) for x in failed] == [("RuntimeError", "req_")]
+    assert len({x["request_id"] for x in lines if x["event"] == "request"}) > 30
+    assert {x["job_id"] for x in lines if x["process"] == "worker" and "job_id" in x}
+
+
+def test_a_leak_is_found(rig: Rig, spoken: Canaries) -> None:
+    """The same look with a word in each place that it looks at."""
+    import redis
+
+    word = next(iter(spoken.places))
+    with (rig.logs / "api").open("a") as log:
+        log.write(f'{{"event": "question {word.upper()}", "process": "api"}}\n')
+    with redis.Redis.from_url(rig.valkey) as client:
+        client.lpush("canary", word)
+    with rig.database.write() as session:
+        from service.models import Job
+
+        job = session.scalars(select(Job).where(Job.status == "failed").limit(1)).one()
+        before, job.error_message = job.error_message, f"the run refused {word}"
+        job_id = job.id
+    try:
+        assert set(leaks(rig, spoken)) == {"logs", "broker", "jobs.error_message"}
+    finally:
+        with redis.Redis.from_url(rig.valkey) as client:
+            client.delete("canary")
+        with rig.database.write() as session:
+            session.get_one(Job, job_id).error_message = before
+        log = rig.logs / "api"
+        log.write_text("".join(x for x in log.read_text().splitlines(True) if word.upper() not in x))
