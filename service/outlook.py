@@ -82,7 +82,9 @@ class Outlook:
             return 0.0 if job.stage == "publishing" else self._whole(job)
         later = self._sum(self._expected(job), STAGES[STAGES.index(job.stage) + 1 :])
         progress = job.progress or {}
-        here = progress.get("eta_s") if progress.get("stage") == job.stage else self._expected(job).get(job.stage)
+        here = progress.get("eta_s") if progress.get("stage") == job.stage else None
+        if here is None:  # the run cannot tell yet, or again after it was resumed
+            here = self._expected(job).get(job.stage)
         return None if later is None or here is None else here + later
 
     @staticmethod
