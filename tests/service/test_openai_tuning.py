@@ -6,8 +6,6 @@ import base64
 import io
 import json
 import shutil
-import socket
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 from sqlalchemy import func, select
 
 from service import jobs
@@ -23,7 +20,8 @@ from service.app import create_app
 from service.db import Database
 from service.models import AdapterVersion, AuditEntry, Dataset, Job
 from service.settings import Settings
-from tests.conftest import dataset_zip, png, record, wait_for
+from tests.conftest import dataset_zip, png, record
+from tests.service.serving import served
 from worker.supervise import run_job
 
 BOTH = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
@@ -42,16 +40,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def server(settings: Settings) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    served = uvicorn.Server(uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, log_config=None))
-    thread = threading.Thread(target=served.run)
-    thread.start()
-    wait_for(lambda: served.started)
-    yield f"http://127.0.0.1:{port}/v1"
-    served.should_exit = True
-    thread.join()
+    with served(create_app(settings)) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture
