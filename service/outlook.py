@@ -12,7 +12,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import bindparam, func, or_, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -24,6 +24,10 @@ STAGES = ("generating", "optimizing", "evaluating", "reporting")
 HISTORY, AHEAD_MAX = 20, 500
 _KNOWN: dict[tuple[str, ...], dict[str, float]] = {}  # rates by the jobs that they come from
 _KNOWN_MAX = 256
+_ENDED = select(Job.id).where(
+    Job.model == bindparam("model"), Job.status == "succeeded"
+)  # made once: it is run with every look
+_ENDED = _ENDED.order_by(Job.id.desc()).limit(HISTORY)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class Outlook:
             return 0.0 if job.stage == "publishing" else self._whole(job)
         later = self._sum(self._expected(job), STAGES[STAGES.index(job.stage) + 1 :])
         progress = job.progress or {}
-        here = progress.get("eta_s") if progress.get("stage") == job.stage else self._expected(job).get(job.stage)
+        here = progress.get("eta_s") if progress.get("stage") == job.stage else None
+        if here is None:  # the run cannot tell yet, or again after it was resumed
+            here = self._expected(job).get(job.stage)
         return None if later is None or here is None else here + later
 
     @staticmethod
@@ -92,8 +98,7 @@ class Outlook:
     def _history(self, model: str) -> dict[str, float]:
         """Seconds a unit of each stage, over the model's last jobs that succeeded: what those took never changes, so it is remembered."""
         if model not in self._rates:
-            ended = select(Job.id).where(Job.model == model, Job.status == "succeeded").order_by(Job.id.desc())
-            ids = tuple(self._session.scalars(ended.limit(HISTORY)))
+            ids = tuple(self._session.scalars(_ENDED, {"model": model}))
             if ids not in _KNOWN:
                 if len(_KNOWN) >= _KNOWN_MAX:
                     _KNOWN.clear()

@@ -190,9 +190,9 @@ async def _events(told: _Told, wish: ChatRequest, parts: AsyncGenerator[Delta | 
     def choice(delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> list[dict[str, Any]]:
         return [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
 
-    yield told.chunk(choice({"role": "assistant", "content": "", "refusal": None}), **more)
     try:
         async with aclosing(parts):
+            yield told.chunk(choice({"role": "assistant", "content": "", "refusal": None}), **more)
             async for part in parts:
                 if isinstance(part, Delta):
                     logprobs = _logprobs(part.logprobs).model_dump() if wish.logprobs and part.logprobs else None

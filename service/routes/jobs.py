@@ -9,10 +9,10 @@ from contextlib import aclosing
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service import artifact_store, datasets, jobs
@@ -132,7 +132,6 @@ def show(state: Service, job_id: JobId) -> JobView:
 )
 async def events(
     state: Service,
-    request: Request,
     job_id: JobId,
     limit: Limit = 200,
     after: AfterNumber = 0,
@@ -140,13 +139,11 @@ async def events(
     last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
 ) -> Any:
     """With `Accept: text/event-stream` a stream that ends with the job; reconnect with Last-Event-ID and nothing is lost."""
-    await asyncio.to_thread(_exists, state, job_id)
     if "text/event-stream" in accept:
+        await asyncio.to_thread(_exists, state, job_id)
         start = after if last_event_id is None else last_event_id
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(
-            _stream(state, request, job_id, start), media_type="text/event-stream", headers=headers
-        )
+        return StreamingResponse(_stream(state, job_id, start), media_type="text/event-stream", headers=headers)
     rows = await asyncio.to_thread(_rows, state, job_id, after, limit + 1)
     return Page(**page(rows, limit, _event, lambda row: row.seq))
 
@@ -211,18 +208,18 @@ def job_view(
     )
 
 
+# Made once: to build a statement costs as much as to run it, and these are run with every job that anybody looks at.
+_MADE_BY = select(AdapterVersion.job_id, AdapterVersion.adapter_name, AdapterVersion.version, AdapterVersion.digest)
+_MADE_BY = _MADE_BY.where(AdapterVersion.job_id.in_(bindparam("ids", expanding=True)))
+
+
 def _versions(session: Session, rows: Sequence[Job]) -> dict[str, VersionRef]:
     """The versions that these jobs made, by job: a job makes one when it succeeds, not before."""
     ids = [job.id for job in rows if job.status == "succeeded" and job.kind == "align"]
     if not ids:
         return {}
-    v = AdapterVersion
-    query = select(v.job_id, v.adapter_name, v.version, v.digest).where(v.job_id.in_(ids))
-    return {
-        job_id: VersionRef(name=n, version=number, digest=d)
-        for job_id, n, number, d in session.execute(query)
-        if job_id
-    }
+    found = session.execute(_MADE_BY, {"ids": ids})
+    return {job_id: VersionRef(name=name, version=version, digest=digest) for job_id, name, version, digest in found}
 
 
 def _dataset(session: Session, dataset_id: str) -> DatasetRef:
@@ -246,16 +243,17 @@ def _exists(state: State, job_id: str) -> None:
 def _rows(state: State, job_id: str, after: int, limit: int) -> list[JobEvent]:
     """In a short session of its own, in a thread: the event loop never waits for the database."""
     with state.database.read() as session:
+        jobs.get(session, job_id)
         return jobs.events_after(session, job_id, after, limit)
 
 
-async def _stream(state: State, request: Request, job_id: str, after: int) -> AsyncIterator[str]:
+async def _stream(state: State, job_id: str, after: int) -> AsyncIterator[str]:
     spoke = time.monotonic()
     yield "retry: 1000\n\n"
     async with aclosing(state.feed.follow(job_id, after)) as texts:
         async for text in texts:
-            if state.draining.is_set() or await request.is_disconnected():
-                return
+            if state.draining.is_set():
+                return  # a caller who left is noticed by the response itself
             if text is not None:
                 spoke = time.monotonic()
                 yield text
