@@ -16,7 +16,7 @@ from sqlalchemy import Text, cast, select
 from sqlalchemy.orm import Session
 
 from hscr.config import PRESETS, preset
-from service import job_requests, jobs
+from service import job_requests, jobs, openai_errors
 from service.adapters import NAME, REFERENCE
 from service.errors import Problem
 from service.models import Job, JobEvent
@@ -29,7 +29,7 @@ from service.routes.job_requests import ask
 from service.routes.jobs import JobView, job_view
 from service.state import Service, Who
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"], responses=openai_errors.RESPONSES)
 _ID = r"^[A-Za-z0-9_]+$"
 JobId = Annotated[str, Path(max_length=40, pattern=_ID, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
 Limit = Annotated[int, Query(ge=1, le=100)]
