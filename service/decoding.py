@@ -69,7 +69,7 @@ class _Child:
 class Decoders:
     """`processes` at most, each with `memory_bytes` of addresses and `seconds` an order. Thread-safe.
 
-    Decoded images that somebody still holds, questions that wait above all, have `held_max_bytes` of pixels together; an order may go over it.
+    Decoded images that somebody still holds (questions that wait) have `held_max_bytes` of pixels together; one order may go over it.
     """
 
     def __init__(self, processes: int, memory_bytes: int, seconds: float, held_max_bytes: int = 2**30) -> None:

@@ -211,6 +211,7 @@ def leaks(rig: Rig, c: Canaries) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def spoken(rig: Rig) -> Canaries:
     c = Canaries()
+    rig.start_workers()
     speak(rig, c)
     return c
 

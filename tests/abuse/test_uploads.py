@@ -44,10 +44,10 @@ def overlapping() -> bytes:
 
 
 ARCHIVES: dict[str, Callable[[], bytes]] = {
-    "a million entries": lambda: directory_of(1_000_000),
-    "a list of entries of 100 MB": lambda: directory_of(1_500, extra=b"\0" * 65_000),
-    "a bomb": lambda: bomb_of(300),
-    "a bomb in a zip": lambda: zip_of({"records.zip": bomb_of(100), "records.json.gz": bomb_of(50)}),
+    "half a million entries": lambda: directory_of(500_000),
+    "a list of entries of 65 MB": lambda: directory_of(1_000, extra=b"\0" * 65_000),
+    "a bomb": lambda: bomb_of(64),
+    "a bomb in a zip": lambda: zip_of({"records.zip": bomb_of(16), "records.json.gz": bomb_of(8)}),
     "a zip in a zip in a zip": lambda: zip_of({"a.zip": zip_of({"a.zip": zip_of({"records.jsonl": b"{}"})})}),
     "entries that share their bytes": overlapping,
 }
