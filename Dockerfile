@@ -13,7 +13,7 @@ COPY hscr hscr
 COPY service service
 COPY worker worker
 COPY migrations migrations
-RUN pip install --extra-index-url "$TORCH_INDEX" -c constraints.txt -e ".[service]"
+RUN pip install --extra-index-url "$TORCH_INDEX" -c constraints.txt -e ".[service,s3]"
 
 RUN useradd --uid 10001 --create-home hscr && mkdir -p /data/tmp /models && chown -R hscr /data /models
 USER hscr

@@ -119,7 +119,7 @@ class AnswerBatch:
         if not requests:
             return []
         vlm, questions = self.answerer.vlm, [r.question for r in requests]
-        prompts = encode_prompts(vlm, [r.image for r in requests], questions)  # type: ignore[arg-type]
+        prompts = encode_prompts(vlm, [r.image for r in requests], questions)
         rows = []
         listeners = listeners or [None] * len(requests)
         for request, prompt, listener in zip(requests, prompts, listeners, strict=True):

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from hscr.chat import Turn
     from hscr.images import Images
 
+TOKEN_DROPOUT = (
+    "token_dropout"  # visual tokens removed (hscr/visual_tokens.py): what versions' thresholds are measured with
+)
+
 
 @dataclass(frozen=True)
 class AnswerRequest:
@@ -56,7 +60,8 @@ class TokenLogprob:
 class Answer:
     """`token_ids` include the end of sequence where the model said it, and nothing of a stop string; `completion_tokens` counts both.
 
-    `score` is None where no grounding was asked for, `logprobs` where none were; those stand one a token.
+    `score` is None where no grounding was asked for, `logprobs` where none were; those stand one a token. `perturbation` is how the image
+    was hidden for the score, `unavailable` why there is none though it was asked for.
     """
 
     text: str
@@ -67,6 +72,8 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     logprobs: list[TokenLogprob] | None = None
+    perturbation: str = TOKEN_DROPOUT
+    unavailable: str | None = None
 
 
 @dataclass(frozen=True)

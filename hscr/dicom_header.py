@@ -10,13 +10,16 @@ import hashlib
 import hmac
 import re
 import warnings
+from collections.abc import MutableSequence
 from typing import TYPE_CHECKING
 
 from hscr.dicom import open_dicom
 from hscr.image_limits import ImageLimits, Note
+from hscr.jpeg_segments import blank_texts
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
+    from pydicom.uid import UID
 
 # Numbers and tables that turn stored values into grey or colour.
 _PIXEL_ATTRIBUTES = frozenset(
@@ -67,7 +70,7 @@ def cleaned(data: bytes, key: bytes, limits: ImageLimits = ImageLimits()) -> byt
     from pydicom.dataset import FileMetaDataset
     from pydicom.filebase import DicomBytesIO
     from pydicom.filewriter import write_dataset, write_file_meta_info
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -77,6 +80,8 @@ def cleaned(data: bytes, key: bytes, limits: ImageLimits = ImageLimits()) -> byt
         if syntax is None:
             implicit, little = dataset.original_encoding
             syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        if "PixelData" in kept:
+            kept.PixelData = _pixels(dataset, UID(syntax))
         kept.file_meta = FileMetaDataset()
         kept.file_meta.TransferSyntaxUID = syntax
         if "SOPClassUID" in kept:
@@ -91,10 +96,38 @@ def cleaned(data: bytes, key: bytes, limits: ImageLimits = ImageLimits()) -> byt
         return out.getvalue()
 
 
+def _pixels(dataset: Dataset, syntax: UID) -> bytes:
+    """Pixel data with nothing behind the last value; compressed streams without their comments."""
+    from pydicom.pixels.utils import get_expected_length
+
+    data: bytes = dataset.PixelData
+    if not syntax.is_encapsulated:
+        expected = get_expected_length(dataset)
+        return data[: expected + expected % 2]
+    out, position = bytearray(data), 0
+    while position + 8 <= len(out):
+        start = position + 8
+        position = start + int.from_bytes(out[position + 4 : start], "little")
+        blank_texts(out, start, min(position, len(out)))
+    return bytes(out)
+
+
 def remapped(uid: str, key: bytes) -> str:
-    """Another UID for a UID, always the same one under a key (PS3.5 B.2: 2.25 and 128 bits)."""
-    digest = hmac.new(key, uid.encode("utf-8", "replace"), hashlib.sha256).digest()
-    return f"2.25.{int.from_bytes(digest[:16], 'big')}"
+    """Another UID for a UID, always the same one under a key (PS3.5 B.2: 2.25 and 128 bits). One that was made under this key stays.
+
+    96 bits are the UID's keyed hash, 32 the hash of those, by which ours are known again: a cleaned file cleaned again is the same file.
+    """
+    number = int(uid[5:]) if re.fullmatch(r"2\.25\.[0-9]{1,39}", uid) else 0
+    if 0 < number < 2**128:
+        ours = number.to_bytes(16, "big")
+        if hmac.compare_digest(_hash(key, b"ours", ours[:12])[:4], ours[12:]):
+            return uid
+    head = _hash(key, b"uid", uid.encode("utf-8", "replace"))[:12]
+    return f"2.25.{int.from_bytes(head + _hash(key, b'ours', head)[:4], 'big')}"
+
+
+def _hash(key: bytes, what: bytes, value: bytes) -> bytes:
+    return hmac.new(key, what + b":" + value, hashlib.sha256).digest()
 
 
 def _kept(dataset: Dataset, key: bytes, depth: int) -> Dataset:
@@ -106,7 +139,8 @@ def _kept(dataset: Dataset, key: bytes, depth: int) -> Dataset:
         if element.tag.is_private or not name:
             continue
         if name in _PIXEL_ATTRIBUTES:
-            out.add(element)
+            if _is_number(element):
+                out.add(element)
         elif name in _SEQUENCES and depth < 3:
             setattr(out, name, [_kept(item, key, depth + 1) for item in element.value])
         elif name in _UIDS and element.value:
@@ -119,6 +153,15 @@ def _kept(dataset: Dataset, key: bytes, depth: int) -> Dataset:
     if encoding[0] is not None:
         out.set_original_encoding(*encoding, dataset.original_character_set)
     return out
+
+
+def _is_number(element: DataElement) -> bool:
+    """Whether it is of the dictionary's type, whatever the file says, and a number where that is a decimal string, for any text fits."""
+    from pydicom.datadict import dictionary_VR
+
+    values = element.value if isinstance(element.value, MutableSequence) else [element.value]
+    numbers = element.VR not in ("DS", "IS") or all(isinstance(v, (int, float)) for v in values if v is not None)
+    return element.VR in dictionary_VR(element.tag).split(" or ") and numbers
 
 
 def _word(dataset: Dataset, name: str) -> str | None:

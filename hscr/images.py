@@ -64,11 +64,11 @@ def read_image(data: bytes | Path, limits: ImageLimits = ImageLimits(), view: Vi
     """
     head, data = _read(data, limits)
     try:
-        if _is_dicom(head):
+        if is_dicom(head):
             from hscr.dicom import read_dicom
 
             return Decoded(*read_dicom(data, limits, view))
-        if _is_nifti(head):
+        if is_nifti(head):
             from hscr.nifti import read_nifti
 
             return Decoded(*read_nifti(data, limits, view))
@@ -106,6 +106,11 @@ def read_images(
     return tuple(read)
 
 
+def read_limited(path: Path, limits: ImageLimits = ImageLimits()) -> bytes:
+    """An image file's bytes. Raises ImageError where there are more than its format may have."""
+    return _read(path, limits)[1]
+
+
 def _read(data: bytes | Path, limits: ImageLimits) -> tuple[bytes, bytes]:
     """(the first bytes, all bytes), the latter only after the limit that the former's format has."""
     if isinstance(data, Path):
@@ -118,20 +123,20 @@ def _read(data: bytes | Path, limits: ImageLimits) -> tuple[bytes, bytes]:
         size, head = len(data), data[:1024]
     if not size:
         raise ImageError("the image is empty")
-    limit = limits.volume_bytes if _is_dicom(head) or _is_nifti(head) else limits.image_bytes
+    limit = limits.volume_bytes if is_dicom(head) or is_nifti(head) else limits.image_bytes
     if size > limit:
         raise ImageError(f"the image has more than {limit} bytes")
     return head, data.read_bytes() if isinstance(data, Path) else data
 
 
-def _is_dicom(head: bytes) -> bool:
+def is_dicom(head: bytes) -> bool:
     """DICOM's own mark, or (files from before it, and of careless tools) an element of group 2 or 8 in either byte order at the start."""
     return head[128:132] == b"DICM" or (
         (head[:2] in (b"\x02\0", b"\x08\0") or head[:2] == b"\0\x08") and len(head) > 132
     )
 
 
-def _is_nifti(head: bytes) -> bool:
+def is_nifti(head: bytes) -> bool:
     """The mark of NIfTI-1 or -2, or gzip: nothing else that is gzipped is read here."""
     return head[:2] == b"\x1f\x8b" or head[344:347] in (b"n+1", b"ni1") or head[4:7] in (b"n+2", b"ni2")
 

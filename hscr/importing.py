@@ -27,6 +27,7 @@ _SUFFIXES = {
     b"MM": ".tif",
     b"BM": ".bmp",
     b"GI": ".gif",
+    b"\x1f\x8b": ".nii.gz",
 }
 
 
@@ -139,8 +140,9 @@ class _Taken:
         language = record.meta.get("language")
         if language is not None and language not in self.languages:
             raise ValueError(f"language: is {str(language)[:20]}, wanted: {', '.join(self.languages)}")
-        target, digest = self._image(row)
-        record = replace(record, image=target)
+        put = [self._image(image, record.image) for image in (row.image, *row.further)]
+        digest = " ".join(of for _, of in put)
+        record = replace(record, image=put[0][0], further_images=tuple(target for target, _ in put[1:]))
         question = normalized(record.question) or record.question
         if row.rejected is not None:
             if self._level(record, digest, row.rejected):
@@ -161,36 +163,35 @@ class _Taken:
         levels.append(rejected)
         return known != record.id
 
-    def _image(self, row: Found) -> tuple[str, str]:
-        """Put the row's image into the data set; its path there and its digest. Raises ValueError where it is none."""
-        if isinstance(row.image, bytes):
-            digest = bytes_digest(row.image)
-            suffix = _SUFFIXES.get(row.image[:2], ".png")
+    def _image(self, image: Path | bytes, target: str) -> tuple[str, str]:
+        """Put an image into the data set; its path there (`target` for a file) and its digest. Raises ValueError where it is none."""
+        if isinstance(image, bytes):
+            digest = bytes_digest(image)
+            suffix = ".dcm" if image[128:132] == b"DICM" else _SUFFIXES.get(image[:2], ".png")
             target = f"images/{digest.removeprefix('sha256:')[:32]}{suffix}"
             if target not in self._digests:
-                _check_image(row.image)
-                self._count(len(row.image))
+                _check_image(image)
+                self._count(len(image))
                 (self.folder / "images").mkdir(exist_ok=True)
-                (self.folder / target).write_bytes(row.image)
+                (self.folder / target).write_bytes(image)
                 self._digests[target] = digest
             return target, digest
-        known = self._read.get(row.image)
+        known = self._read.get(image)
         if known is None:
             try:
-                _check_image(row.image)
-                known = file_digest(row.image)
+                _check_image(image)
+                known = file_digest(image)
             except ValueError as error:
                 known = error
-            self._read[row.image] = known
+            self._read[image] = known
         if isinstance(known, ValueError):
             raise known
-        target = row.record.image
         if self._digests.setdefault(target, known) != known:
             raise ValueError("image: another image of the source has this name")
         if not (self.folder / target).exists():
-            self._count(row.image.stat().st_size)
+            self._count(image.stat().st_size)
         try:
-            link_or_copy(row.image, self.folder / target)
+            link_or_copy(image, self.folder / target)
         except (FileExistsError, NotADirectoryError, IsADirectoryError):  # "a" and "a/b.png"
             raise ValueError("image: another image of the source has this name") from None
         return target, known

@@ -27,7 +27,7 @@ def read_nifti(data: bytes, limits: ImageLimits, view: View) -> tuple[Image.Imag
     except ImportError:
         raise ImageError("NIfTI files need more packages: pip install 'hscr[medical]'") from None
     if data[:2] == b"\x1f\x8b":
-        data = _unpacked(data, limits.volume_bytes)
+        data = unpacked(data, limits.volume_bytes)
     if data[344:347] == b"ni1" or data[4:7] == b"ni2":
         raise ImageError("this NIfTI header has its data in another file; send one .nii or .nii.gz")
     if data[344:347] != b"n+1" and data[4:7] != b"n+2":
@@ -39,7 +39,8 @@ def read_nifti(data: bytes, limits: ImageLimits, view: View) -> tuple[Image.Imag
         return Image.fromarray(_shown(volume, len(data), limits, view)), Note("nifti")
 
 
-def _unpacked(data: bytes, limit: int) -> bytes:
+def unpacked(data: bytes, limit: int) -> bytes:
+    """What a gzip file holds. Raises ImageError above `limit` bytes."""
     out = bytearray()
     while data[:2] == b"\x1f\x8b":  # a gzip file may have several members
         unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)

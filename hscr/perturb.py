@@ -19,13 +19,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image
 
 from hscr.chat import Asked
 from hscr.config import PERTURBATIONS
 from hscr.feature_cache import FeatureCache
 from hscr.images import Images, as_images
+from hscr.masking import blackened
 from hscr.model import VLM, encode_prompts
 from hscr.visual_tokens import Prompt, derived_seed, dropout_mask, dropped
 
@@ -77,10 +77,5 @@ def _latents_masked(prompt: Prompt, ratio: float, seed: int) -> Prompt:
 
 def masked_image(image: Image.Image, ratio: float, seed: int, *, side: int | None) -> Image.Image:
     """The picture in RGB with a share of its side × side cells (None: of its pixels) black; at least one of them stays."""
-    pixels = np.array(image.convert("RGB"))
-    height, width = pixels.shape[:2]
-    rows, columns = (side, side) if side else (height, width)
-    keep = dropout_mask(rows * columns, ratio, seed).reshape(rows, columns).numpy()
-    hidden = ~keep[np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)]
-    pixels[hidden] = 0
-    return Image.fromarray(pixels)
+    rows, columns = (side, side) if side else (image.height, image.width)
+    return blackened(image, dropout_mask(rows * columns, ratio, seed).reshape(rows, columns).numpy())

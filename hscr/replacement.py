@@ -22,8 +22,9 @@ from hscr.decode import decode
 from hscr.model import VLM, decode_text, encode_answer
 from hscr.prefix import Prefixes
 from hscr.records import VQARecord
-from hscr.reward import Branches, Word, contrastive_logprobs
+from hscr.reward import Branches, contrastive_logprobs
 from hscr.visual_tokens import Prompt
+from hscr.words import Word
 
 WORD_TOKENS = 8  # tokens decoded to complete a replacement word; one that is still growing then is dropped
 _REPLACEMENT = re.compile(r"\w+(?:[-']\w+)*")

@@ -13,7 +13,6 @@ Departures from the paper:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,18 +25,7 @@ from hscr.model import VLM
 from hscr.packing import packed_logits, prefix_logits
 from hscr.prefix import Prefixes
 from hscr.visual_tokens import Prompt, dropped
-
-WORD = re.compile(r"\w+(?:[-'./]\w+)*")
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of an answer: its text, character span [start, end) in the answer, and the indices of its tokens."""
-
-    text: str
-    start: int
-    end: int
-    tokens: tuple[int, ...]
+from hscr.words import Word, words_at
 
 
 @dataclass(frozen=True)
@@ -92,12 +80,7 @@ def words_of(vlm: VLM, ids: Sequence[int]) -> tuple[str, list[Word]]:
         starts.append(len(text.rstrip("\ufffd")))  # a character begun by an earlier token belongs to this one too
         text = vlm.tokenizer.decode(list(ids[:n]), skip_special_tokens=True)
         ends.append(len(text))
-    words = []
-    for match in WORD.finditer(text):
-        tokens = tuple(t for t in range(len(ids)) if starts[t] < match.end() and ends[t] > match.start())
-        if tokens:
-            words.append(Word(match.group(), match.start(), match.end(), tokens))
-    return text, words
+    return text, words_at(text, list(zip(starts, ends, strict=True)))
 
 
 def word_rewards(rewards: Tensor, words: Sequence[Word]) -> list[float]:

@@ -43,8 +43,9 @@ class Saying:
         """How many tokens are the answer's: all but those that lie in a stop string."""
         if self._cut is None:
             return len(self._ids)
-        starts = [0, *self._ends[:-1]]
-        return sum(start < self._cut for start in starts)
+        # One that begins before the stop string, or that ends there: it completes a character.
+        pairs = zip([0, *self._ends[:-1]], self._ends, strict=True)
+        return sum(start < self._cut or end <= self._cut for start, end in pairs)
 
     def delta(self, logprobs: Sequence[TokenLogprob] | None = None, *, last: bool = False) -> Delta | None:
         """What can be told since the last one; None where that is nothing. `logprobs` are all tokens' so far."""

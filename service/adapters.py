@@ -22,7 +22,7 @@ from service.models import Adapter, AdapterVersion, Alias, Dataset, Job, Version
 
 NAME = r"^[a-z0-9][a-z0-9._\-]{0,63}$"
 CHAMPION = "champion"
-_REFERENCE = re.compile(
+REFERENCE = re.compile(
     r"^(?P<name>[a-z0-9][a-z0-9._\-]{0,63})(?:@(?P<alias>[a-z0-9][a-z0-9._\-]{0,63})|:(?P<version>[0-9]{1,9}))?$"
 )
 
@@ -116,7 +116,7 @@ def get_version(session: Session, name: str, number: int) -> AdapterVersion:
 
 def resolve(session: Session, reference: str) -> Resolved:
     """`name@alias`, `name:version`, or `name` (its alias champion, else its newest version) -> one immutable version. Raises Problem."""
-    match = _REFERENCE.match(reference)
+    match = REFERENCE.match(reference)
     if match is None:
         raise Problem("adapter_not_found", "Write an adapter as name, name@alias or name:version.")
     name, alias, number = match["name"], match["alias"], match["version"]

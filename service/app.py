@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from importlib.resources import files
+from importlib.resources import files as package_files
 from typing import Any
 
 from fastapi import FastAPI
@@ -27,9 +27,12 @@ from service.batcher import Batcher, Entry
 from service.datasets import clear_leftovers
 from service.db import Database
 from service.decoding import decoders
+from service.devices import Device, EngineTurn
 from service.edge import Edge
 from service.engine import LocalEngine
+from service.feed import Feed
 from service.metrics import Metrics
+from service.outlook import left_s
 from service.routes import (
     adapters,
     aliases,
@@ -37,6 +40,8 @@ from service.routes import (
     chat,
     datasets,
     evaluate,
+    files,
+    fine_tuning,
     gates,
     health,
     job_requests,
@@ -51,6 +56,8 @@ from service.routes import (
 )
 from service.settings import Settings
 from service.state import State
+from service.upstream.engine import Upstream
+from service.upstream.server import check_settings as check_upstream
 from service.webhooks import check_settings as check_webhooks
 
 DESCRIPTION = """
@@ -68,10 +75,13 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     settings = settings or Settings()
     check_settings(settings)
     check_webhooks(settings)
-    if engine is None and settings.engine == "local":
-        engine = LocalEngine(settings)
+    check_upstream(settings)
+    answers: LocalEngine | Upstream | None = engine
+    if engine is None and settings.engine != "none":
+        answers = LocalEngine(settings) if settings.engine == "local" else Upstream(settings)
     counters = Metrics()
-    state = State(settings, Database(settings.database), counters, engine, None, open_store(settings))
+    database = Database(settings.database)
+    state = State(settings, database, counters, answers, None, open_store(settings), Feed(database, jobs.event_json))
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,
@@ -99,6 +109,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         vqa,
         chat,
         models,
+        files,
+        fine_tuning,
         keys,
         health,
     ):
@@ -123,27 +135,43 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(clear_leftovers, settings.data_dir)
     if state.engine is not None:
         await run_in_threadpool(decoders(settings).warm)
-        batcher = Batcher(
-            state.engine,
-            batch_max=settings.batch_max,
-            window_s=settings.batch_window_s,
-            queue_max=settings.queue_max,
-            tokens_max=settings.batch_tokens_max,
-            setup=state.engine.load,
-            on_batch=state.metrics.batch_size.observe,
-            on_first=state.metrics.first_token.observe,
-            on_end=_trace_answer,
-        )
-        state.batcher = batcher
-        state.metrics.watch_queue(lambda: batcher.depth, lambda: batcher.oldest_s)
-        state.metrics.watch_engine(lambda: asdict(state.engine.stats) if state.engine else {})
-        batcher.start()
+        asked: Batcher | Upstream
+        if isinstance(state.engine, Upstream):
+            asked = state.engine
+            state.metrics.watch_queue(lambda: asked.depth)
+        else:
+            turn = EngineTurn(
+                Device.of(settings), state.engine.load, state.engine.unload, lambda: left_s(state.database)
+            )
+            state.turn = turn
+            asked = Batcher(
+                state.engine,
+                batch_max=settings.batch_max,
+                window_s=settings.batch_window_s,
+                queue_max=settings.queue_max,
+                tokens_max=settings.batch_tokens_max,
+                setup=turn.begin,
+                turn=turn,
+                on_batch=state.metrics.batch_size.observe,
+                on_first=state.metrics.first_token.observe,
+                on_end=_trace_answer,
+            )
+            _watch(state.metrics, state.engine, asked)
+        state.batcher = asked
+        asked.start()
     yield
     state.draining.set()
+    if state.turn is not None:
+        state.turn.stop.set()
     if state.batcher is not None:
         await run_in_threadpool(state.batcher.close)
     state.database.close()
     await run_in_threadpool(tracing.stop)
+
+
+def _watch(metrics: Metrics, engine: LocalEngine, batcher: Batcher) -> None:
+    metrics.watch_queue(lambda: batcher.depth, lambda: batcher.oldest_s)
+    metrics.watch_engine(lambda: asdict(engine.stats))
 
 
 def _trace_answer(entry: Entry[Any, Any]) -> None:
@@ -155,7 +183,9 @@ def _trace_answer(entry: Entry[Any, Any]) -> None:
 
 def _documentation(app: FastAPI) -> None:
     """Swagger UI from a Python package's files: a hospital's network has no CDN."""
-    app.mount("/docs/assets", StaticFiles(directory=str(files("fastapi_offline") / "static")), name="docs-assets")
+    app.mount(
+        "/docs/assets", StaticFiles(directory=str(package_files("fastapi_offline") / "static")), name="docs-assets"
+    )
 
     @app.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:

@@ -33,6 +33,10 @@ _KEPT = {
     ".gif",
     ".nii",
     ".gz",
+    ".dcm",
+    ".dicom",
+    ".ima",
+    "",  # scanners name DICOM files by numbers
 }
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _ENTRY, _ENTRY_BYTES = (

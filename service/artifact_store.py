@@ -1,7 +1,8 @@
 """Where artifacts lie: adapters, reports and data sets, each a folder under its content's digest, with a sha256 manifest over its files.
 
-All who write or read one go through a store; a row points at a folder only when it is whole. Here are the names, the choice by ARTIFACTS_URL
-and the store on a local disk, which is the default; service/object_store.py is the one behind an address. No torch, no web framework, no rows.
+All who write or read one go through a store; a row points at a folder only when it is whole. Here are the names, the choice by
+ARTIFACTS_URL and the store on a local disk, which is the default; service/object_store.py is the one behind an address. No torch, no web
+framework, no rows.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class ArtifactStore(Protocol):
     def put(self, artifact: Artifact, source: Path, *, give: bool = False) -> str:
         """Store a folder that has its manifest; returns the manifest's digest of what is there now. Storing twice is harmless.
 
-        `give`: the caller has just made it and needs it no more; else it is verified and copied. ValueError where it is not as it should be.
+        `give`: the caller has just made it and needs it no more; else it is verified and copied. ValueError where it is damaged.
         """
 
     def at_hand(self, artifact: Artifact) -> Path | None:

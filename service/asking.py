@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from hscr.images import Decoded
 from service import adapters, artifact_store, tracing
 from service.adapters import Resolved
 from service.artifact_store import brought
-from service.batcher import Asked, Closed, Full
+from service.batcher import Asked, Closed, Full, Yielded
 from service.decoding import DecodersBusy, decoders
 from service.engine import AdapterDamaged, Question
 from service.errors import Problem
@@ -36,14 +36,23 @@ GONE_S = 0.25  # how often a waiting request looks whether its client is still t
 
 
 def ready(state: State) -> Asked:
-    """What answers here. Raises Problem where nothing does, or not yet."""
+    """What answers here. Raises Problem where nothing does, not yet, or not another question now: before its images are decoded."""
     if state.batcher is None:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
     if state.batcher.failure is not None:
         raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
+    if state.turn is not None and state.turn.away:
+        raise _yielded(state.turn.back_in_s)
     if not state.batcher.ready.is_set():
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
+    if (wait_s := state.batcher.full_for_s) is not None:
+        raise _overloaded(state, wait_s)
     return state.batcher
+
+
+def _yielded(back_in_s: int) -> Problem:
+    detail = "A job has the device (HSCR_DEVICE_POLICY=train_first); Retry-After says about how long."
+    return Problem("engine_yielded", detail, headers={"Retry-After": str(back_in_s)})
 
 
 def require_images(state: State, n: int) -> None:
@@ -103,7 +112,7 @@ async def ask_all(state: State, questions: Sequence[Question], request: Request)
             future.cancel()
 
 
-async def stream(state: State, question: Question, request: Request) -> AsyncIterator[Delta | Answer]:
+async def stream(state: State, question: Question, request: Request) -> AsyncGenerator[Delta | Answer]:
     """What is said as it is said, then the whole Answer. Awaiting it submits the question: a refusal (Problem) comes before the first byte.
 
     A failure on the way is raised as Problem by the iterator; it ends without an Answer where the client is gone.
@@ -117,8 +126,9 @@ async def stream(state: State, question: Question, request: Request) -> AsyncIte
     # Done is told by the loop after every delta of the same thread, so the queue's order is what was said.
     future.add_done_callback(lambda _: said.put_nowait(None))
 
-    async def parts() -> AsyncIterator[Delta | Answer]:
+    async def parts() -> AsyncGenerator[Delta | Answer]:
         try:
+            yield Delta("", [])  # taken below: one that is closed before it began would not cancel its question
             while True:
                 try:
                     delta = await asyncio.wait_for(said.get(), GONE_S)
@@ -133,7 +143,9 @@ async def stream(state: State, question: Question, request: Request) -> AsyncIte
         finally:
             future.cancel()
 
-    return parts()
+    begun = parts()
+    await anext(begun)
+    return begun
 
 
 def _submit(state: State, question: Question, request: Request, on_delta: OnDelta | None = None) -> asyncio.Future[Any]:
@@ -150,8 +162,9 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     try:
         submitted: Future[Answer] = ready(state).submit(question, on_delta)
     except Full as error:
-        state.metrics.refused.inc()
-        raise Problem("overloaded", "Ask again later.", headers={"Retry-After": str(error.retry_after_s)}) from None
+        raise _overloaded(state, error.retry_after_s) from None
+    except Yielded as error:
+        raise _yielded(error.retry_after_s) from None
     except Closed:
         raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
     future = asyncio.wrap_future(submitted)
@@ -160,6 +173,11 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     future.add_done_callback(lambda _: _answered(state, key))
     future.add_done_callback(lambda done: _traced(done, question, begun))
     return future
+
+
+def _overloaded(state: State, wait_s: int) -> Problem:
+    state.metrics.refused.inc()
+    return Problem("overloaded", "Ask again later.", headers={"Retry-After": str(wait_s)})
 
 
 def _traced(done: asyncio.Future[Answer], question: Question, begun: float) -> None:
@@ -189,6 +207,8 @@ def _result(future: asyncio.Future[Answer]) -> Answer:
         raise
     except ConversationError as error:
         raise Problem("conversation_refused", f"{error}.", param="messages") from None
+    except Yielded as error:
+        raise _yielded(error.retry_after_s) from None
     except AdapterDamaged:
         raise Problem("artifact_damaged", "The adapter's stored files fail their digest or cannot be loaded.") from None
     except Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import time
 from hashlib import sha256
 from urllib.parse import urlsplit
 
@@ -17,15 +18,17 @@ from sqlalchemy.exc import DBAPIError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import keys
-from service.db import Database
+from service.db import Database, now
 from service.errors import Problem
 from service.keys import ANYBODY, ENV, SCOPES, Caller
+from service.models import ApiKey
 from service.problems import answer
 from service.settings import Settings, is_loopback
 
 log = logging.getLogger("hscr.auth")
 OPEN = ("/healthz", "/readyz")
 READ = ("GET", "HEAD")
+REMEMBER_S, REMEMBER_MAX = 1.0, 1000  # a key that was looked up is known for so long, and so many are
 # By the first part or the first two parts of the path: the scopes that may read, and those that may change. `admin` may do everything.
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vqa": (("vqa",), ("vqa",)),
@@ -37,6 +40,8 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lineage": (("vqa", "align"), ()),
     "v1/chat": (("vqa",), ("vqa",)),
     "v1/models": (("vqa", "align"), ()),
+    "v1/files": (("align",), ("align",)),
+    "v1/fine_tuning": (("align",), ("align",)),
     "metrics": (SCOPES, ()),
     "docs": (SCOPES, ()),
     "openapi.json": (SCOPES, ()),
@@ -59,6 +64,7 @@ class Auth:
     def __init__(self, app: ASGIApp, settings: Settings, database: Database) -> None:
         self.app, self._database = app, database
         key = _key(settings)
+        self._seen: dict[bytes, tuple[Caller, float, int]] = {}
         self._digest = sha256(key.encode()).digest() if key else None
         self._open = (*OPEN, "/metrics") if settings.on_loopback else OPEN
 
@@ -91,7 +97,7 @@ class Auth:
         if self._digest is not None and hmac.compare_digest(sha256(given.encode()).digest(), self._digest):
             return ENV
         if given.startswith(keys.PREFIX):
-            caller = await run_in_threadpool(self._look_up, given)
+            caller = self._remembered(given) or await run_in_threadpool(self._look_up, given)
             if caller is not None:
                 return caller
         if self._digest is not None:
@@ -102,20 +108,37 @@ class Auth:
             raise _unauthorized()
         return ANYBODY
 
+    def _remembered(self, secret: str) -> Caller | None:
+        """Whose secret this was a moment ago: forgotten at once where this process changes a key, within REMEMBER_S where another does."""
+        caller, until, changes = self._seen.get(sha256(secret.encode()).digest(), (None, 0.0, 0))
+        return caller if time.monotonic() < until and changes == keys.changes() else None
+
     def _look_up(self, secret: str) -> Caller | None:
+        changes = keys.changes()
         with self._database.read() as session:
             key = keys.find(session, secret)
         if key is None:
             return None
+        if len(self._seen) >= REMEMBER_MAX:
+            self._seen.clear()
+        caller = Caller(key.id, frozenset(key.scopes))
+        self._seen[sha256(secret.encode()).digest()] = (caller, time.monotonic() + _left(key), changes)
         try:
             keys.touch(self._database, key)
         except DBAPIError as error:  # when it was last used is not worth a refusal
             log.warning("the use of a key was not noted: %s", type(error).__name__)
-        return Caller(key.id, frozenset(key.scopes))
+        return caller
 
     def _keys_are_asked_for(self) -> bool:
         with self._database.read() as session:
             return keys.any_at_all(session)
+
+
+def _left(key: ApiKey) -> float:
+    """How long a key may be remembered: never past an end of its own."""
+    instant = now()
+    ends = [end for end in (key.expires_at, key.previous_until) if end is not None and end > instant]
+    return min([REMEMBER_S, *((end - instant).total_seconds() for end in ends)])
 
 
 def _allowed(scope: Scope) -> tuple[str, ...]:

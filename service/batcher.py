@@ -36,6 +36,29 @@ class Closed(Exception):
     """The batcher takes nothing more: the process is shutting down."""
 
 
+class Yielded(Exception):
+    """The engine left its device to another owner; it may be back in `retry_after_s`."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__("the engine is away")
+        self.retry_after_s = retry_after_s
+
+
+class Turn(Protocol):
+    """Who else owns the engine's device (service/devices.py). `asked` and `step_aside` are called in the batcher's thread."""
+
+    away: bool
+    back_in_s: int
+
+    def asked(self) -> bool:
+        """Whether the engine shall leave as soon as nothing runs."""
+        ...
+
+    def step_aside(self) -> None:
+        """Leave, and return when the engine can work again."""
+        ...
+
+
 class Asked(Protocol):
     """What the routes ask: a Batcher before the local engine, or whatever else answers questions (another server, say)."""
 
@@ -45,6 +68,11 @@ class Asked(Protocol):
     @property
     def depth(self) -> int:
         """Questions that wait."""
+        ...
+
+    @property
+    def full_for_s(self) -> int | None:
+        """About how many seconds until a question would be taken; None where one is now. Asked before a request costs anything."""
         ...
 
     def submit(self, item: Any, on_delta: OnDelta | None = None) -> Future[Answer]:
@@ -158,6 +186,7 @@ class Batcher(Generic[Item, Result]):
         setup: Callable[[], None] = lambda: None,
         on_batch: Callable[[int], None] = lambda size: None,
         on_first: Callable[[float], None] = lambda seconds: None,
+        turn: Turn | None = None,
         on_end: Callable[[Entry[Item, Result]], None] = lambda entry: None,
     ) -> None:
         """At most `batch_max` items and `tokens_max` tokens (Engine.cost) run at once; one that is larger alone runs alone.
@@ -165,6 +194,7 @@ class Batcher(Generic[Item, Result]):
         `on_batch` gets how many run whenever some joined, `on_first` the seconds from a question's coming to its first token,
         `on_end` a question that is over, in the context of its request.
         """
+        self._turn = turn
         self._engine, self._setup, self._on_batch, self._on_first = engine, setup, on_batch, on_first
         self._on_end = on_end
         self.batch_max, self.window_s, self.queue_max, self.tokens_max = batch_max, window_s, queue_max, tokens_max
@@ -191,16 +221,23 @@ class Batcher(Generic[Item, Result]):
     def depth(self) -> int:
         return sum(not entry.gone for entry in list(self._waiting))
 
+    @property
+    def full_for_s(self) -> int | None:
+        if len(self._waiting) < self.queue_max or (depth := self.depth) < self.queue_max:
+            return None
+        return max(1, min(60, round((depth + len(self._running)) * self._item_s)))
+
     def submit(self, item: Item, on_delta: OnDelta | None = None) -> Future[Result]:
         """Queue an item. Raises Full, Closed. `on_delta` is called in the batcher's thread with what is said, as it is said."""
         entry: Entry[Item, Result] = Entry(item, Future(), on_delta, self._engine.cost(item))
         with self._came:
             if self._closing.is_set():
                 raise Closed
-            if len(self._waiting) >= self.queue_max:  # those who left go first
-                self._waiting = deque(e for e in self._waiting if not e.gone)
-            if len(self._waiting) >= self.queue_max:
-                raise Full(max(1, min(60, round((len(self._waiting) + len(self._running)) * self._item_s))))
+            if self._turn is not None and self._turn.away:
+                raise Yielded(self._turn.back_in_s)
+            if (wait_s := self.full_for_s) is not None:
+                raise Full(wait_s)
+            self._waiting = deque(e for e in self._waiting if not e.gone)  # their images go too
             self._waiting.append(entry)
             self._came.notify()
         return entry.future
@@ -226,10 +263,27 @@ class Batcher(Generic[Item, Result]):
         self.ready.set()
         while not (self._closing.is_set() and not self._waiting and not self._running):
             self._leave()
-            if new := self._admitted():
+            if self._turn is not None and self._turn.asked():  # what runs is answered, nothing new is begun
+                if not self._running:
+                    try:
+                        self._step_aside(self._turn)
+                    except Exception as error:  # it cannot be loaded again
+                        self.failure = error
+                        return
+            elif new := self._admitted():
                 self._join(new)
             if self._running:
                 self._step()
+
+    def _step_aside(self, turn: Turn) -> None:
+        with self._came:
+            self.ready.clear()
+            turn.away = True
+            waiting, self._waiting = self._waiting, deque()
+        for entry in waiting:
+            entry.finish(Yielded(turn.back_in_s))
+        turn.step_aside()
+        self.ready.set()
 
     def _admitted(self) -> list[Entry[Item, Result]]:
         """Those in front of the queue that fit beside what runs. Waits only where nothing runs."""

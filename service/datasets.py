@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -33,13 +34,15 @@ from service import artifact_store, audit
 from service.archive import ArchiveLimits, discard, flatten, unpack
 from service.artifact_store import Artifact, ArtifactStore
 from service.db import Database
-from service.decoding import Decoders, DecodersBusy
+from service.decoding import Cleaned, Decoders, DecodersBusy
 from service.errors import Problem
 from service.foreign import Reading, convert, is_ours
-from service.models import Dataset, DatasetRecord, new_id
+from service.models import AdapterVersion, Dataset, DatasetRecord, Evaluation, Job, new_id
 from service.retention import artifacts_held
+from service.uid_key import of_folder
 
 REJECTED_KEPT = 1000
+_TEXT = {b"{": "data.jsonl", b"[": "data.json"}  # a file of text by its first letter, and its name while it is read
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Content:
     images: dict[str, str]  # path -> digest
     digest: str
     format: str = "hscr"
+    pictures: dict[str, Any] = field(default_factory=dict)
     given: Path | None = None  # the file of preference records that a preference set brings along
 
 
@@ -76,40 +80,64 @@ def import_upload(
     actor: str = "local",
     decoders: Decoders | None = None,
     store: ArtifactStore | None = None,
+    key: bytes | None = None,
 ) -> tuple[Dataset, bool]:
-    """Check, unpack and register a zip or a parquet file; the data set and whether it is new (equal content under one name is not).
+    """Check, unpack and register a zip, parquet, JSONL or JSON file; the data set and whether it is new. Raises Problem.
 
-    `store`: where it is kept; the data folder's own where None. Raises Problem.
+    Equal content under one name is not new. Files of images are cleaned on the way (hscr/clean_image.py). `store` is where it is kept, `key`
+    what UIDs are remapped under; the data folder's own where None.
     """
+    key = key or of_folder(data_dir)
     store = store or artifact_store.LocalStore.below(data_dir)
     incoming = data_dir / "datasets" / f".incoming-{uuid4().hex}"
     upload, imported = incoming / "upload", incoming / "imported"
     upload.mkdir(parents=True)
     try:
-        if file.read(4) == b"PAR1":  # a parquet file holds its images itself
-            file.seek(0)
-            with (upload / "data.parquet").open("wb") as out:
+        head = file.read(4096)
+        file.seek(0)
+        alone = "data.parquet" if head[:4] == b"PAR1" else _TEXT.get(head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1])
+        if alone is not None:
+            with (upload / alone).open("wb") as out:
                 shutil.copyfileobj(file, out, 2**20)
         else:
-            file.seek(0)
             unpack(file, upload, limits)
         source = flatten(upload)
         if reading.layout == "hscr" or (reading.layout == "auto" and is_ours(source)):
-            content = _read(source, rows_max, decoders)
+            content = _read(source, rows_max, key, decoders)
         else:
             report = convert(source, imported, reading, rows_max, limits.unpacked_bytes)
             source = imported
-            content = _imported(_read(source, rows_max, decoders), report)
+            content = _imported(_read(source, rows_max, key, decoders), report)
         whole = _assemble(source, content, incoming / "whole")
+        n_bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
         with artifacts_held(data_dir, database):
             files = store.put(artifact_store.data_set(content.digest, None), whole, give=True)
             with database.write() as session:
-                dataset, new = _register(session, name, content, files)
+                dataset, new = _register(session, name, content, files, n_bytes)
                 if new:
                     audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
                 return dataset, new
     finally:
         discard(incoming)
+
+
+def delete(session: Session, dataset_id: str, actor: str) -> None:
+    """Forget a data set that nothing points at; retention.collect frees its folder. Raises Problem.
+
+    What a version learnt from, or was measured on, stays for as long as the version can be asked about it.
+    """
+    dataset = session.get(Dataset, dataset_id, with_for_update=True)
+    if dataset is None:
+        raise _unknown()
+    for column in (Job.dataset_id, Job.evaluation_dataset_id, AdapterVersion.dataset_id, Evaluation.dataset_id):
+        if session.scalar(select(column).where(column == dataset_id).limit(1)) is not None:
+            raise Problem(
+                "dataset_in_use",
+                "A job used it, so that versions and the audit lead to it; GET /datasets/{id}/lineage lists them.",
+            )
+    session.delete(dataset)
+    session.flush()
+    audit.record(session, actor, "dataset.delete", dataset_id, digest=dataset.digest)
 
 
 def _imported(content: Content, report: dict[str, Any]) -> Content:
@@ -118,16 +146,16 @@ def _imported(content: Content, report: dict[str, Any]) -> Content:
     return replace(content, rejected=rows, format=report["source"]["format"])
 
 
-def _read(source: Path, rows_max: int, given_decoders: Decoders | None) -> Content:
+def _read(source: Path, rows_max: int, key: bytes, given_decoders: Decoders | None) -> Content:
     decoders = given_decoders or Decoders(1, 2 * 2**30, 20)
     try:
-        return _read_with(decoders, source, rows_max)
+        return _read_with(decoders, source, rows_max, key)
     finally:
         if given_decoders is None:
             decoders.close()
 
 
-def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
+def _read_with(decoders: Decoders, source: Path, rows_max: int, key: bytes) -> Content:
     try:
         path = records_file(source)
     except ValueError:
@@ -138,6 +166,7 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
     if len(records) + len(rejected) > rows_max:
         raise Problem("invalid_archive", f"The data set has more than {rows_max} rows.")
     images: dict[str, str] = {}
+    told_of: dict[str, Cleaned] = {}
     bad: dict[tuple[str, View], str] = {}
     good: set[tuple[str, View]] = set()
     kept: list[VQARecord] = []
@@ -145,9 +174,10 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
         for image, view in record.shown:
             if (image, view) not in good and (image, view) not in bad:
                 try:
-                    if decoders.check(source / image, view=view).format == "dicom":  # whatever its name says
-                        raise ImageError("a DICOM file's header may name the patient: send its frames as PNG files")
-                    if image not in images:
+                    if image in images:
+                        decoders.check(source / image, view=view)
+                    else:
+                        told_of[image] = _clean(decoders, source / image, key, view)
                         images[image] = file_digest(source / image)
                     good.add((image, view))
                 except DecodersBusy:
@@ -174,7 +204,24 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int) -> Content:
     if given is not None:
         told += _odd_preferences(given, records, set() if given != path else {row.line for row in rejected})
         digest = json_digest([digest, file_digest(given)])
-    return Content(kept, told, images, digest, given=given)
+    return Content(kept, told, images, digest, given=given, pictures=_pictures([told_of[image] for image in images]))
+
+
+def _clean(decoders: Decoders, path: Path, key: bytes, view: View) -> Cleaned:
+    """Put what may be stored of a file in its place, before anything else looks at it. Raises ImageError, DecodersBusy."""
+    cleaned = decoders.clean(path, key, view=view)
+    if cleaned.data is None:
+        return cleaned
+    fresh = path.with_name(f".cleaned-{uuid4().hex}")  # not over the file itself: other names may be links to it
+    fresh.write_bytes(cleaned.data)
+    fresh.replace(path)
+    return replace(cleaned, data=b"")
+
+
+def _pictures(told: list[Cleaned]) -> dict[str, Any]:
+    """What an upload's answer says of its pictures: counts of formats and flags, and how many files held more than a picture."""
+    formats, flags = Counter(c.note.format for c in told), Counter(flag for c in told for flag in c.note.flags)
+    return {"formats": formats, "flags": flags, "cleaned": sum(c.data is not None for c in told)}
 
 
 def _odd_preferences(given: Path, records: list[VQARecord], told: set[int]) -> list[dict[str, Any]]:
@@ -214,7 +261,7 @@ def _assemble(source: Path, content: Content, whole: Path) -> Path:
     return whole
 
 
-def _register(session: Session, name: str, content: Content, files: str) -> tuple[Dataset, bool]:
+def _register(session: Session, name: str, content: Content, files: str, n_bytes: int) -> tuple[Dataset, bool]:
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))  # one version number at a time
     known = session.scalar(select(Dataset).where(Dataset.name == name, Dataset.digest == content.digest))
@@ -232,6 +279,8 @@ def _register(session: Session, name: str, content: Content, files: str) -> tupl
         n_images=len(content.images),
         n_rejected=len(content.rejected),
         rejected=content.rejected[:REJECTED_KEPT],
+        n_bytes=n_bytes,
+        pictures=content.pictures,
     )
     session.add(dataset)
     session.flush()
@@ -243,13 +292,41 @@ def _register(session: Session, name: str, content: Content, files: str) -> tupl
     return dataset, True
 
 
-def get(session: Session, dataset_id: str) -> Dataset:
-    dataset = session.get(Dataset, dataset_id)
+def get(session: Session, dataset_id: str, *, hold: bool = False) -> Dataset:
+    """The data set; with `hold` nobody deletes it before this transaction ends. Raises Problem."""
+    dataset = session.get(Dataset, dataset_id, with_for_update={"read": True, "key_share": True} if hold else None)
     if dataset is None:
-        raise Problem(
-            "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
-        )
+        raise _unknown()
     return dataset
+
+
+def _unknown() -> Problem:
+    return Problem(
+        "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a data set never changes."""
+
+    digest: str
+    n_records: int
+
+
+_FACTS: dict[str, Facts] = {}
+_FACTS_MAX = 10_000
+
+
+def facts(session: Session, dataset_id: str) -> Facts:
+    """The digest and size of a data set that is there: asked for with every job that anybody looks at, so remembered by the process."""
+    known = _FACTS.get(dataset_id)
+    if known is None:
+        row = session.execute(select(Dataset.digest, Dataset.n_records).where(Dataset.id == dataset_id)).one()
+        if len(_FACTS) >= _FACTS_MAX:
+            _FACTS.clear()
+        known = _FACTS[dataset_id] = Facts(*row)
+    return known
 
 
 def clear_leftovers(data_dir: Path, older_than_s: float = 3600) -> None:

@@ -87,7 +87,13 @@ def _engine(url: str) -> Engine:
         )
     if address.database and address.database != ":memory:":
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(address, hide_parameters=True, connect_args={"timeout": 30, "check_same_thread": False})
+    # As many connections as threads that may ask: one beyond the pool would be opened, prepared and closed again for a single read.
+    engine = create_engine(
+        address,
+        hide_parameters=True,
+        pool_size=40,
+        connect_args={"timeout": 30, "check_same_thread": False},
+    )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -1,7 +1,7 @@
-"""`python -m service.decode_child`: decodes images that others sent, one order after the other, under limits of memory and time.
+"""`python -m service.decode_child`: decodes and cleans images that others sent, one order after the other, under limits of memory and time.
 
-An order is a line of JSON and the bytes of its images on stdin; the answer a line of JSON and the RGB pixels on stdout. The process ends
-with its stdin, writes no file, and is killed by its own alarm where whoever ordered is too late to do it.
+An order is a line of JSON and the bytes of its images on stdin; the answer a line of JSON and RGB pixels, or a cleaned file, on stdout.
+The process ends with its stdin, writes no file, and is killed by its own alarm where whoever ordered is too late to do it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hscr.image_limits import ImageError, ImageLimits, Note
-from hscr.image_view import parsed_view
-from hscr.images import read_image, read_images
+from hscr.image_view import View, parsed_view
+from hscr.images import read_image, read_images, read_limited
 
 
 def main() -> None:
@@ -44,6 +44,8 @@ def main() -> None:
 
 def _decoded(order: dict[str, Any], given: list[bytes], pixels: list[bytes]) -> dict[str, Any]:
     limits, views = ImageLimits(**order["limits"]), [parsed_view(view) for view in order["views"]]
+    if "key" in order:
+        return _cleaned(Path(order["path"]), bytes.fromhex(order["key"]), limits, views[0], pixels)
     if "path" in order:  # a file that was unpacked to our own disk: only whether it can be read, and its note
         return {"images": [_told(read_image(Path(order["path"]), limits, views[0]).note)]}
     images = []
@@ -51,6 +53,18 @@ def _decoded(order: dict[str, Any], given: list[bytes], pixels: list[bytes]) -> 
         images.append({**_told(decoded.note), "size": decoded.image.size})
         pixels.append(decoded.image.tobytes())
     return {"images": images}
+
+
+def _cleaned(path: Path, key: bytes, limits: ImageLimits, view: View, out: list[bytes]) -> dict[str, Any]:
+    """The file's bytes go out only where cleaning changed them."""
+    from hscr.clean_image import clean_image
+
+    data = read_limited(path, limits)
+    after, note = clean_image(data, key, limits, view)
+    if after == data:
+        return {"images": [_told(note)]}
+    out.append(after)
+    return {"images": [{**_told(note), "bytes": len(after)}]}
 
 
 def _told(note: Note) -> dict[str, Any]:

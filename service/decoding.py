@@ -37,6 +37,14 @@ class DecodersBusy(Exception):
 
 
 @dataclass(frozen=True)
+class Cleaned:
+    """What is told of an image, and the bytes to store in its file's place; None: the file holds nothing but the picture."""
+
+    note: Note
+    data: bytes | None
+
+
+@dataclass(frozen=True)
 class DecodeStats:
     """How the pool does: counts since the start, `busy` now."""
 
@@ -104,6 +112,13 @@ class Decoders:
         """Whether a file can be decoded; no pixels come back. Raises ImageError, DecodersBusy."""
         order = {"sizes": [], "path": str(path.resolve()), **_common(limits, [view])}
         return _note(self._ask(order, ())[0]["images"][0])
+
+    def clean(self, path: Path, key: bytes, limits: ImageLimits = ImageLimits(), view: View = View()) -> Cleaned:
+        """What of a file may be stored (hscr/clean_image.py). Raises ImageError, DecodersBusy."""
+        order = {"sizes": [], "path": str(path.resolve()), "key": key.hex(), **_common(limits, [view])}
+        answer, content = self._ask(order, ())
+        told = answer["images"][0]
+        return Cleaned(_note(told), content[0] if "bytes" in told else None)
 
     def warm(self) -> None:
         """Start one process now, so that the first question does not wait for it."""
@@ -215,7 +230,7 @@ def _exchange(child: _Child, order: dict[str, Any], data: Sequence[bytes]) -> tu
     answer: dict[str, Any] = json.loads(line)
     pixels = []
     for told in answer.get("images", ()):
-        size = told["size"][0] * told["size"][1] * 3 if "size" in told else 0
+        size = told["size"][0] * told["size"][1] * 3 if "size" in told else told.get("bytes", 0)
         pixels.append(answers.read(size))
         if len(pixels[-1]) != size:
             raise EOFError

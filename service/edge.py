@@ -21,6 +21,7 @@ from service.problems import answer
 from service.settings import Settings
 
 log = logging.getLogger("hscr.http")
+_UPLOADS = ("/datasets", "/v1/files")
 _ADAPTER_UPLOAD = re.compile(r"^/adapters/[^/]+/versions/?$")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # a label: callers may send any word
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._\-]{1,64}$")
@@ -58,7 +59,7 @@ class Edge:
     def _limits(self, scope: Scope, content_type: bytes) -> BodyLimits:
         s, upload = self.settings, None
         if scope["method"] == "POST" and content_type.lower().startswith(b"multipart/form-data"):
-            if scope["path"].rstrip("/") == "/datasets":
+            if scope["path"].rstrip("/") in _UPLOADS:
                 upload = s.upload_max_bytes
             elif _ADAPTER_UPLOAD.match(scope["path"]):
                 upload = s.adapter_max_bytes + 2**20

@@ -105,6 +105,18 @@ class LocalEngine:
         self.several_images = vlm.family.several_images
         log.info("model %s loaded, digest %s", s.model_id, vlm.digest)
 
+    def unload(self) -> None:
+        """Free the device; nothing runs. `load` brings everything back but the adapters, which come when they are asked for."""
+        import gc
+
+        import torch
+
+        self._answerer, self._batch, self._entries = None, None, {}
+        self._loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def cost(self, question: Question) -> int:
         """Tokens of prompt and answer: images as those of their sizes took before, text at three characters a token."""
         text = question.text if isinstance(question.text, str) else "".join(turn.text for turn in question.text)

@@ -18,7 +18,7 @@ def ask(
     session: Session, version: AdapterVersion, dataset_id: str, config: dict[str, Any], *, owner: str, **values: Any
 ) -> Job:
     """A queued evaluation of a version on a data set. Raises Problem."""
-    dataset = datasets.get(session, dataset_id)
+    dataset = datasets.get(session, dataset_id, hold=True)
     if dataset.n_records == 0:
         raise Problem("dataset_empty", "The data set named by `dataset` has no record.")
     check_unseen(session, version, dataset, config)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hscr.readers import LAYOUTS
-from hscr.readers.rows import first_object, label_files
+from hscr.readers.rows import first_object, is_data_url, label_files
 from hscr.records import is_preference
 from service.errors import Problem
 from service.lifeline import PARENT_VARIABLE
@@ -44,7 +44,8 @@ class Reading:
 def is_ours(source: Path) -> bool:
     """Whether a folder looks like our own layout: records.jsonl, or a .jsonl of rows with our fields or of preference records."""
     return (source / "records.jsonl").is_file() or any(
-        (row.keys() >= _OURS and row.keys() & {"image", "images"}) or is_preference(row)
+        (row.keys() >= _OURS and row.keys() & {"image", "images"} and not is_data_url(row.get("image")))
+        or is_preference(row)
         for row in map(first_object, label_files(source, ".jsonl"))
     )
 

@@ -67,7 +67,7 @@ def ask(
             Job, gate.job_id
         ).config == config:
             return gate
-    dataset = datasets.get(session, dataset_id)
+    dataset = datasets.get(session, dataset_id, hold=True)
     if champion is not None:
         evaluations.check_unseen(session, champion, dataset, config)
     job = evaluations.ask(session, candidate, dataset_id, config, owner=by)

@@ -166,6 +166,11 @@ def _entering(status: str) -> dict[str, Any]:
     return left | ({"queued_at": now(), "rung_at": None} if status == "queued" else {})
 
 
+def waits(session: Session, job_id: str) -> bool:
+    """Whether the job is there to be claimed, as far as its status goes."""
+    return session.scalar(select(Job.id).where(Job.id == job_id, Job.status == "queued")) is not None
+
+
 def claim(session: Session, job_id: str, lease_s: float, running_max: int | None = None) -> Claim | None:
     """Take a queued job; None where there is nothing to take (unknown id, somebody has it, it ended): a bell too many.
 

@@ -9,8 +9,9 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import event, or_, select, update
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import bytes_digest
@@ -39,6 +40,21 @@ class Caller:
 
 ENV = Caller("env", frozenset(SCOPES))
 ANYBODY = Caller(LOCAL, frozenset(SCOPES))
+
+
+_changes = count()
+_changed = [next(_changes)]
+
+
+def changes() -> int:
+    """A number that is another one after each change of a key by this process."""
+    return _changed[0]
+
+
+def _on_change(session: Session) -> None:
+    """Count before the commit and after it: who looked in between has the number of neither."""
+    _changed[0] = next(_changes)
+    event.listen(session, "after_commit", lambda _: _changed.__setitem__(0, next(_changes)), once=True)
 
 
 def create(
@@ -80,6 +96,7 @@ def rotate(session: Session, by: str, key_id: str, keep_s: float = 0.0) -> tuple
     key.previous_until = now() + timedelta(seconds=keep_s) if keep_s > 0 else None
     key.digest, key.shown = _digest(secret), secret[:SHOWN]
     session.flush()
+    _on_change(session)
     audit.record(session, by, "key.rotate", key.id, keep_s=keep_s)
     return key, secret
 
@@ -90,6 +107,7 @@ def revoke(session: Session, by: str, key_id: str) -> ApiKey:
     if key.revoked_at is None:
         key.revoked_at = now()
         session.flush()
+        _on_change(session)
         audit.record(session, by, "key.revoke", key.id)
     return key
 

@@ -50,9 +50,10 @@ class Metrics:
         self._counts = JobCounts()
         r.register(_Gpu())
 
-    def watch_queue(self, depth: Callable[[], float], oldest_s: Callable[[], float]) -> None:
+    def watch_queue(self, depth: Callable[[], float], oldest_s: Callable[[], float] | None = None) -> None:
         self.queue_depth.set_function(depth)
-        self.queue_oldest.set_function(oldest_s)
+        if oldest_s is not None:  # another server's queue is not ours to look into
+            self.queue_oldest.set_function(oldest_s)
 
     def watch_engine(self, stats: Callable[[], dict[str, int]]) -> None:
         """Counts of the engine by name (service/engine.py, Stats)."""

@@ -64,6 +64,8 @@ class Dataset(Base):
     n_images: Mapped[int]
     n_rejected: Mapped[int]
     rejected: Mapped[list[Any]]  # [{"line": 3, "reason": "…"}], the first thousand
+    n_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files; None: uploaded before that was noted
+    pictures: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # their formats, flags, and how many were cleaned
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 

@@ -34,8 +34,14 @@ MARK = "hscr-artifacts.json"  # at the root: where it is missing the bucket is, 
 REST_S = 5.0  # after a failure to reach the store, callers are refused at once for so long
 SPARED_S = 600.0  # what was asked for so lately stays in the cache
 _S3 = {
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 1}},
-    "client_kwargs": {},
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 20,
+        "retries": {"max_attempts": 1},
+        # Not all that speak S3 do these as Amazon does (rclone's fail a large object); here every file is verified by its sha256.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
 }
 
 

@@ -12,13 +12,22 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from service.models import Dataset, Job
+from service import datasets
+from service.db import Database
+from service.models import Job
 
 STAGES = ("generating", "optimizing", "evaluating", "reporting")
 HISTORY, AHEAD_MAX = 20, 500
+_KNOWN: dict[tuple[str, ...], dict[str, float]] = {}  # rates by the jobs that they come from
+_KNOWN_MAX = 256
+_ENDED = select(Job.id).where(
+    Job.model == bindparam("model"), Job.status == "succeeded"
+)  # made once: it is run with every look
+_ENDED = _ENDED.order_by(Job.id.desc()).limit(HISTORY)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,6 @@ class Ahead:
 class Outlook:
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._sizes: dict[str, int] = {}
         self._rates: dict[str, dict[str, float]] = {}
 
     def of(self, job: Job) -> Ahead:
@@ -74,7 +82,9 @@ class Outlook:
             return 0.0 if job.stage == "publishing" else self._whole(job)
         later = self._sum(self._expected(job), STAGES[STAGES.index(job.stage) + 1 :])
         progress = job.progress or {}
-        here = progress.get("eta_s") if progress.get("stage") == job.stage else self._expected(job).get(job.stage)
+        here = progress.get("eta_s") if progress.get("stage") == job.stage else None
+        if here is None:  # the run cannot tell yet, or again after it was resumed
+            here = self._expected(job).get(job.stage)
         return None if later is None or here is None else here + later
 
     @staticmethod
@@ -86,31 +96,48 @@ class Outlook:
         return {s: units[s] * rates[s] for s in STAGES if s in rates} | {s: 0.0 for s in STAGES if units[s] == 0}
 
     def _history(self, model: str) -> dict[str, float]:
-        """Seconds a unit of each stage, over the model's last jobs that succeeded."""
+        """Seconds a unit of each stage, over the model's last jobs that succeeded: what those took never changes, so it is remembered."""
         if model not in self._rates:
-            query = select(Job).where(Job.model == model, Job.status == "succeeded").order_by(Job.id.desc())
-            seen: dict[str, list[float]] = defaultdict(list)
-            for job in self._session.scalars(query.limit(HISTORY)):
-                units = self._units(job)
-                for stage in STAGES:
-                    if units[stage] and job.stage_seconds:
-                        seen[stage].append(job.stage_seconds.get(stage, 0.0) / units[stage])
-            self._rates[model] = {stage: median(values) for stage, values in seen.items()}
+            ids = tuple(self._session.scalars(_ENDED, {"model": model}))
+            if ids not in _KNOWN:
+                if len(_KNOWN) >= _KNOWN_MAX:
+                    _KNOWN.clear()
+                _KNOWN[ids] = self._measured(ids)
+            self._rates[model] = _KNOWN[ids]
         return self._rates[model]
+
+    def _measured(self, ids: tuple[str, ...]) -> dict[str, float]:
+        seen: dict[str, list[float]] = defaultdict(list)
+        for job in self._session.scalars(select(Job).where(Job.id.in_(ids))):
+            units = self._units(job)
+            for stage in STAGES:
+                if units[stage] and job.stage_seconds:
+                    seen[stage].append(job.stage_seconds.get(stage, 0.0) / units[stage])
+        return {stage: median(values) for stage, values in seen.items()}
 
     def _units(self, job: Job) -> dict[str, float]:
         """The size of each stage: records to generate for, records times epochs, records to evaluate on."""
         epochs: Any = job.config.get("optimization", {}).get("epochs", 1)
-        n, limit = self._size(job.dataset_id), job.config.get("evaluation", {}).get("max_records")
-        tested = self._size(job.evaluation_dataset_id) if job.evaluation_dataset_id else 0
+        n, limit = _size(self._session, job.dataset_id), job.config.get("evaluation", {}).get("max_records")
+        tested = _size(self._session, job.evaluation_dataset_id) if job.evaluation_dataset_id else 0
         tested = tested if limit is None else min(tested, limit)
         learnt = n if job.kind == "align" else 0
         return {"generating": learnt, "optimizing": learnt * epochs, "evaluating": tested, "reporting": 1}
 
-    def _size(self, dataset_id: str) -> int:
-        if dataset_id not in self._sizes:
-            self._sizes[dataset_id] = self._session.get_one(Dataset, dataset_id).n_records
-        return self._sizes[dataset_id]
+
+def _size(session: Session, dataset_id: str) -> int:
+    return datasets.facts(session, dataset_id).n_records
+
+
+def left_s(database: Database) -> float | None:
+    """How long the jobs that run now may take yet, the longest of them; None where nobody knows."""
+    try:
+        with database.read() as session:
+            outlook = Outlook(session)
+            left = [outlook.of(job).remaining_s for job in session.scalars(select(Job).where(Job.status == "running"))]
+    except DBAPIError:
+        return None
+    return max((s for s in left if s is not None), default=None)
 
 
 def _rounded(seconds: float | None) -> float | None:

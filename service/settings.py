@@ -62,9 +62,23 @@ class Settings(BaseSettings):
 
     model: str = ""  # Hugging Face name or folder; empty = the demo model that ships with hscr
     model_revision: str | None = None
-    engine: Literal["local", "none"] = "local"
+    engine: Literal["local", "openai", "none"] = "local"
+    upstream_url: str = ""  # engine openai: the model server's address (vLLM), http://HOST:PORT
+    upstream_key: SecretStr | None = None
+    upstream_model: str = ""  # its name there; empty = HSCR_MODEL
+    upstream_data_dir: str = ""  # what the server calls the data folder, for adapters; empty = as it is called here
+    upstream_adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded there
+    upstream_concurrency: int = Field(default=32, ge=1)  # questions with it at once; queue_max more wait
+    upstream_timeout_s: float = Field(default=120.0, gt=0)
+    upstream_check_s: float = Field(default=5.0, gt=0)  # between looks whether it is there
     device: str = "auto"
     dtype: str = "auto"
+    # Jobs and engine on one device: both (a job's estimate must fit beside the engine), or one of them goes first.
+    device_policy: Literal["share", "serve_first", "train_first"] = "share"
+    device_name: str = (
+        ""  # of one device for all who share the data folder; empty = by `device` and CUDA_VISIBLE_DEVICES
+    )
+    device_wait_s: float = Field(default=120.0, ge=0)  # a job waits so long for the engine to leave
     engine_threads: int = Field(default=1, ge=1)
     scheduling: Literal["continuous", "static"] = "continuous"  # do questions join others between decode steps
     batch_max: int = Field(default=16, ge=1)  # questions that are answered together
@@ -130,6 +144,9 @@ class Settings(BaseSettings):
     decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
     decoded_max_bytes: int = Field(default=2**30, ge=2**20)  # pixels of questions that wait or are answered
     decode_max_s: float = Field(default=20.0, gt=0)
+    uid_key: SecretStr | None = Field(
+        default=None, min_length=16
+    )  # remaps UIDs of uploaded DICOM files; None: a secret in the data folder
     import_max_s: float = Field(default=3600.0, gt=0)
 
     @field_validator("run_command", "evaluate_command", "plan_command", mode="before")

@@ -131,6 +131,46 @@ def valkey(valkey_server: str) -> str:
     return valkey_server
 
 
+class S3:
+    """A server that speaks S3 (rclone's), with one bucket; it can be stopped and started."""
+
+    def __init__(self, folder: Path) -> None:
+        from service.up import _free_port
+
+        (folder / "bucket").mkdir()
+        self.folder, self.port = folder, _free_port()
+        self.start()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"endpoint_url": f"http://127.0.0.1:{self.port}", "key": "canary-key", "secret": "canary-secret"}
+
+    def start(self) -> None:
+        import httpx
+
+        command = [str(Path(sys.executable).parent / "rclone"), "serve", "s3", str(self.folder), "--config", os.devnull]
+        command += ["--addr", f"127.0.0.1:{self.port}", "--auth-key", "canary-key,canary-secret"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def answers() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"http://127.0.0.1:{self.port}/", trust_env=False).status_code > 0
+            return False
+
+        wait_for(answers, 30, "rclone serves")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    server = S3(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.stop()
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Tell the stand-in run program what to do; without a call it succeeds in a moment."""

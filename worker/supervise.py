@@ -19,9 +19,10 @@ from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest
 from hscr.disk import is_full
-from service import adapters, artifact_store, gates, jobs, logs, preferences, reviews, tracing
+from service import adapters, artifact_store, devices, gates, jobs, logs, preferences, reviews, tracing
 from service.artifact_store import ADAPTERS, Artifact, ArtifactStore, open_store
 from service.db import Database, now
+from service.devices import RunTurn
 from service.errors import Problem
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
 from service.models import Job
@@ -31,6 +32,7 @@ from service.settings import Settings
 from worker.attempt import JobFolder
 from worker.carry import Interrupted, carry
 from worker.command import REVIEW, Order, order_of, sources_of
+from worker.fits import check_fits
 from worker.reports import store_report
 from worker.room import CODE as DISK_FULL
 from worker.room import MESSAGE as DISK_FULL_MESSAGE
@@ -40,6 +42,11 @@ from worker.run import BAD_INPUT, DONE, STOPPED, Run
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
 Result = TypeVar("Result")
+_HANDED_BACK = {
+    "stop": "worker_stopping",
+    "pause": "resumed",
+    "device": "device_wanted",
+}  # why asked -> the event's reason
 busy = False
 
 
@@ -53,16 +60,14 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
         ):  # left in the queue: the sweep rings again, and a job is not failed for its neighbours' files
             log.warning("job %s: not claimed, the data folder has less free than HSCR_DISK_RESERVE_BYTES", job_id)
             return
-        with database.write() as session:
-            mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
-        if mine is None:
-            return
-        n = mine.fence
-        with logs.bound(job_id=job_id, attempt=n), tracing.span("job.attempt", job_id=job_id, attempt=n) as span:
-            log.info("job %s attempt %d: claimed", job_id, n)
-            attempt = _Attempt(database, settings, mine, should_stop)
-            attempt.run()
-            span.set(ended=attempt.ended)
+        with database.read() as session:
+            if not jobs.waits(session, job_id):
+                return  # nobody else need leave the device for it
+        with devices.for_run(settings) as turn:
+            if turn is None:
+                log.info("job %s: not claimed, the device is in use", job_id)  # the sweep rings again
+                return
+            _attempt(database, settings, job_id, turn, should_stop)
     except jobs.Superseded:
         log.warning("job %s: superseded", job_id)
     finally:
@@ -70,9 +75,28 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
         tracing.flush()  # not while it works: a collector that is away would hold up its lease
 
 
+def _attempt(
+    database: Database, settings: Settings, job_id: str, turn: RunTurn, should_stop: Callable[[], bool]
+) -> None:
+    with database.write() as session:
+        mine = jobs.claim(session, job_id, settings.lease_s, settings.key_running_max)
+    if mine is None:
+        return
+    n = mine.fence
+    with logs.bound(job_id=job_id, attempt=n), tracing.span("job.attempt", job_id=job_id, attempt=n) as span:
+        log.info("job %s attempt %d: claimed", job_id, n)
+        attempt = _Attempt(database, settings, mine, should_stop, turn)
+        attempt.run()
+        span.set(ended=attempt.ended)
+
+
+class DeviceBusy(Exception):
+    """The engine did not leave the device in time."""
+
+
 @dataclass
 class _Asked:
-    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline, disk_full."""
+    """Why the run is being stopped: cancel, pause, stop (the worker leaves), deadline, device (the engine wants it), disk_full."""
 
     reason: str
     kill_at: float
@@ -84,6 +108,7 @@ class _Attempt:
     settings: Settings
     mine: jobs.Claim
     should_stop: Callable[[], bool]
+    turn: RunTurn
     metrics: dict[str, Any] = field(default_factory=dict)
     stage: str | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -115,7 +140,7 @@ class _Attempt:
                         folder.path / "run.log",
                         threads=self.settings.run_threads,
                         features=self.settings.features_folder,
-                        inherit=[lock],
+                        inherit=[lock, *([] if self.turn.descriptor is None else [self.turn.descriptor])],
                     )
                 )
                 self._conclude(status, work)
@@ -128,6 +153,8 @@ class _Attempt:
             self._finish(lambda s: jobs.fail(s, self.mine, code, message))
         except Interrupted:
             self._conclude(None, None)
+        except DeviceBusy:
+            self._finish(lambda s: jobs.hand_back(s, self.mine, "device_busy"))
         except Exception as error:
             if is_full(error):
                 log.warning("job %s attempt %d: the disk is full", self.mine.job_id, self.mine.fence)
@@ -160,11 +187,26 @@ class _Attempt:
             check = artifact.kind == ADAPTERS
             held = self._carry(lambda a=artifact, c=check: lent.enter_context(self.store.lent(a, check=c)))  # type: ignore[misc]
             at[artifact] = held.resolve()
+        self._take_device(at[sources.data], at.get(sources.evaluation) if sources.evaluation else None)
         with self.database.read() as session:
             job = session.get_one(Job, self.mine.job_id)
             self.order = order_of(session, self.settings, job, folder.path, work, sources, at)
         self.metrics, self.stage_seconds = dict(job.metrics), dict(job.stage_seconds)
         return self.order.command
+
+    def _take_device(self, data: Path, evaluation: Path | None) -> None:
+        """Wait for the engine to leave, or look whether there is room beside it. Raises DeviceBusy, Interrupted, Problem."""
+        until = time.monotonic() + self.settings.device_wait_s
+        while self.turn.must_wait():
+            if self._tend():
+                raise Interrupted
+            if time.monotonic() > until:
+                raise DeviceBusy
+            time.sleep(TICK_S)
+        with self.database.read() as session:
+            job = session.get_one(Job, self.mine.job_id)
+        if job.kind == "align" and devices.is_accelerator(self.settings) and self.turn.must_fit():
+            self._carry(lambda: check_fits(self.settings, data, evaluation, job.config))
 
     def _follow(self, run: Run) -> int:
         """Relay the run's events until it has ended; its exit status."""
@@ -196,6 +238,8 @@ class _Attempt:
                 self.asked = _Asked("pause", 0)
             elif self.should_stop():
                 self.asked = _Asked("stop", 0)
+            elif self.turn.must_go():
+                self.asked = _Asked("device", 0)
             elif not has_room(self.settings):
                 self.asked = _Asked(DISK_FULL, 0)
 
@@ -294,8 +338,8 @@ class _Attempt:
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
         elif status == STOPPED and self.order.for_review and self.generated:
             self._finish(lambda s: jobs.await_review(s, self.mine))
-        elif asked in ("stop", "pause"):
-            self._finish(lambda s: jobs.hand_back(s, self.mine, "worker_stopping" if asked == "stop" else "resumed"))
+        elif asked in _HANDED_BACK:
+            self._finish(lambda s: jobs.hand_back(s, self.mine, _HANDED_BACK[asked]))
         elif status == DONE:
             self._crash("no_result", "the run ended without a result")
         else:

@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hscr.readers import hf_parquet, llava_conversations, pathvqa, slake, table, trl_preference, vqa_rad
+from hscr.readers import (
+    hf_parquet,
+    llava_conversations,
+    openai_chat,
+    pathvqa,
+    slake,
+    table,
+    trl_preference,
+    vqa_rad,
+)
 from hscr.readers.rows import Found, Part
 from hscr.records import RejectedRow
 
@@ -35,6 +44,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("slake", "train.json, validate.json, test.json with imgs/", slake.parts, slake.rows),
         Layout("pathvqa", "qas/<split>/<split>_qa.pkl with images/", pathvqa.parts, pathvqa.rows),
         Layout("llava", "a .json or .jsonl with conversations", llava_conversations.parts, llava_conversations.rows),
+        Layout("openai", "a .jsonl with messages, images as data URLs", openai_chat.parts, openai_chat.rows),
         Layout("trl", "prompt, chosen, rejected as .jsonl or .parquet", trl_preference.parts, trl_preference.rows),
         Layout("hf-parquet", "<split>-*.parquet with image, question, answer", hf_parquet.parts, hf_parquet.rows),
         Layout("table", ".csv or .jsonl with image, question, answer", table.parts, table.rows),

@@ -6,6 +6,7 @@ or RejectedRow. Nothing here decodes an image or writes a file; hscr/importing.p
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from hscr import record_fields
 from hscr.records import RejectedRow, VQARecord, parsed, vqa_record
 
 MAX_LABEL_BYTES = 512 * 2**20  # a file of labels is read whole; the largest public set has 120 MB
+INLINE_ROW_BYTES = 64 * 2**20  # the first row of a file is found in so many bytes, where rows hold their images
 YES_NO = ("yes", "no")
 _SPLITS = {
     "train": "train",
@@ -41,14 +43,15 @@ class Part:
 class Found:
     """A row that is a record. `line` counts from 1: the line of a text file, the item of a JSON list or pickle, the row of a table.
 
-    `image` is the file, or the bytes that lie in the row; `record.image` is where it shall lie in the data set. A preference set's row has
-    the dispreferred answer in `rejected`.
+    `image` is the file, or the bytes that lie in the row; `record.image` is where a file shall lie in the data set. `further` are the bytes
+    of a row's other images. A preference set's row has the dispreferred answer in `rejected`.
     """
 
     line: int
     record: VQARecord
     image: Path | bytes
     rejected: str | None = None
+    further: tuple[bytes, ...] = ()
 
 
 def label_files(source: Path, *suffixes: str) -> list[Path]:
@@ -110,10 +113,10 @@ def each(
             yield RejectedRow(line, str(error))
 
 
-def first_object(path: Path) -> dict[str, Any]:
-    """The first object of a JSON list or JSONL file, read from its beginning only; empty where there is none. For detection."""
+def first_object(path: Path, limit: int = 2**20) -> dict[str, Any]:
+    """The first object of a JSON list or JSONL file, read from its first `limit` bytes only; empty where there is none. For detection."""
     with path.open("rb") as file:
-        head = file.read(2**20).decode("utf-8", "replace").lstrip("\ufeff \t\r\n[")
+        head = file.read(limit).decode("utf-8", "replace").lstrip("\ufeff \t\r\n[")
     for start in head.split("\n")[:20] if path.suffix.lower() == ".jsonl" else [head]:
         try:
             value, _ = json.JSONDecoder().raw_decode(start)
@@ -154,13 +157,34 @@ def find_image(root: Path, name: Any, folders: Sequence[str]) -> Path:
     return next((p for p in places if p.is_file()), places[0])
 
 
+def is_data_url(value: Any) -> bool:
+    return isinstance(value, str) and value[:5].lower() == "data:"
+
+
+def inline_image(url: str, name: str = "image") -> bytes:
+    """The bytes of a data URL in base64 (RFC 2397). Its media type is not believed. Raises ValueError."""
+    head, comma, content = url.partition(",")
+    if not is_data_url(url) or not comma or not head.lower().rstrip().endswith(";base64"):
+        raise ValueError(f"{name}: must be a data URL in base64; other addresses are not fetched")
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError:
+        raise ValueError(f"{name}: its base64 is damaged") from None
+
+
 def image_target(name: str) -> str:
     """Where an image of that name lies in the data set: below images/."""
     path = PurePosixPath(name.strip()).as_posix()
     return path if path.startswith("images/") else f"images/{path}"
 
 
-def make(line: int, fields: dict[str, Any], image: Path | bytes, rejected: str | None = None) -> Found:
+def make(
+    line: int,
+    fields: dict[str, Any],
+    image: Path | bytes,
+    rejected: str | None = None,
+    further: tuple[bytes, ...] = (),
+) -> Found:
     """A found row from a record's fields as a layout has them; without `answer_type` yes/no answers are closed.
 
     Raises ValueError naming the field that is wrong.
@@ -174,4 +198,5 @@ def make(line: int, fields: dict[str, Any], image: Path | bytes, rejected: str |
         row["answer_type"] = "closed" if is_yes_no(row["answer"]) else "open"
     if row["answer_type"] == "closed" and is_yes_no(row["answer"]) and not row.get("options"):
         row["options"] = list(YES_NO)
-    return Found(line, vqa_record(row), image, None if rejected is None else record_fields.text(rejected, "rejected"))
+    other = None if rejected is None else record_fields.text(rejected, "rejected")
+    return Found(line, vqa_record(row), image, other, further)

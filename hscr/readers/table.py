@@ -1,7 +1,7 @@
 """A folder with CSV or JSONL and images: columns image, question, answer and, if there, id, answer_type, options, group, language.
 
-Options of a CSV are separated by `|`. Our own records.jsonl is such a table too. Without an id a row is named by its file and line, without
-an answer type yes/no is closed.
+`image` is a path or a data URL. Options of a CSV are separated by `|`. Our own records.jsonl is such a table too. Without an id a row is
+named by its file and line, without an answer type yes/no is closed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from hscr.readers.rows import (
+    INLINE_ROW_BYTES,
     Found,
     Part,
     each,
     find_image,
     first_object,
     image_target,
+    inline_image,
+    is_data_url,
     json_items,
     label_files,
     make,
@@ -40,7 +43,7 @@ def parts(source: Path) -> list[Part]:
 
 def _columns(path: Path) -> set[str]:
     if path.suffix.lower() == ".jsonl":
-        return set(first_object(path))
+        return set(first_object(path, INLINE_ROW_BYTES))
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return {name.strip() for name in next(csv.reader([file.readline(100_000)]), [])}
 
@@ -79,13 +82,16 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _found(line: int, row: dict[str, Any], part: Part) -> Found:
-    image = find_image(part.root, row.get("image"), (".", "images"))
+    named: Any = row.get("image")
+    own_name = row_id(part, line)
+    inline = is_data_url(named)
+    image = inline_image(named) if inline else find_image(part.root, named, (".", "images"))
     number, meta = text(row.get("id")), row.get("meta") or {}
     if not isinstance(meta, dict):
         raise ValueError("meta: must be an object")
     fields = {name: row.get(name) for name in _OPTIONAL} | {
-        "id": row_id(part, line) if number in (None, "") else number,
-        "image": image_target(row["image"]),
+        "id": own_name if number in (None, "") else number,
+        "image": image_target(own_name if inline else named),
         "question": row.get("question"),
         "answer": row.get("answer"),
         "answer_type": row.get("answer_type"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
@@ -14,11 +15,13 @@ from service import adapters, audit, datasets, evaluations, job_requests, jobs, 
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
+from service.keys import Caller
 from service.routes.evaluate import check_served
 from service.routes.jobs import JobView, job_view
-from service.state import Service, Who
+from service.state import Service, State, Who
 
 router = APIRouter(tags=["align"])
+Metadata = dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]]
 
 EXAMPLES = {
     "plain": {
@@ -73,9 +76,7 @@ class AlignRequest(BaseModel):
         None,
         description="Told (signed, Standard Webhooks) when the job ends or awaits review. An operator allows its host.",
     )
-    metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
-    ] = Field(default_factory=dict, max_length=32)
+    metadata: Metadata = Field(default_factory=dict, max_length=32)
 
 
 class StageView(BaseModel):
@@ -130,45 +131,19 @@ def align(
     dry_run: Annotated[bool, Query(description="Only check everything and estimate time and memory.")] = False,
 ) -> Any:
     """202 means: the job is stored and will run. With an Idempotency-Key, sending the request again makes no second job."""
-    config, evaluation_dataset = _configuration(request)
-    if request.model not in (None, state.settings.model_id):
-        raise Problem(
-            "model_not_served", f"This service serves {state.settings.model_id}; leave `model` out or name it."
-        )
-
-    if request.webhook is not None:
-        webhooks.check_url(request.webhook, state.settings)
-
-    def checked(session: Session) -> tuple[dict[str, Any], tuple[str, int, str] | None]:
-        """The configuration and the version to align on top of."""
-        for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
-            if dataset_id is not None and datasets.get(session, dataset_id).n_records == 0:
-                raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
-        values = config.to_dict()
-        if request.parent is None:
-            return values, None
-        found = adapters.resolve(session, request.parent)
-        parent = adapters.get_version(session, found.name, found.version)
-        check_served(state, parent)
-        values["optimization"] |= adapters.lora_shape(parent)
-        if evaluation_dataset is not None:
-            evaluations.check_unseen(session, parent, datasets.get(session, evaluation_dataset), values)
-        return values, (parent.adapter_name, parent.version, parent.digest)
-
     if dry_run:
-        with state.database.read() as session:
-            values, _ = checked(session)
-            data = datasets.get(session, request.dataset)
-            other = None if evaluation_dataset is None else datasets.get(session, evaluation_dataset)
-            n, n_evaluated = data.n_records, other.n_records if other else 0
-            stored = datasets.artifact(session, data.digest)
-            tested = datasets.artifact(session, other.digest) if other else None
-        with ExitStack() as stack:
-            folder = stack.enter_context(state.artifacts.lent(stored))
-            second = stack.enter_context(state.artifacts.lent(tested)) if tested else None
-            expected = plans.estimate(state.settings, folder, second, values)
         response.status_code = 200
-        return DryRun(records=n, evaluation_records=n_evaluated, config=values, plan=PlanView.model_validate(expected))
+        return _planned(state, request)
+    view, replayed = start(state, who, request, idempotency_key)
+    response.headers["Location"] = f"/jobs/{view.id}"
+    if replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return view
+
+
+def start(state: State, who: Caller, request: AlignRequest, idempotency_key: str | None) -> tuple[JobView, bool]:
+    """Store the job, or find what the same request made before; the answer, and whether it is such a replay. Raises Problem."""
+    checked, evaluation_dataset = _checks(state, request)
 
     def make(session: Session) -> tuple[str, dict[str, Any]]:
         values, source = checked(session)
@@ -194,10 +169,54 @@ def align(
     # Each key has its own Idempotency-Keys: nobody gets another one's answer, whatever they send.
     key = f"{who.id}:{idempotency_key}" if idempotency_key is not None else None
     body, replayed = once(state.database, state.in_flight, key, request.model_dump(mode="json"), make)
-    response.headers["Location"] = f"/jobs/{body['id']}"
-    if replayed:
-        response.headers["Idempotent-Replayed"] = "true"
-    return JobView.model_validate(body)
+    return JobView.model_validate(body), replayed
+
+
+def _checks(
+    state: State, request: AlignRequest
+) -> tuple[Callable[[Session], tuple[dict[str, Any], tuple[str, int, str] | None]], str | None]:
+    """What must hold of a request: a function that looks into the database, and the evaluation's data set. Raises Problem."""
+    config, evaluation_dataset = _configuration(request)
+    if request.model not in (None, state.settings.model_id):
+        raise Problem(
+            "model_not_served", f"This service serves {state.settings.model_id}; leave `model` out or name it."
+        )
+    if request.webhook is not None:
+        webhooks.check_url(request.webhook, state.settings)
+
+    def checked(session: Session) -> tuple[dict[str, Any], tuple[str, int, str] | None]:
+        """The configuration and the version to align on top of."""
+        for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
+            if dataset_id is not None and datasets.get(session, dataset_id, hold=True).n_records == 0:
+                raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
+        values = config.to_dict()
+        if request.parent is None:
+            return values, None
+        found = adapters.resolve(session, request.parent)
+        parent = adapters.get_version(session, found.name, found.version)
+        check_served(state, parent)
+        values["optimization"] |= adapters.lora_shape(parent)
+        if evaluation_dataset is not None:
+            evaluations.check_unseen(session, parent, datasets.get(session, evaluation_dataset), values)
+        return values, (parent.adapter_name, parent.version, parent.digest)
+
+    return checked, evaluation_dataset
+
+
+def _planned(state: State, request: AlignRequest) -> DryRun:
+    checked, evaluation_dataset = _checks(state, request)
+    with state.database.read() as session:
+        values, _ = checked(session)
+        data = datasets.get(session, request.dataset)
+        other = None if evaluation_dataset is None else datasets.get(session, evaluation_dataset)
+        n, n_evaluated = data.n_records, other.n_records if other else 0
+        stored = datasets.artifact(session, data.digest)
+        tested = datasets.artifact(session, other.digest) if other else None
+    with ExitStack() as stack:
+        folder = stack.enter_context(state.artifacts.lent(stored))
+        second = stack.enter_context(state.artifacts.lent(tested)) if tested else None
+        expected = plans.estimate(state.settings, folder, second, values)
+    return DryRun(records=n, evaluation_records=n_evaluated, config=values, plan=PlanView.model_validate(expected))
 
 
 def _configuration(request: AlignRequest) -> tuple[AlignConfig, str | None]:

@@ -9,7 +9,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -21,10 +22,11 @@ from hscr.answers import Answer, Delta, TokenLogprob
 from hscr.artifacts import json_digest
 from service import asking, openai_errors
 from service.adapters import Resolved
+from service.answer_view import AdapterRef, Grounding, answer_view
 from service.engine import Question
 from service.errors import Problem
 from service.routes.chat_request import ChatRequest, conversation, read
-from service.routes.vqa import AdapterRef, Grounding, ModelRef, grounding_view
+from service.routes.vqa import ModelRef
 from service.state import Service, State
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -102,10 +104,8 @@ class _Told:
         self.resolved = resolved
 
     def ours(self, wish: ChatRequest, answer: Answer) -> Ours:
-        of = self.resolved
-        adapter = AdapterRef(name=of.name, version=of.version, digest=of.digest) if of else None
-        grounding = grounding_view(wish.grounding, answer, of.threshold if of else None)
-        return Ours(model=self.base, adapter=adapter, grounding=grounding)
+        view = answer_view(answer, self.resolved, wish.grounding, abstain=False)
+        return Ours(model=self.base, adapter=view.adapter, grounding=view.grounding)
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
@@ -182,7 +182,7 @@ def model_of(state: State, name: str) -> Resolved | None:
     return resolved
 
 
-async def _events(told: _Told, wish: ChatRequest, parts: AsyncIterator[Delta | Answer]) -> AsyncIterator[str]:
+async def _events(told: _Told, wish: ChatRequest, parts: AsyncGenerator[Delta | Answer]) -> AsyncIterator[str]:
     """Server-sent events: the role, what is said as it is said, the end with our fields, the usage where it was asked for."""
     counted = wish.stream_options is not None and wish.stream_options.include_usage
     more = {"usage": None} if counted else {}
@@ -190,19 +190,20 @@ async def _events(told: _Told, wish: ChatRequest, parts: AsyncIterator[Delta | A
     def choice(delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> list[dict[str, Any]]:
         return [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]
 
-    yield told.chunk(choice({"role": "assistant", "content": "", "refusal": None}), **more)
     try:
-        async for part in parts:
-            if isinstance(part, Delta):
-                logprobs = _logprobs(part.logprobs).model_dump() if wish.logprobs and part.logprobs else None
-                if part.text or logprobs:
-                    yield told.chunk(choice({"content": part.text}, logprobs), **more)
-                continue
-            ours = told.ours(wish, part).model_dump(mode="json")
-            yield told.chunk(choice({}, finish=part.finish_reason), **more, hscr=ours)
-            if counted:
-                yield told.chunk([], usage=_usage(part).model_dump())
-            yield "data: [DONE]\n\n"
+        async with aclosing(parts):
+            yield told.chunk(choice({"role": "assistant", "content": "", "refusal": None}), **more)
+            async for part in parts:
+                if isinstance(part, Delta):
+                    logprobs = _logprobs(part.logprobs).model_dump() if wish.logprobs and part.logprobs else None
+                    if part.text or logprobs:
+                        yield told.chunk(choice({"content": part.text}, logprobs), **more)
+                    continue
+                ours = told.ours(wish, part).model_dump(mode="json")
+                yield told.chunk(choice({}, finish=part.finish_reason), **more, hscr=ours)
+                if counted:
+                    yield told.chunk([], usage=_usage(part).model_dump())
+                yield "data: [DONE]\n\n"
     except Problem as problem:  # the status is sent already; the client raises what stands under `error`
         yield f"data: {json.dumps(openai_errors.document(problem))}\n\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -12,14 +13,16 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from starlette.background import BackgroundTask
 
-from service import datasets
+from service import datasets, retention
 from service.archive import ArchiveLimits
 from service.decoding import decoders
 from service.errors import Problem
 from service.foreign import Reading
+from service.keys import Caller
 from service.models import Dataset, DatasetRecord
 from service.pages import After, AfterNumber, Limit, Page, page
-from service.state import Service, Who
+from service.state import Service, State, Who
+from service.uid_key import uid_key
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 DatasetId = Annotated[str, Path(max_length=40, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
@@ -43,8 +46,17 @@ class DatasetView(BaseModel):
     created_at: datetime
 
 
+class PicturesView(BaseModel):
+    """Flags say why pixels may show who the patient is: burned_in_annotation, recognizable_features, ultrasound, secondary_capture."""
+
+    formats: dict[str, int]
+    flags: dict[str, int] = Field(description="How many files carry each.")
+    cleaned: int = Field(description="How many held more than a picture: who, when, where. They were stored without.")
+
+
 class DatasetDetail(DatasetView):
     rejected: list[RejectedView]
+    pictures: PicturesView | None = None
 
 
 class RecordView(BaseModel):
@@ -53,7 +65,7 @@ class RecordView(BaseModel):
     image_url: str
 
 
-Layout = Literal["auto", "hscr", "vqa-rad", "slake", "pathvqa", "llava", "trl", "hf-parquet", "table"]
+Layout = Literal["auto", "hscr", "vqa-rad", "slake", "pathvqa", "llava", "openai", "trl", "hf-parquet", "table"]
 
 
 @router.post("", status_code=201, summary="Upload a data set", response_model_exclude_none=True)
@@ -61,7 +73,10 @@ def upload(
     state: Service,
     who: Who,
     response: Response,
-    file: Annotated[UploadFile, File(description="A zip of a data set with its images, or one parquet file.")],
+    file: Annotated[
+        UploadFile,
+        File(description="A zip of a data set with its images, or one parquet, JSONL or JSON file that holds them."),
+    ],
     name: Annotated[str, Form(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\- ]{0,99}$")] = "dataset",
     format: Annotated[
         Layout, Form(description="`hscr`: records.jsonl; the others as `hscr import` reads them.")
@@ -72,24 +87,29 @@ def upload(
     languages: Annotated[str, Form(pattern=r"^[A-Za-z-]{1,20}(,[A-Za-z-]{1,20}){0,20}$")] = "en",
 ) -> DatasetDetail:
     """201 with counts and the rejected rows. The same content under the same name is the same version: 200 with what is there."""
+    reading = Reading(format, split, tuple(languages.split(",")))
+    dataset, new = take(state, who, file, name, reading)
+    response.status_code = 201 if new else 200
+    response.headers["Location"] = f"/datasets/{dataset.id}"
+    return _detail(dataset)
+
+
+def take(state: State, who: Caller, file: UploadFile, name: str, reading: Reading = Reading()) -> tuple[Dataset, bool]:
+    """Import an upload under this replica's limits; the data set and whether it is new. Raises Problem."""
     s = state.settings
-    reading = Reading(format, split, tuple(languages.split(",")), s.import_memory_max_bytes, s.import_max_s)
-    limits = ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max)
-    dataset, new = datasets.import_upload(
+    return datasets.import_upload(
         state.database,
         s.data_dir,
         file.file,
         name,
-        limits,
+        ArchiveLimits(s.upload_unpacked_max_bytes, s.upload_entries_max),
         s.record_rows_max,
-        reading,
+        replace(reading, memory_bytes=s.import_memory_max_bytes, seconds=s.import_max_s),
         who.id,
         decoders(s),
         state.artifacts,
+        uid_key(s),
     )
-    response.status_code = 201 if new else 200
-    response.headers["Location"] = f"/datasets/{dataset.id}"
-    return _detail(dataset)
 
 
 @router.get("", summary="Data sets, newest first")
@@ -104,6 +124,14 @@ def index(state: Service, limit: Limit = 50, after: After = None) -> Page[Datase
 def show(state: Service, dataset_id: DatasetId) -> DatasetDetail:
     with state.database.read() as session:
         return _detail(datasets.get(session, dataset_id))
+
+
+@router.delete("/{dataset_id}", status_code=204, summary="Delete a data set that no job used")
+def delete(state: Service, who: Who, dataset_id: DatasetId) -> None:
+    """Its rows and, where no other data set has the same content, its files."""
+    with state.database.write() as session:
+        datasets.delete(session, dataset_id, who.id)
+    retention.collect(state.database, state.settings.data_dir, state.artifacts)
 
 
 @router.get("/{dataset_id}/records", summary="Its records, in file order")

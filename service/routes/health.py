@@ -29,7 +29,7 @@ def readyz(state: Service) -> JSONResponse:
         "engine": _engine(state),
         "draining": state.draining.is_set(),
     }
-    ready = checks["database"] == "ok" and checks["engine"] in ("ok", "none") and not checks["draining"]
+    ready = checks["database"] == "ok" and checks["engine"] in ("ok", "none", "yielded") and not checks["draining"]
     return JSONResponse({"status": "ready" if ready else "not ready", **checks}, 200 if ready else 503)
 
 
@@ -52,4 +52,6 @@ def _engine(state: State) -> str:
         return "none"
     if state.batcher.failure is not None:
         return "failed"
+    if state.turn is not None and state.turn.away:
+        return "yielded"  # to a job, which this replica shows: it stays in service
     return "ok" if state.batcher.ready.is_set() else "loading"

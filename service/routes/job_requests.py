@@ -21,32 +21,32 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 @router.post("/{job_id}/cancel", status_code=202, summary="Cancel")
 def cancel(state: Service, who: Who, job_id: JobId) -> JobView:
     """A waiting job is cancelled at once, a running one within seconds (its run gets TERM, then KILL). It does not come back."""
-    return _ask(state, who, job_id, "job.cancel", job_requests.cancel)
+    return ask(state, who, job_id, "job.cancel", job_requests.cancel)
 
 
 @router.post("/{job_id}/pause", status_code=202, summary="Pause")
 def pause(state: Service, who: Who, job_id: JobId) -> JobView:
     """A queued job is paused at once; a running one writes a checkpoint and frees its device. Its deadline goes on."""
-    return _ask(state, who, job_id, "job.pause", job_requests.pause)
+    return ask(state, who, job_id, "job.pause", job_requests.pause)
 
 
 @router.post("/{job_id}/resume", status_code=202, summary="Resume a paused job")
 def resume(state: Service, who: Who, job_id: JobId) -> JobView:
     """It is queued again and goes on from its checkpoint."""
-    return _ask(state, who, job_id, "job.resume", job_requests.resume)
+    return ask(state, who, job_id, "job.resume", job_requests.resume)
 
 
 @router.post("/{job_id}/approve", status_code=202, summary="Approve what was generated")
 def approve(state: Service, who: Who, job_id: JobId) -> JobView:
     """For a job with `review: true` that waits after its generation: it is queued again, for the optimisation."""
-    return _ask(state, who, job_id, "job.approve", job_requests.approve)
+    return ask(state, who, job_id, "job.approve", job_requests.approve)
 
 
 @router.post("/{job_id}/retry", status_code=202, summary="Retry a failed job")
 def retry(state: Service, who: Who, job_id: JobId) -> JobView:
     """It is queued again and goes on from its last checkpoint, while that is kept; a deadline begins anew."""
     most = state.settings.key_waiting_max
-    return _ask(state, who, job_id, "job.retry", lambda session, job: job_requests.retry(session, job, most))
+    return ask(state, who, job_id, "job.retry", lambda session, job: job_requests.retry(session, job, most))
 
 
 @router.delete("/{job_id}", status_code=204, summary="Delete an ended job")
@@ -61,7 +61,7 @@ def delete(state: Service, who: Who, job_id: JobId) -> None:
         retention.collect(state.database, state.settings.data_dir, state.artifacts)
 
 
-def _ask(state: State, who: Caller, job_id: str, action: str, wish: Callable[[Session, str], Job]) -> JobView:
+def ask(state: State, who: Caller, job_id: str, action: str, wish: Callable[[Session, str], Job]) -> JobView:
     """Carry out a wish and note it in the audit where it changed something."""
     with state.database.write() as session:
         before = session.get(Job, job_id, with_for_update=True)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
-from service import artifact_store, jobs
+from service import artifact_store, datasets, jobs
 from service.errors import Problem
-from service.models import AdapterVersion, Dataset, Job, JobEvent
+from service.models import AdapterVersion, Job, JobEvent
 from service.outlook import Ahead, Outlook
 from service.pages import After, AfterNumber, Limit, Page, page
 from service.state import Service, State
@@ -25,7 +25,7 @@ from service.state import Service, State
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(max_length=40, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
 Status = Literal["queued", "running", "paused", "awaiting_review", "succeeded", "failed", "cancelled"]
-POLL_S, HEARTBEAT_S = 0.5, 15.0
+HEARTBEAT_S = 15.0
 
 
 class Progress(BaseModel):
@@ -114,7 +114,8 @@ def index(
     query = query.where(Job.status == status) if status else query
     with state.database.read() as session:
         rows, outlook = session.scalars(query).all(), Outlook(session)
-        return Page(**page(rows, limit, lambda row: job_view(session, row, outlook), lambda row: row.id))
+        made = _versions(session, rows)
+        return Page(**page(rows, limit, lambda row: job_view(session, row, outlook, made), lambda row: row.id))
 
 
 @router.get("/{job_id}", summary="One job")
@@ -131,7 +132,6 @@ def show(state: Service, job_id: JobId) -> JobView:
 )
 async def events(
     state: Service,
-    request: Request,
     job_id: JobId,
     limit: Limit = 200,
     after: AfterNumber = 0,
@@ -139,13 +139,11 @@ async def events(
     last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
 ) -> Any:
     """With `Accept: text/event-stream` a stream that ends with the job; reconnect with Last-Event-ID and nothing is lost."""
-    await asyncio.to_thread(_exists, state, job_id)
     if "text/event-stream" in accept:
+        await asyncio.to_thread(_exists, state, job_id)
         start = after if last_event_id is None else last_event_id
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(
-            _stream(state, request, job_id, start), media_type="text/event-stream", headers=headers
-        )
+        return StreamingResponse(_stream(state, job_id, start), media_type="text/event-stream", headers=headers)
     rows = await asyncio.to_thread(_rows, state, job_id, after, limit + 1)
     return Page(**page(rows, limit, _event, lambda row: row.seq))
 
@@ -163,10 +161,15 @@ def report(state: Service, job_id: JobId, accept: Annotated[str, Header()] = "")
     return FileResponse(path, headers={"Content-Security-Policy": policy})
 
 
-def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobView:
-    """The public form of a job. Also the body that POST /align stores for replays."""
+def job_view(
+    session: Session,
+    job: Job,
+    outlook: Outlook | None = None,
+    made: Mapping[str, VersionRef] | None = None,
+) -> JobView:
+    """The public form of a job. Also the body that POST /align stores for replays. `made`: its `_versions`, where they are known."""
     ahead = Ahead() if job.status in jobs.ENDED else (outlook or Outlook(session)).of(job)
-    version = session.scalar(select(AdapterVersion).where(AdapterVersion.job_id == job.id))
+    made = _versions(session, [job]) if made is None else made
     return JobView(
         id=job.id,
         kind=job.kind,  # type: ignore[arg-type]
@@ -191,9 +194,7 @@ def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobV
         lineage=Lineage(
             dataset=_dataset(session, job.dataset_id),
             evaluation_dataset=_dataset(session, job.evaluation_dataset_id) if job.evaluation_dataset_id else None,
-            adapter=VersionRef(name=version.adapter_name, version=version.version, digest=version.digest)
-            if version
-            else None,
+            adapter=made.get(job.id),
             source=VersionRef(name=job.source_name, version=job.source_version, digest=job.source_digest)
             if job.source_name and job.source_version and job.source_digest
             else None,
@@ -207,12 +208,31 @@ def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobV
     )
 
 
+# Made once: to build a statement costs as much as to run it, and these are run with every job that anybody looks at.
+_MADE_BY = select(AdapterVersion.job_id, AdapterVersion.adapter_name, AdapterVersion.version, AdapterVersion.digest)
+_MADE_BY = _MADE_BY.where(AdapterVersion.job_id.in_(bindparam("ids", expanding=True)))
+
+
+def _versions(session: Session, rows: Sequence[Job]) -> dict[str, VersionRef]:
+    """The versions that these jobs made, by job: a job makes one when it succeeds, not before."""
+    ids = [job.id for job in rows if job.status == "succeeded" and job.kind == "align"]
+    if not ids:
+        return {}
+    found = session.execute(_MADE_BY, {"ids": ids})
+    return {job_id: VersionRef(name=name, version=version, digest=digest) for job_id, name, version, digest in found}
+
+
 def _dataset(session: Session, dataset_id: str) -> DatasetRef:
-    return DatasetRef(id=dataset_id, digest=session.get_one(Dataset, dataset_id).digest)
+    return DatasetRef(id=dataset_id, digest=datasets.facts(session, dataset_id).digest)
 
 
 def _event(row: JobEvent) -> EventView:
     return EventView(seq=row.seq, type=row.type, data=row.data, created_at=row.created_at)
+
+
+def event_json(row: JobEvent) -> dict[str, Any]:
+    """An event's public form as the stream writes it."""
+    return _event(row).model_dump(mode="json")
 
 
 def _exists(state: State, job_id: str) -> None:
@@ -221,33 +241,22 @@ def _exists(state: State, job_id: str) -> None:
 
 
 def _rows(state: State, job_id: str, after: int, limit: int) -> list[JobEvent]:
-    """A short session a poll: a stream holds no connection between polls, and the event loop never waits for the database."""
+    """In a short session of its own, in a thread: the event loop never waits for the database."""
     with state.database.read() as session:
+        jobs.get(session, job_id)
         return jobs.events_after(session, job_id, after, limit)
 
 
-async def _stream(state: State, request: Request, job_id: str, after: int) -> AsyncIterator[str]:
+async def _stream(state: State, job_id: str, after: int) -> AsyncIterator[str]:
     spoke = time.monotonic()
     yield "retry: 1000\n\n"
-    while not (state.draining.is_set() or await request.is_disconnected()):
-        rows = await asyncio.to_thread(_rows, state, job_id, after, 500)
-        for row in rows:
-            body = json.dumps(_event(row).model_dump(mode="json"))
-            yield f"id: {row.seq}\nevent: {row.type}\ndata: {body}\n\n"
-            after = row.seq
-        if rows:
-            spoke = time.monotonic()
-        if time.monotonic() - spoke > HEARTBEAT_S:
-            spoke = time.monotonic()
-            yield ": still here\n\n"
-        if await asyncio.to_thread(_over, state, job_id, after):
-            return
-        if not rows:
-            await asyncio.sleep(POLL_S)
-
-
-def _over(state: State, job_id: str, after: int) -> bool:
-    """True where the caller has the last event of an ended job. An earlier ending is not the last where the job was retried."""
-    with state.database.read() as session:
-        job = jobs.get(session, job_id)
-        return job.status in jobs.ENDED and (after >= job.last_seq or job.deleted_at is not None)
+    async with aclosing(state.feed.follow(job_id, after)) as texts:
+        async for text in texts:
+            if state.draining.is_set():
+                return  # a caller who left is noticed by the response itself
+            if text is not None:
+                spoke = time.monotonic()
+                yield text
+            elif time.monotonic() - spoke > HEARTBEAT_S:
+                spoke = time.monotonic()
+                yield ": still here\n\n"

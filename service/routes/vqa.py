@@ -8,21 +8,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import json
 import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
-from hscr.answers import Answer
+from hscr.answers import Answer, Delta
 from hscr.image_view import View
+from hscr.images import Decoded
 from hscr.record_fields import MAX_IMAGES
 from service import asking
+from service.adapters import Resolved
+from service.answer_view import AnswerView, answer_view, scored
 from service.engine import Question
 from service.errors import Problem
 from service.problems import invalid_fields
-from service.state import Service
+from service.state import Service, State
 
 router = APIRouter(tags=["vqa"])
 
@@ -41,6 +47,22 @@ class Parameters(BaseModel):
     temperature: float = Field(0.0, ge=0, le=5, allow_inf_nan=False)
     seed: int = Field(0, ge=0, le=2**31 - 1)
     grounding: Literal["none", "summary", "tokens"] = "none"
+    abstain: bool = Field(
+        False,
+        description="Withhold an answer whose grounding score is below the version's threshold; not with `stream`.",
+    )
+    compare: Annotated[str, Field(min_length=1, max_length=160)] | None = Field(
+        None, description="Another version, written as `adapter` is, that answers the same question beside it."
+    )
+    stream: bool = Field(
+        False, description="Server-sent events: `delta` with text as it comes, then `answer` with the whole response."
+    )
+
+    @model_validator(mode="after")
+    def _flag_comes_last(self) -> Parameters:
+        if self.stream and self.abstain:
+            raise ValueError("stream and abstain do not go together: the flag is known when the answer is whole")
+        return self
 
 
 class ViewFields(BaseModel):
@@ -101,46 +123,11 @@ class ModelRef(BaseModel):
     digest: str | None
 
 
-class AdapterRef(BaseModel):
-    name: str
-    version: int
-    digest: str
-
-
-class Token(BaseModel):
-    text: str
-    logprob: float
-    logprob_without_image: float
-    reward: float
-    is_content: bool
-
-
-class Grounding(BaseModel):
-    score: float | None = Field(
-        description="Reward of the least grounded word in nats: how much likelier the image makes it; below 0 it is said in spite of it."
-    )
-    flagged: bool | None = Field(description="The score is below the version's threshold; null where it has none.")
-    threshold: float | None = Field(
-        description="In nats, from the version's evaluation; null for the base and where that carried none."
-    )
-    tokens: list[Token] | None
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class VQAResponse(BaseModel):
-    answer: str
-    finish_reason: Literal["stop", "length"]
-    token_ids: list[int]
+class VQAResponse(AnswerView):
     model: ModelRef
-    adapter: AdapterRef | None
-    grounding: Grounding | None
+    compare: AnswerView | None = Field(None, description="What the version of `compare` answers to the same.")
     images: list[ImageNote]
-    usage: Usage
-    timing_ms: dict[str, float]
+    timing_ms: dict[str, float] = Field(description="`model`: from the question's coming to the engine to its answer.")
     request_id: str
 
 
@@ -175,46 +162,104 @@ OPENAPI: dict[str, Any] = {
         },
     }
 }
+_STREAM = 'event: delta\ndata: {"text": "The lesion"}\n\nevent: answer\ndata: {"answer": …}\n\n'
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream` events: `delta` {text}, then `answer` (this response) or `error` (a problem document).",
+        "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _STREAM}},
+    }
+}
 
 
-@router.post("/vqa", summary="Ask a question on an image", openapi_extra=OPENAPI)
-async def vqa(state: Service, request: Request) -> VQAResponse:
+@router.post(
+    "/vqa", summary="Ask a question on an image", openapi_extra=OPENAPI, response_model=VQAResponse, responses=STREAMED
+)
+async def vqa(state: Service, request: Request) -> Any:
     """Base and adapters are served together. When too many questions wait, 503 at once with Retry-After."""
     begin = time.perf_counter()
     asking.ready(state)
     parameters, data, views = await _read(request)
     asking.require_images(state, len(data))
     decoded = await asyncio.to_thread(asking.decode, state, data, views)
-    resolved = await asyncio.to_thread(asking.resolve, state, parameters.adapter)
-    question = Question(
+    versions = [await asyncio.to_thread(asking.resolve, state, parameters.adapter)]
+    if parameters.compare is not None:
+        versions.append(await asyncio.to_thread(asking.resolve, state, parameters.compare))
+    questions = [await _question(state, parameters, decoded, version) for version in versions]
+    asked = time.perf_counter()
+
+    def response(answers: Sequence[Answer]) -> VQAResponse:
+        end, settings, engine = time.perf_counter(), state.settings, state.engine
+        views = [
+            answer_view(answer, version, parameters.grounding, parameters.abstain)
+            for answer, version in zip(answers, versions, strict=True)
+        ]
+        return VQAResponse(
+            **dict(views[0]),
+            compare=views[1] if len(views) > 1 else None,
+            model=ModelRef(
+                id=settings.model_id, revision=settings.model_revision, digest=engine.model_digest if engine else None
+            ),
+            images=[
+                ImageNote(format=d.note.format, modality=d.note.modality, flags=list(d.note.flags)) for d in decoded
+            ],
+            timing_ms={"model": round((end - asked) * 1000, 1), "total": round((end - begin) * 1000, 1)},
+            request_id=request.state.request_id,
+        )
+
+    if not parameters.stream:
+        return response(await asking.ask_all(state, questions, request))
+    streams: list[AsyncGenerator[Delta | Answer]] = []
+    try:  # a refusal of either comes before the first byte
+        for question in questions:
+            streams.append(await asking.stream(state, question, request))
+    except Problem:
+        for stream in streams:
+            await stream.aclose()
+        raise
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(request, streams, response), media_type="text/event-stream", headers=headers)
+
+
+async def _question(
+    state: State, parameters: Parameters, decoded: Sequence[Decoded], version: Resolved | None
+) -> Question:
+    return Question(
         images=tuple(d.image for d in decoded),
         text=parameters.question,
-        adapter_digest=resolved.digest if resolved else None,
-        adapter_folder=await asking.adapter_folder(state, resolved),
+        adapter_digest=version.digest if version else None,
+        adapter_folder=await asking.adapter_folder(state, version),
         max_tokens=parameters.max_tokens,
         temperature=parameters.temperature,
         seed=parameters.seed,
-        grounding=parameters.grounding,
+        grounding=scored(parameters.grounding, parameters.abstain),
     )
-    notes = [d.note for d in decoded]
-    asked = time.perf_counter()
-    answer = await asking.ask(state, question, request)
-    end = time.perf_counter()
-    engine, settings = state.engine, state.settings
-    return VQAResponse(
-        answer=answer.text,
-        finish_reason=answer.finish_reason,
-        token_ids=answer.token_ids,
-        model=ModelRef(
-            id=settings.model_id, revision=settings.model_revision, digest=engine.model_digest if engine else None
-        ),
-        adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
-        grounding=grounding_view(parameters.grounding, answer, resolved.threshold if resolved else None),
-        images=[ImageNote(format=n.format, modality=n.modality, flags=list(n.flags)) for n in notes],
-        usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
-        timing_ms={"model": round((end - asked) * 1000, 1), "total": round((end - begin) * 1000, 1)},
-        request_id=request.state.request_id,
-    )
+
+
+async def _events(
+    request: Request,
+    streams: Sequence[AsyncGenerator[Delta | Answer]],
+    response: Callable[[Sequence[Answer]], VQAResponse],
+) -> AsyncIterator[str]:
+    """Deltas of the first version, then the response with all; a failure on the way is an `error` event with its problem document."""
+    answers: list[Answer] = []
+    try:
+        for stream in streams:
+            async for part in stream:
+                if isinstance(part, Answer):
+                    answers.append(part)
+                elif stream is streams[0]:
+                    yield _event("delta", {"text": part.text})
+        if len(answers) == len(streams):  # else the client is gone
+            yield _event("answer", response(answers).model_dump(mode="json"))
+    except Problem as problem:
+        yield _event("error", problem.document(request.state.request_id))
+    finally:
+        for stream in streams:
+            await stream.aclose()  # what is not answered yet is answered no further
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 async def _read(request: Request) -> tuple[Parameters, list[bytes], list[View]]:
@@ -248,14 +293,3 @@ async def _read_form(request: Request) -> tuple[Parameters, list[bytes], list[Vi
             chosen["window"] = chosen["window"].split(",")
         view = ViewFields.model_validate(chosen).view()  # one for all images of a form
         return Parameters.model_validate(fields), [await file.read() for file in files], [view] * len(files)
-
-
-def grounding_view(wanted: str, answer: Answer, threshold: float | None) -> Grounding | None:
-    """What is told of an answer's grounding; `wanted` is none, summary or tokens."""
-    if wanted == "none":
-        return None
-    tokens = None
-    if wanted == "tokens" and answer.tokens is not None:
-        tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
-    flagged = answer.score < threshold if threshold is not None and answer.score is not None else None
-    return Grounding(score=answer.score, flagged=flagged, threshold=threshold, tokens=tokens)

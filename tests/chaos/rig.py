@@ -203,7 +203,7 @@ class Rig:
         return False
 
     def wait_ready(self) -> None:
-        wait_for(self.ready, 60, "the API answers")
+        wait_for(self.ready, 240, "the API answers")  # a busy machine imports slowly
 
     def close(self) -> None:
         for process in self._parts.values():

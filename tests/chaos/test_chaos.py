@@ -40,8 +40,8 @@ from tests.worker.test_celery import ROOT
 STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "20"))
 ROUND = 10 if STEPS < 100 else 20
 # One job in so many is a real run: over a hundred in the long form.
-REAL_EVERY = 12 if STEPS < 100 else max(5, min(8, STEPS // 125))
-STILL_S = 45  # peace is broken where for so long nothing moves
+REAL_EVERY = 12 if STEPS < 100 else max(2, min(8, STEPS // 110))
+STILL_S = 60  # peace is broken where for so long nothing moves
 DISK_MB = 96
 REAL = {
     "preference": {"similarity": "token_f1", "batch_size": 1},
@@ -76,8 +76,10 @@ class Chaos(RuleBasedStateMachine):
 
     @rule(which=pick, wait=soon)
     def kill(self, which: int, wait: float) -> None:
+        """kill -9 of a part, or all that the broker holds is gone."""
         self._work(wait)
-        self.rig.kill(self.rig.parts[which % len(self.rig.parts)])
+        ways = (*self.rig.parts, "flush")
+        self.rig.flush() if ways[which % len(ways)] == "flush" else self.rig.kill(ways[which % len(ways)])
 
     @rule(generation=strategies.sampled_from([1, 2]), wait=soon)
     def kill_below_the_worker(self, generation: int, wait: float) -> None:
@@ -116,11 +118,6 @@ class Chaos(RuleBasedStateMachine):
         """What follows happens while the network is bad."""
         self._work(wait)
         self.rig.spoil(which, mode, seconds)
-
-    @rule(wait=soon)
-    def flush(self, wait: float) -> None:
-        self._work(wait)
-        self.rig.flush()
 
     @precondition(lambda self: self.rig.disk is not None)
     @rule(seconds=strategies.sampled_from([0.3, 1.0, 2.0]), wait=soon)

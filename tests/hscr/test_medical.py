@@ -13,6 +13,7 @@ import pydicom
 import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from hscr.clean_image import clean_image
 from hscr.dicom_header import cleaned, remapped
 from hscr.image_limits import ImageLimits
 from hscr.images import ImageError, View, decode_image, read_image
@@ -43,7 +44,8 @@ def test_every_file_that_pydicom_ships_gives_an_image_or_a_clear_refusal(file: P
         )
         return
     assert decoded.image.mode == "RGB"
-    assert decoded.image.tobytes() == decode_image(cleaned(data, KEY)).tobytes()  # what is stored shows the same
+    stored, _ = clean_image(data, KEY)  # raises where it shows something else
+    assert clean_image(stored, KEY)[0] == stored
 
 
 def test_most_of_them_are_images() -> None:

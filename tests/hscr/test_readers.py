@@ -414,7 +414,7 @@ def test_an_unknown_layout_is_told_with_those_that_are_known(tmp_path: Path) -> 
         detect(tmp_path / "s", "csv")
     with pytest.raises(ValueError, match="no such file or folder"):
         detect(tmp_path / "none")
-    assert set(LAYOUTS) == {"vqa-rad", "slake", "pathvqa", "llava", "trl", "hf-parquet", "table"}
+    assert set(LAYOUTS) == {"vqa-rad", "slake", "pathvqa", "llava", "openai", "trl", "hf-parquet", "table"}
 
 
 # Hostile sources: told in a line, never a crash, an endless wait or a file outside the source.

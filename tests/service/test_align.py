@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select, text
 
-from service import jobs
+from service import feed, jobs
 from service.db import Database
 from service.models import IdempotencyKey, Job, Outbox
 from service.routes import jobs as job_routes
@@ -206,7 +206,7 @@ def test_stream_follows_a_job_to_its_last_event(
 ) -> None:
     from service.events import ProgressEvent
 
-    monkeypatch.setattr(job_routes, "POLL_S", 0.05)
+    monkeypatch.setattr(feed, "POLL_S", 0.05)
     job_id = new_job()
 
     def work() -> None:
@@ -245,12 +245,12 @@ def test_stream_resumes_without_a_gap(client: TestClient, database: Database, ne
 def test_quiet_stream_says_that_it_is_alive(
     client: TestClient, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_routes, "POLL_S", 0.02)
+    monkeypatch.setattr(feed, "POLL_S", 0.02)
     monkeypatch.setattr(job_routes, "HEARTBEAT_S", 0.05)
     job_id = new_job()
     polls = threading.Semaphore(0)
-    over = job_routes._over
-    monkeypatch.setattr(job_routes, "_over", lambda *given: (polls.release(), over(*given))[1])
+    look = feed.Feed._look
+    monkeypatch.setattr(feed.Feed, "_look", lambda *given: (polls.release(), look(*given))[1])
 
     def cancel_after_many_polls() -> None:
         for _ in range(20):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, wait
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from service.batcher import Batcher, Closed, Full, Whole
+from hscr.answers import Delta
+from service.batcher import Batcher, Closed, Entry, Full, Whole
 from tests.conftest import wait_for
 
 
@@ -27,6 +30,72 @@ class Work:
         if any(item < -100 for item in items):
             raise RuntimeError("the batch fails")
         return [ValueError("negative") if item < 0 else 2 * item for item in items]
+
+
+@dataclass(eq=False)
+class Job:
+    """Takes so many steps and tokens; fails where it is told to."""
+
+    steps: int = 1
+    cost: int = 1
+    fails: bool = False
+
+
+class Steps:
+    """An engine that works in steps, one at each `go`; notes who shared each of them."""
+
+    joins = True
+
+    def __init__(self) -> None:
+        self.running: list[Entry[Job, str]] = []
+        self.shared: list[list[Job]] = []
+        self.left: list[Job] = []
+        self.go = threading.Semaphore(0)
+
+    def cost(self, job: Job) -> int:
+        return job.cost
+
+    def join(self, entries: Sequence[Entry[Job, str]]) -> None:
+        self.running += entries
+
+    def step(self) -> None:
+        assert self.go.acquire(timeout=10)
+        self.shared.append([e.item for e in self.running])
+        if any(e.item.fails for e in self.running):
+            self.running = []
+            raise RuntimeError("a step fails")
+        for entry in self.running:
+            entry.item.steps -= 1
+            entry.tell(Delta("a", [1]))
+            if not entry.item.steps:
+                entry.finish("done")
+        self.running = [e for e in self.running if e.item.steps]
+
+    def leave(self, entries: Sequence[Entry[Job, str]]) -> None:
+        self.left += [e.item for e in entries]
+        self.running = [e for e in self.running if e not in entries]
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+@pytest.fixture
+def stepping(steps: Steps) -> Iterator[Callable[..., Batcher[Job, str]]]:
+    made: list[Batcher[Job, str]] = []
+
+    def start(**changes: Any) -> Batcher[Job, str]:
+        made.append(Batcher(steps, **({"batch_max": 4, "window_s": 0, "queue_max": 8} | changes)))
+        made[-1].start()
+        assert made[-1].ready.wait(5)
+        return made[-1]
+
+    yield start
+    for _ in range(1000):
+        steps.go.release()
+    for batcher in made:
+        batcher.close()
 
 
 @pytest.fixture
@@ -129,3 +198,116 @@ def test_failing_setup_is_remembered() -> None:
     wait_for(lambda: batcher.failure, 5)
     assert not batcher.ready.is_set()
     batcher.close()
+
+
+def test_items_join_between_steps_and_leave_when_they_are_done(steps: Steps, stepping: Any) -> None:
+    firsts: list[float] = []
+    batcher = stepping(on_first=firsts.append)
+    long, short = Job(steps=3), Job(steps=1)
+    slow = batcher.submit(long)
+    steps.go.release()
+    wait_for(lambda: len(steps.shared) == 1, 5)
+    quick = batcher.submit(short)
+    # The step under way goes on without the newcomer, the next one has it.
+    steps.go.release()
+    steps.go.release()
+    assert (quick.result(5), slow.result(5)) == ("done", "done")
+    assert [short in shared for shared in steps.shared].count(True) == 1
+    assert [long in shared for shared in steps.shared] == [True] * 3
+    assert len(firsts) == 2
+
+
+def test_tokens_bound_what_runs_and_the_order_is_kept(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(tokens_max=10, batch_max=8)
+    jobs = [Job(cost=c) for c in (6, 4, 30, 5, 5, 1)]
+    blocker = batcher.submit(Job())
+    wait_for(lambda: steps.running, 5)
+    futures = [batcher.submit(job) for job in jobs]
+    for _ in range(6):
+        steps.go.release()
+    assert [f.result(5) for f in [blocker, *futures]] == ["done"] * 7
+    costs = [[job.cost for job in shared] for shared in steps.shared]
+    # 6 joins the blocker (1); 6 + 4 is all that fits; 30 does not fit beside anything and runs alone, and 5 does not pass it.
+    assert costs[0][0] == 1
+    assert all(sum(c) <= 10 or len(c) == 1 for c in costs)
+    assert [c for shared in costs for c in shared] == [1, 6, 4, 30, 5, 5, 1]
+
+
+def test_who_leaves_while_running_makes_room_between_steps(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(batch_max=1)
+    gone, stays = Job(steps=100), Job()
+    leaver, waiting = batcher.submit(gone), batcher.submit(stays)
+    steps.go.release()
+    wait_for(lambda: steps.shared, 5)
+    assert leaver.cancel()
+    steps.go.release()
+    steps.go.release()
+    assert waiting.result(5) == "done"
+    assert steps.left == [gone]
+    assert len(steps.shared) <= 3
+
+
+def test_exception_in_a_step_reaches_who_shared_it_only(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(batch_max=2)
+    futures = [batcher.submit(Job()), batcher.submit(Job(fails=True))]
+    wait_for(lambda: steps.running, 5)
+    later = batcher.submit(Job())
+    for _ in range(4):
+        steps.go.release()
+    outcomes = [type(f.exception(5)) for f in futures]
+    assert outcomes in ([RuntimeError] * 2, [type(None), RuntimeError])  # the first may have been alone in its step
+    assert later.result(5) == "done"
+
+
+def test_listener_that_fails_hears_no_more_and_breaks_nothing(steps: Steps, stepping: Any) -> None:
+    heard: list[str] = []
+
+    def broken(delta: Delta) -> None:
+        heard.append("broken")
+        raise OSError
+
+    batcher = stepping()
+    steps.go.release()
+    steps.go.release()
+    steps.go.release()
+    futures = [
+        batcher.submit(Job(steps=2), broken),
+        batcher.submit(Job(steps=2), lambda delta: heard.append(delta.text)),
+    ]
+    assert [f.result(5) for f in futures] == ["done"] * 2
+    assert sorted(heard) == ["a", "a", "broken"]
+
+
+def test_who_left_takes_no_place_in_the_queue(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(batch_max=1, queue_max=2)
+    running = batcher.submit(Job())
+    wait_for(lambda: steps.running, 5)
+    for _ in range(20):
+        assert batcher.submit(Job()).cancel()
+    assert batcher.depth == 0
+    assert len(batcher._waiting) <= 2  # their items are let go
+    kept = [batcher.submit(Job()) for _ in range(2)]
+    with pytest.raises(Full):
+        batcher.submit(Job())
+    for _ in range(3):
+        steps.go.release()
+    assert [f.result(5) for f in [running, *kept]] == ["done"] * 3
+
+
+def test_retry_after_grows_with_the_time_an_item_takes(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(batch_max=1, queue_max=30)
+    assert batcher.full_for_s is None
+    first = [batcher.submit(Job()) for _ in range(12)]
+    for _ in first:
+        time.sleep(0.15)
+        steps.go.release()
+    wait(first, 5)
+    quick = batcher._item_s
+    assert 0.05 < quick != 0.5  # no more the first guess
+    waiting = [batcher.submit(Job())]
+    wait_for(lambda: steps.running, 5)
+    waiting += [batcher.submit(Job()) for _ in range(30)]
+    assert batcher.full_for_s == max(1, round(31 * quick))
+    for _ in waiting:
+        steps.go.release()
+    wait(waiting, 5)

@@ -415,7 +415,7 @@ class Busy:
 
     def __init__(self, real: Any, times: int, problem: Exception) -> None:
         self.real, self.times, self.problem = real, times, problem
-        self.ready, self.failure, self.depth = real.ready, None, 0
+        self.ready, self.failure, self.depth, self.full_for_s = real.ready, None, 0, None
 
     def submit(self, *args: Any) -> Any:
         if self.times > 0:

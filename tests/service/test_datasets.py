@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import stat
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
+from pydantic import SecretStr
 
 from hscr.data_set import DataSet
+from hscr.images import decode_image
 from hscr.records import read_preferences
+from service import datasets, retention
+from service.db import Database
 from service.settings import Settings
 from tests.conftest import dataset_zip, png, record, zip_of
 from tests.hscr.medical import dicom
@@ -33,14 +41,78 @@ def leftovers(settings: Settings) -> list[Path]:
     return [p for p in (settings.data_dir / "datasets").rglob("*") if p.is_file()]
 
 
-def test_a_dicom_file_is_not_stored_under_any_name(client: TestClient, settings: Settings) -> None:
-    scan = dicom(np.arange(64, dtype=np.uint16).reshape(8, 8), PatientName="Canary^Bird")
-    rows = lines(record(0), record(1, image="images/scan.png"))
-    answer = send(client, zip_of({"records.jsonl": rows, "images/0.png": png(), "images/scan.png": scan}), name="scans")
-    assert answer.status_code == 201
-    assert [row["line"] for row in answer.json()["rejected"]] == [2]
-    assert "DICOM" in answer.json()["rejected"][0]["reason"]
-    assert not [p for p in settings.data_dir.rglob("*") if p.is_file() and b"Canary" in p.read_bytes()]
+def scan(number: int, **attributes: Any) -> bytes:
+    said = {"PatientName": "Canary^Bird", "PatientID": "CANARY7", "StudyInstanceUID": "1.2.826.777"} | attributes
+    return dicom(np.arange(64, dtype=np.uint16).reshape(8, 8) + number, SOPInstanceUID=f"1.2.826.777.{number}", **said)
+
+
+def scans() -> bytes:
+    """Two DICOM files (one under a picture's name, one without an ending), a NIfTI volume, a photograph with words, a clean picture."""
+    photograph = io.BytesIO()
+    held = Image.Exif()
+    held[0x0112], held[0x013B] = 6, "Canary"
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(photograph, "JPEG", exif=held, comment="canary")
+    volume = nibabel.Nifti1Image(np.ones((4, 4, 4), np.int16), np.eye(4))
+    volume.header["descrip"] = "canary"
+    files = {
+        "images/scan.png": scan(1),
+        "IM0001": scan(2, Modality="US", BurnedInAnnotation="YES"),
+        "a.nii": volume.to_bytes(),
+        "b.jpg": photograph.getvalue(),
+        "images/0.png": png(),
+    }
+    rows = lines(*(record(n, image=name) for n, name in enumerate(files)))
+    return zip_of({"records.jsonl": rows, **files})
+
+
+def test_files_of_pictures_are_stored_without_what_they_say_of_the_patient(
+    client: TestClient, settings: Settings
+) -> None:
+    sent = scans()
+    body = send(client, sent, name="scans").json()
+    assert (body["n_records"], body["n_rejected"]) == (5, 0)
+    assert body["pictures"] == {
+        "formats": {"dicom": 2, "nifti": 1, "jpeg": 1, "png": 1},
+        "flags": {"burned_in_annotation": 1, "ultrasound": 1},
+        "cleaned": 4,
+    }
+    for path in settings.data_dir.rglob("*"):
+        assert not path.is_file() or not re.search(rb"canary|1\.2\.826", path.read_bytes(), re.IGNORECASE), path.name
+    stored = settings.data_dir / "datasets" / body["digest"].replace(":", "-")
+    one, two = (pydicom.dcmread(stored / name) for name in ("images/scan.png", "IM0001"))
+    assert one.StudyInstanceUID == two.StudyInstanceUID != one.SOPInstanceUID
+    assert np.array_equal(two.pixel_array, np.arange(64).reshape(8, 8) + 2)
+    with zipfile.ZipFile(io.BytesIO(sent)) as archive:
+        for name in ("a.nii", "b.jpg", "IM0001", "images/0.png"):
+            assert decode_image(stored / name).tobytes() == decode_image(archive.read(name)).tobytes()
+        assert (stored / "images/0.png").read_bytes() == archive.read("images/0.png")
+    assert client.get(f"/datasets/{body['id']}").json() == body
+    assert len(DataSet(stored).records) == 5
+    assert stat.S_IMODE((settings.data_dir / "uid.key").stat().st_mode) == 0o600
+
+
+def test_a_study_is_known_again_under_one_key_and_under_no_other(client: TestClient, settings: Settings) -> None:
+    def study(**form: str) -> str:
+        rows = lines(record(0, image="a.dcm", question=f"{form}"))
+        body = send(client, zip_of({"records.jsonl": rows, "a.dcm": scan(3)}), **form).json()
+        stored = settings.data_dir / "datasets" / body["digest"].replace(":", "-")
+        again = zip_of({p.name: p.read_bytes() for p in stored.iterdir()})
+        assert send(client, again, **form).json()["id"] == body["id"], "what is stored may be sent again"
+        return pydicom.dcmread(stored / "a.dcm").StudyInstanceUID
+
+    first, again = study(name="a"), study(name="b")
+    settings.uid_key = SecretStr("an operator's own key")
+    other = study(name="c")
+    assert first == again != other
+
+
+@pytest.mark.parametrize("data", [scan(1)[:500], b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0\xff\xff\xff\xff"])
+def test_a_damaged_dicom_file_is_listed_and_leaves_nothing(client: TestClient, settings: Settings, data: bytes) -> None:
+    rows = lines(record(0), record(1, image="a.dcm"))
+    body = send(client, zip_of({"records.jsonl": rows, "images/0.png": png(), "a.dcm": data})).json()
+    assert [(row["line"], row["reason"].split(":")[0]) for row in body["rejected"]] == [(2, "image")]
+    assert body["pictures"]["formats"] == {"png": 1}
+    assert b"Canary" not in b"".join(p.read_bytes() for p in leftovers(settings))
 
 
 def test_upload_reports_counts_and_rejected_rows_with_their_lines(client: TestClient, settings: Settings) -> None:
@@ -64,7 +136,7 @@ def test_upload_reports_counts_and_rejected_rows_with_their_lines(client: TestCl
     assert [row["line"] for row in body["rejected"]] == [2, 3, 5, 6, 7, 8]
     assert body["rejected"][2]["reason"] == "image: the image file is missing"
     stored = settings.data_dir / "datasets" / body["digest"].replace(":", "-")
-    assert sorted(p.name for p in stored.rglob("*") if p.is_file()) == ["0.png", "records.jsonl"]
+    assert sorted(p.name for p in stored.rglob("*") if p.is_file()) == ["0.png", "SHA256SUMS", "records.jsonl"]
     page = client.get(f"/datasets/{body['id']}/records").json()
     assert [r["record"]["id"] for r in page["data"]] == ["r0", "r5"]
     image = client.get(page["data"][0]["image_url"])
@@ -248,3 +320,38 @@ def test_leftovers_of_a_killed_upload_are_removed_at_the_next_start(settings: Se
     os.utime(old, (0, 0))
     clear_leftovers(settings.data_dir)
     assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_collecting_takes_no_folder_of_an_upload_that_has_no_row_yet(client: TestClient, settings: Settings) -> None:
+    """Neither what is being read, nor what is stored while its row is being written; what a dead upload stored goes."""
+    database = Database(settings.database)
+    root = settings.data_dir / "datasets"
+    kept = root / send(client, dataset_zip()).json()["digest"].replace(":", "-")
+    reading, stored = root / ".incoming-x", root / ("sha256-" + "0" * 64)
+    reading.mkdir()
+    stored.mkdir()
+    with retention.artifacts_held(settings.data_dir):
+        assert retention.collect(database, settings.data_dir) == 0
+    assert stored.is_dir()
+    assert retention.collect(database, settings.data_dir) == 1
+    assert sorted(root.iterdir()) == sorted([kept, reading])
+    database.close()
+
+
+def test_an_upload_holds_collecting_off_until_its_row_is_there(
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, seen, register = Database(settings.database), [], datasets._register
+
+    def looked_at(*arguments: Any) -> Any:
+        seen.append(retention.collect(database, settings.data_dir))
+        return register(*arguments)
+
+    monkeypatch.setattr(datasets, "_register", looked_at)
+    body = send(client, dataset_zip()).json()
+    assert seen == [0]
+    assert (settings.data_dir / "datasets" / body["digest"].replace(":", "-")).is_dir()
+    assert client.delete(f"/datasets/{body['id']}").status_code == 204
+    assert client.get(f"/datasets/{body['id']}").json()["code"] == "dataset_not_found"
+    assert leftovers(settings) == []
+    database.close()

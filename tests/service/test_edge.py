@@ -130,6 +130,35 @@ def test_errors_are_problem_documents(client: TestClient, method: str, path: str
     assert body["detail"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/v1/nope", 404, "invalid_request_error"),
+        ("DELETE", "/v1/models", 405, "invalid_request_error"),
+        ("GET", "/v1/models/x", 404, "invalid_request_error"),
+        ("POST", "/v1/chat/completions", 503, "server_error"),
+    ],
+)
+def test_errors_under_v1_have_openais_shape(client: TestClient, method: str, path: str, status: int, kind: str) -> None:
+    answer = client.request(method, path, headers={"X-Request-Id": "mine-1"})
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert (answer.json()["error"]["type"], answer.headers["x-request-id"]) == (kind, "mine-1")
+
+
+def test_refusals_before_the_routes_have_openais_shape_under_v1(guarded: TestClient, settings: Settings) -> None:
+    bare = guarded.post("/v1/chat/completions")
+    assert (bare.status_code, bare.json()["error"]["type"]) == (401, "authentication_error")
+    assert bare.headers["www-authenticate"] == "Bearer"
+    guarded.app.state.hscr.settings.body_max_bytes = 10  # type: ignore[attr-defined]
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    large = guarded.post("/v1/chat/completions", content=b"0" * 20, headers=headers)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
+    with TestClient(create_app(settings), base_url="http://evil.example") as client:
+        foreign = client.get("/v1/models")
+        assert (foreign.status_code, foreign.json()["error"]["type"]) == (403, "permission_error")
+
+
 def test_every_response_has_a_request_id_and_bad_ones_are_replaced(client: TestClient) -> None:
     assert client.get("/healthz").headers["x-request-id"].startswith("req_")
     assert client.get("/healthz", headers={"X-Request-Id": "a b\tc"}).headers["x-request-id"].startswith("req_")

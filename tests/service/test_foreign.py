@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +22,7 @@ from hscr.records import read_preferences
 from service.routes.datasets import Layout
 from service.settings import Settings
 from tests.conftest import png, zip_of
+from tests.hscr.medical import dicom
 
 
 def send(client: TestClient, data: bytes, **form: str) -> Any:
@@ -46,6 +49,12 @@ def talk(image: str) -> dict[str, Any]:
     return {"id": image, "image": image, "conversations": turns}
 
 
+def chat(image: bytes) -> dict[str, Any]:
+    url = {"url": f"data:image/png;base64,{base64.b64encode(image).decode()}"}
+    asked = [{"type": "text", "text": "Where?"}, {"type": "image_url", "image_url": url}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "left"}]}
+
+
 def slake(n: int, image: str) -> dict[str, Any]:
     return {"qid": n, "img_id": n, "img_name": image, "q_lang": "en", "question": "Where?", "answer": "left"}
 
@@ -62,6 +71,7 @@ GOOD: dict[str, bytes] = {  # each with one good row and then one whose image is
         {"qas/train/train_qa.pkl": pickle.dumps([path_row("a"), path_row("b")]), "images/train/a.png": png()}
     ),
     "llava": zip_of({"train.json": json.dumps([talk("a.png"), talk("b.png")]).encode(), "images/a.png": png()}),
+    "openai": jsonl(chat(png()), chat(b"no image")),
     "trl": zip_of({"p.jsonl": jsonl(PAIR | {"images": ["a.png"]}, PAIR | {"images": ["b.png"]}), "a.png": png()}),
     "hf-parquet": parquet(
         {"image": [{"bytes": png()}, {"bytes": b"x"}], "question": ["Where?"] * 2, "answer": ["left"] * 2}
@@ -95,6 +105,17 @@ def test_a_foreign_layout_is_recognised_and_its_bad_rows_are_listed(
     shown = client.get(f"/datasets/{body['id']}/records").json()["data"][0]
     assert client.get(shown["image_url"]).content == png()
     assert [p.name for p in leftovers(settings)] == [body["digest"].replace(":", "-")]
+
+
+def test_dicom_files_of_a_foreign_layout_are_cleaned_on_the_way(client: TestClient, settings: Settings) -> None:
+    scan = dicom(np.zeros((4, 4), np.uint8), PatientName="Canary^Bird", Modality="US")
+    inline = parquet({"image": [{"bytes": scan}], "question": ["Where?"], "answer": ["left"]})
+    named = zip_of({"t.csv": b"image,question,answer\na.dcm,Where?,left\n", "a.dcm": scan})
+    for upload in (inline, named):
+        body = send(client, upload, name="x").json()
+        assert body["pictures"] == {"formats": {"dicom": 1}, "flags": {"ultrasound": 1}, "cleaned": 1}
+    for path in settings.data_dir.rglob("*"):
+        assert not path.is_file() or b"Canary" not in path.read_bytes(), path.name
 
 
 def test_a_preference_sets_levels_are_stored_and_part_of_its_digest(client: TestClient, settings: Settings) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from hscr.answers import Answer, TokenGrounding
+from service import adapters
 from service.app import create_app
 from service.engine import LocalEngine, Question
+from service.routes.vqa import Parameters
 from service.settings import Settings
 from tests.conftest import png, wait_for
 from tests.hscr.medical import dicom, nifti
@@ -38,9 +41,9 @@ class Echo(LocalEngine):
         assert self.gate.wait(20)
         return [ValueError("canary") if q.text == "fail" else self._echo(q) for q in questions]
 
-    def _echo(self, q: Question) -> Any:
-        token = SimpleNamespace(text="a", logprob=-0.1, logprob_without_image=-2.1, reward=2.0, is_content=True)
-        return SimpleNamespace(
+    def _echo(self, q: Question) -> Answer:
+        token = TokenGrounding(text="a", logprob=-0.1, logprob_without_image=-2.1, reward=2.0, is_content=True)
+        return Answer(
             text=f"{q.text}|{'+'.join(str(i.size) for i in q.images)}|{q.adapter_digest}|{q.max_tokens}|{q.seed}",
             token_ids=[1],
             tokens=[token] if q.grounding == "tokens" else None,
@@ -69,6 +72,12 @@ def body(**changes: Any) -> dict[str, Any]:
     return {"image": {"base64": base64.b64encode(png()).decode()}, "question": "Where?"} | changes
 
 
+def as_form(asked: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that send the same as a form."""
+    fields = {k: str(v).lower() if isinstance(v, bool) else v for k, v in asked.items() if k != "image"}
+    return {"files": {"image": ("x.png", png())}, "data": fields}
+
+
 def test_base_answers_in_both_forms(asker: TestClient) -> None:
     form = asker.post("/vqa", files={"image": ("canary.png", png())}, data={"question": "Where?", "seed": "7"})
     answer = asker.post("/vqa", json=body(seed=7))
@@ -88,6 +97,8 @@ def test_grounding_comes_as_asked(asker: TestClient) -> None:
         "flagged": None,
         "threshold": None,
         "tokens": None,
+        "perturbation": "token_dropout",
+        "unavailable": None,
     }
     tokens = asker.post("/vqa", json=body(grounding="tokens")).json()["grounding"]["tokens"]
     assert tokens[0] == {"text": "a", "logprob": -0.1, "logprob_without_image": -2.1, "reward": 2.0, "is_content": True}
@@ -295,3 +306,157 @@ def test_questions_and_file_names_are_not_logged(asker: TestClient, caplog: pyte
     ours = [r.getMessage() for r in caplog.records if r.name.startswith(("hscr", "sqlalchemy", "service"))]
     assert ours
     assert not any("canary" in line for line in ours)
+
+
+def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Server-sent events as (name, data)."""
+    parts = [block.split("\n") for block in text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts]
+
+
+@pytest.fixture
+def versions(
+    database: Any, settings: Settings, new_job: Callable[..., str], stand_in: Callable[..., None]
+) -> dict[str, str]:
+    """Two versions of `brain`, the first with a threshold above the engine's score of 2.0 nats; their digests."""
+    digests = {}
+    for steps, (number, metrics) in enumerate((("brain:1", {"adapter/grounding_threshold": 9.0}), ("brain:2", {})), 1):
+        stand_in(metrics=metrics, steps=steps)  # other weights
+        run_job(database, settings, new_job(), lambda: False)
+        with database.read() as session:
+            digests[number] = adapters.resolve(session, number).digest
+    return digests
+
+
+@pytest.mark.parametrize("grounding", ["none", "summary", "tokens"])
+def test_a_flagged_answer_is_withheld_and_nothing_of_it_is_told(
+    asker: TestClient, engine: Echo, versions: dict[str, str], grounding: str
+) -> None:
+    asked = body(question="canary", adapter="brain:1", abstain=True, grounding=grounding)
+    for answer in (asker.post("/vqa", json=asked), asker.post("/vqa", **as_form(asked))):
+        got = answer.json()
+        assert (got["answer"], got["abstained"], got["token_ids"]) == (None, True, [])
+        assert got["abstain_note"] == "The grounding score is below the threshold of this version."
+        assert got["grounding"] == {"score": 2.0, "flagged": True, "threshold": 9.0, "tokens": None}
+        assert "canary" not in answer.text
+    told = asker.post("/vqa", json=asked | {"abstain": False}).json()
+    assert (told["answer"].split("|")[0], told["abstained"], told["abstain_note"]) == ("canary", None, None)
+
+
+@pytest.mark.parametrize("adapter", [None, "brain:2"])
+def test_without_a_threshold_nothing_is_withheld_and_it_is_said(
+    asker: TestClient, versions: dict[str, str], adapter: str | None
+) -> None:
+    got = asker.post("/vqa", json=body(adapter=adapter, abstain=True)).json()
+    assert got["answer"].startswith("Where?")
+    assert (got["abstained"], got["grounding"]["flagged"]) == (False, None)
+    assert got["abstain_note"].startswith("No threshold is known here")
+
+
+def test_two_versions_answer_in_one_call_with_one_picture(
+    asker: TestClient, engine: Echo, versions: dict[str, str]
+) -> None:
+    asked = body(adapter="brain:1", compare="brain:2", grounding="summary", abstain=True)
+    for request in ({"json": asked}, as_form(asked)):
+        got = asker.post("/vqa", **request).json()
+        assert (got["adapter"]["version"], got["answer"], got["abstained"]) == (1, None, True)
+        other = got["compare"]
+        assert (other["adapter"]["version"], other["adapter"]["digest"]) == (2, versions["brain:2"])
+        assert versions["brain:2"] in other["answer"]
+        assert (other["grounding"]["score"], other["abstained"]) == (2.0, False)
+        first, second = engine.asked[-2:]
+        assert first.images[0] is second.images[0]  # decoded once; its features are found by its pixels
+    assert asker.post("/vqa", json=body(compare="brain:1")).json()["adapter"] is None  # the base beside a version
+    assert asker.post("/vqa", json=body()).json()["compare"] is None
+    assert asker.post("/vqa", json=body(compare="nobody")).json()["code"] == "adapter_not_found"
+    failed = asker.post("/vqa", json=body(question="fail", compare="brain:1"))
+    assert (failed.status_code, failed.json()["code"]) == (500, "answer_failed")
+
+
+def test_a_comparison_that_finds_no_room_leaves_nothing_behind(
+    asker: TestClient, engine: Echo, versions: dict[str, str]
+) -> None:
+    """Two places wait, one is taken: the second question of a comparison is refused, and its first goes too."""
+    engine.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(asker.post, "/vqa", json=body())
+        wait_for(lambda: engine.asked, 5, "the engine works on the first")
+        waiting = pool.submit(asker.post, "/vqa", json=body())
+        batcher = asker.app.state.hscr.batcher  # type: ignore[attr-defined]
+        wait_for(lambda: batcher.depth == 1, 5, "one waits")
+        for stream in (False, True):
+            refused = asker.post("/vqa", json=body(compare="brain:1", stream=stream))
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            wait_for(lambda: batcher.depth == 1, 5, "its first is gone")
+        engine.gate.set()
+        assert [w.result().status_code for w in (running, waiting)] == [200, 200]
+
+
+def test_a_stream_ends_with_the_whole_response(asker: TestClient, versions: dict[str, str]) -> None:
+    plain = asker.post("/vqa", json=body(adapter="brain:1", compare="brain:2", grounding="tokens")).json()
+    asked = body(adapter="brain:1", compare="brain:2", grounding="tokens", stream=True)
+    for request in ({"json": asked}, as_form(asked)):
+        answer = asker.post("/vqa", **request)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *deltas, (name, whole) = events_of(answer.text)
+        assert (name, {n for n, _ in deltas}) == ("answer", {"delta"})
+        assert "".join(d["text"] for _, d in deltas) == whole["answer"]
+        assert whole["request_id"] == answer.headers["x-request-id"]
+        for got in (plain, whole):
+            got.pop("timing_ms", None)
+            got.pop("request_id", None)
+        assert whole == plain
+
+
+def test_what_fails_in_a_stream_is_its_last_event(asker: TestClient) -> None:
+    answer = asker.post("/vqa", json=body(question="fail", stream=True))
+    ((name, problem),) = events_of(answer.text)
+    assert (answer.status_code, name, problem["code"]) == (200, "error", "answer_failed")
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert "canary" not in answer.text
+
+
+def test_a_stream_cannot_abstain(asker: TestClient, engine: Echo) -> None:
+    for request in ({"json": body(stream=True, abstain=True)}, as_form(body(stream=True, abstain=True))):
+        answer = asker.post("/vqa", **request)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert "stream and abstain do not go together" in answer.json()["errors"][0]["reason"]
+    assert engine.asked == []
+
+
+def test_a_key_has_its_own_limit_of_questions(asker: TestClient, engine: Echo, settings: Settings) -> None:
+    settings.key_questions_max = 2
+    engine.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(asker.post, "/vqa", json=body()) for _ in range(2)]
+        state = asker.app.state.hscr  # type: ignore[attr-defined]
+        wait_for(lambda: state.asked["local"] == 2, 5, "both are on their way")
+        refused = asker.post("/vqa", json=body())
+        assert (refused.status_code, refused.json()["code"]) == (429, "too_many_questions")
+        assert int(refused.headers["retry-after"]) >= 1
+        engine.gate.set()
+        assert [w.result().status_code for w in waiting] == [200, 200]
+    assert asker.post("/vqa", json=body()).status_code == 200
+    assert not state.asked
+
+
+def test_callers_share_no_prefix_where_the_operator_says_so(
+    asker: TestClient, engine: Echo, settings: Settings
+) -> None:
+    asker.post("/vqa", json=body())
+    settings.prefix_cache_per_key = True
+    asker.post("/vqa", json=body())
+    assert [q.salt for q in engine.asked] == ["", "local"]
+
+
+def test_every_field_of_both_forms_is_in_the_document(asker: TestClient) -> None:
+    document = asker.get("/openapi.json").json()
+    operation = document["paths"]["/vqa"]["post"]
+    for kind in ("application/json", "multipart/form-data"):
+        fields = operation["requestBody"]["content"][kind]["schema"]["properties"]
+        assert set(Parameters.model_fields) <= set(fields)
+    answered = operation["responses"]["200"]["content"]
+    assert set(answered) == {"application/json", "text/event-stream"}
+    assert {"compare", "abstained", "abstain_note"} <= set(
+        document["components"]["schemas"]["VQAResponse"]["properties"]
+    )

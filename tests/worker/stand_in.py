@@ -1,13 +1,15 @@
 """A run program that speaks the run contract in a few tenths of a second: events, locks, checkpoints, resume, exit codes. No torch.
 
-What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_at (step) and crashes (how often), exit (code at the start),
-ignore_term, child (leave a grandchild), metrics (of the result), hold (wait while that file exists, after saying so in <file>.here), noise,
+What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_at (step) and crashes (how often), exit (code at the
+start), ignore_term, checkpoints (tell of each step's), device (a file in the place of a device's memory: it must be the only one to make
+it), child (leave a grandchild), metrics (of the result), hold (wait while that file exists, after saying so in <file>.here), noise,
 secret (words that a careless run says on both outputs and in its events).
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import fcntl
 import hashlib
 import json
@@ -54,6 +56,10 @@ def main() -> int:
     if (arguments.data / "records.jsonl").is_file() is False:
         say("error", code="no_data", message="the data set is missing")
         return 2
+    if "device" in told:
+        with Path(told["device"]).open("x") as file:  # FileExistsError: the engine is still there
+            file.write("run")
+        atexit.register(Path(told["device"]).unlink)
     if told.get("noise"):
         print("not json", "x" * 200_000, flush=True)
         say("secret", question="What is left?")
@@ -109,6 +115,8 @@ def main() -> int:
                 write_json(state_file, state)
                 say("progress", stage=stage, done=state["step"], total=told.get("steps", 5), rate=1.0, eta_s=0.0)
                 say("metrics", stage=stage, step=state["step"], values={"loss": 1 / state["step"]})
+                if told.get("checkpoints"):
+                    say("checkpoint", stage=stage, step=state["step"], digest="sha256:" + "0" * 64)
         say("stage", stage=stage, status="completed")
         if arguments.stop_after == stage:
             return 75

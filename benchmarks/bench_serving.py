@@ -1,0 +1,276 @@
+"""`/vqa` over real HTTP beside one request at a time through stock `generate`: `python -m benchmarks.bench_serving [--quick]`.
+
+A random LLaVA of benchmarks/llava.py, answers of 8 to 40 tokens. `generate` is called in a process with nothing beside it: no HTTP, no
+queue, no decoding of files. The service runs as a process, once with whole batches, once with questions joining between steps. New images
+are met for the first time; known ones were asked about before, with another question. The rest runs in this process, in processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import statistics
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from PIL import Image
+
+from benchmarks.llava import Shape, report, save_data, save_llava
+from benchmarks.serving_load import Load, Service, body, percentile
+from hscr.answer import Answerer, AnswerRequest
+from hscr.config import OptimizationConfig
+from hscr.model import add_lora, load_model
+
+QUESTIONS = [f"What does this picture show in the {where}?" for where in "left right middle top bottom corner".split()]
+MODES = ("static", "continuous")
+
+
+def lengths(n: int) -> list[int]:
+    """Answers of 8 to 40 tokens, the same mix for all."""
+    return [8 + 32 * (i * 7 % 11) // 10 for i in range(n)]
+
+
+def pictures(folder: Path, n: int, seed: int) -> list[bytes]:
+    data = folder / f"pictures-{seed}"
+    save_data(data, n, 4, 0, seed)
+    return [(data / "images" / f"{i}.png").read_bytes() for i in range(n)]
+
+
+def opened(image: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(image)).convert("RGB")
+
+
+def generated(model: Path, images: list[bytes]) -> Load:
+    """Each image asked about alone by stock `generate`, its pixels decoded already."""
+    vlm = load_model(model, device="cpu")
+    load = Load(0, 0)
+    pixels = [opened(image) for image in images]
+    start, cpu = time.perf_counter(), time.process_time()
+    for image, tokens in zip(pixels, lengths(len(images)), strict=True):
+        begin = time.perf_counter()
+        text = f"USER: <image>\n{QUESTIONS[0]} ASSISTANT:"
+        batch = vlm.processor(images=[image], text=text, return_tensors="pt")
+        with torch.no_grad():
+            vlm.model.generate(**batch, do_sample=False, max_new_tokens=tokens)
+        load.answered.append(time.perf_counter() - begin)
+    load.wall_s, load.cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    return load
+
+
+def row(method: str, images: str, clients: object, load: Load, plain: Load) -> dict[str, Any]:
+    assert not load.unanswered, "questions failed"
+    return {
+        "method": method,
+        "images": images,
+        "clients": clients,
+        "answers/s": load.rate,
+        "× generate": load.rate / plain.rate,
+        "CPU ms an answer": load.cpu_ms,
+        "× generate (CPU)": plain.cpu_ms / load.cpu_ms,
+        "p50 ms": 1000 * percentile(load.answered, 0.5),
+        "p95 ms": 1000 * percentile(load.answered, 0.95),
+    }
+
+
+def throughput(folder: Path, model: Path, clients: list[int], n: int) -> list[dict[str, Any]]:
+    """New, known and shared images, by clients, for both ways to schedule; each service sees every image once as new."""
+    plain = generated(model, pictures(folder, max(n // 2, 6), 1000))
+    rows = [row("generate", "new", 1, plain, plain)]
+    services = {m: Service(folder / m, model, scheduling=m, queue_max=256, key_questions_max=256) for m in MODES}
+    for mode, service in services.items():
+        with service:
+            service.closed([body(i, "warm up", 4) for i in pictures(folder, 2, 999)], 1)
+            for c in clients:
+                images = pictures(folder, max(n, c), c)
+                mix = list(zip(images, lengths(len(images)), strict=True))
+                rows.append(row(mode, "new", c, service.closed([body(i, QUESTIONS[0], t) for i, t in mix], c), plain))
+                known = service.closed([body(i, QUESTIONS[1], t) for i, t in mix], c)
+                rows.append(row(mode, "known", c, known, plain))
+            shared = pictures(folder, max(n // 6, 1), 2000)
+            six = [body(i, q, t) for i in shared for q, t in zip(QUESTIONS, lengths(6), strict=True)]
+            rows.append(row(mode, "six questions on one", 6, service.closed(six, 6), plain))
+    return rows
+
+
+def overload(folder: Path, model: Path, n: int) -> list[dict[str, Any]]:
+    """Questions at four times the best rate, with a queue of 16."""
+    with Service(folder / "overload", model, queue_max=16, key_questions_max=1000) as service:
+        images = pictures(folder, 8, 3000)
+        bodies = [body(images[i % 8], QUESTIONS[i % 6], t) for i, t in enumerate(lengths(n))]
+        service.closed(bodies[:16], 8)
+        best = service.closed(bodies, 16)
+        flood = service.open([b for b in bodies for _ in range(4)], 4 * best.rate)
+        stayed = [body(i, QUESTIONS[2], 24) for i in pictures(folder, 8, 3001)]
+        alone = service.closed(stayed, 8)
+        leavers = [body(i, QUESTIONS[2], 400) for i in pictures(folder, 8, 3002)]
+
+        async def with_leavers() -> None:
+            await service.leaving(leavers, 0.3)
+
+        asyncio.run(with_leavers())
+        after = service.closed([body(i, QUESTIONS[3], 24) for i in pictures(folder, 8, 3003)], 8)
+    assert not flood.unanswered, "a refusal without Retry-After"
+    return [
+        {
+            "best answers/s": best.rate,
+            "at 4×: answers/s": flood.rate,
+            "of the best": flood.rate / best.rate,
+            "answered": len(flood.answered),
+            "refused": len(flood.refused),
+            "a refusal p50 ms": 1000 * percentile(flood.refused, 0.5),
+            "p99 ms": 1000 * percentile(flood.refused, 0.99),
+            "8 answers after 8 of 400 tokens left, × without": after.wall_s / alone.wall_s,
+        }
+    ]
+
+
+def added(folder: Path, model: Path, n: int) -> list[dict[str, Any]]:
+    """What a lone client waits beyond the model's own time: known images, in turn with the same questions asked in this process."""
+    images = pictures(folder, n, 4000)
+    answerer = Answerer(load_model(model, device="cpu"), prefix_cache_bytes=2**30)
+    asked = [AnswerRequest(opened(i), QUESTIONS[1], max_tokens=16) for i in images]
+    answerer.answer([AnswerRequest(opened(i), QUESTIONS[0], max_tokens=2) for i in images])
+    with Service(folder / "added", model) as service:
+        service.closed([body(i, QUESTIONS[0], 2) for i in images], 1)
+        rows = []
+        for image, request in zip(images, asked, strict=True):
+            start = time.perf_counter()
+            answerer.answer([request])
+            middle = time.perf_counter()
+            service.closed([], 1)
+            load = service.closed([body(image, QUESTIONS[1], 16)], 1)
+            told = load.answers[0]["timing_ms"]
+            rows.append((1000 * load.answered[0], told["model"], told["total"], 1000 * (middle - start)))
+    client, engine, total, own = (statistics.median(column) for column in zip(*rows, strict=True))
+    return [
+        {
+            "client p50 ms": client,
+            "in the service": total,
+            "in queue and engine": engine,
+            "the model in one process": own,
+            "added p50 ms": statistics.median(r[0] - r[3] for r in rows),
+            "added before and after the engine": total - engine,
+        }
+    ]
+
+
+def cpu(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def save_adapters(folder: Path, model: Path, n: int) -> list[Path]:
+    made = []
+    for seed in range(n):
+        vlm = load_model(model, device="cpu")
+        add_lora(vlm, OptimizationConfig(lora_rank=16), seed=seed)
+        with torch.no_grad():
+            for name, p in vlm.model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(0, 0.02)
+        vlm.model.save_pretrained(str(folder / f"adapter-{seed}"), safe_serialization=True)
+        made.append(folder / f"adapter-{seed}")
+    return made
+
+
+def mixed(folder: Path, model: Path, repeats: int) -> list[dict[str, Any]]:
+    """Eight questions, four adapters and the base: one forward for all rows, and one a distinct adapter."""
+    answerer = Answerer(load_model(model, device="cpu"))
+    for number, adapter in enumerate(save_adapters(folder, model, 4)):
+        answerer.load_adapter(str(number), adapter)
+    images = [opened(i) for i in pictures(folder, 8, 5000)]
+    names = [None, "0", "1", "2", "3", None, "0", "1"]
+    requests = [
+        AnswerRequest(i, QUESTIONS[0], a, max_tokens=t) for i, a, t in zip(images, names, lengths(8), strict=True)
+    ]
+
+    def apart() -> list[Any]:
+        said: dict[int, Any] = {}
+        for name in dict.fromkeys(names):
+            rows = [i for i, r in enumerate(requests) if r.adapter == name]
+            said |= dict(zip(rows, answerer.answer([requests[i] for i in rows]), strict=True))
+        return [said[i] for i in range(len(requests))]
+
+    def base() -> None:
+        answerer.answer([AnswerRequest(r.image, QUESTIONS[0], max_tokens=r.max_tokens) for r in requests])
+
+    assert [a.token_ids for a in apart()] == [a.token_ids for a in answerer.answer(requests)]
+    times: dict[str, list[float]] = {"one forward": [], "one a distinct adapter": [], "all on the base": []}
+    for _ in range(repeats):
+        times["one forward"].append(cpu(lambda: answerer.answer(requests)))
+        times["one a distinct adapter"].append(cpu(apart))
+        times["all on the base"].append(cpu(base))
+    one = statistics.median(times["one forward"])
+    return [
+        {"way": way, "CPU ms": 1000 * statistics.median(t), "× one forward": statistics.median(t) / one}
+        for way, t in times.items()
+    ]
+
+
+def grounding(folder: Path, model: Path, repeats: int) -> list[dict[str, Any]]:
+    """The same question on an image with and without its summary, the image new and known."""
+    vlm = load_model(model, device="cpu")
+    images = [opened(i) for i in pictures(folder, repeats, 6000)]
+    found: dict[tuple[str, str], list[float]] = {}
+    for image in images:
+        for kind in ("none", "summary"):
+            vlm.features._items.clear()
+            answerer = Answerer(vlm, prefix_cache_bytes=2**30)
+
+            def ask(question: str, answerer: Answerer = answerer, kind: str = kind, image: Any = image) -> None:
+                answerer.answer([AnswerRequest(image, question, max_tokens=24, grounding=kind)])
+
+            found.setdefault(("new", kind), []).append(cpu(lambda ask=ask: ask(QUESTIONS[0])))  # type: ignore[misc]
+            found.setdefault(("known", kind), []).append(cpu(lambda ask=ask: ask(QUESTIONS[1])))  # type: ignore[misc]
+    rows = []
+    for image_kind in ("new", "known"):
+        plain, summary = (statistics.median(found[image_kind, k]) for k in ("none", "summary"))
+        rows.append({"image": image_kind, "answer CPU ms": 1000 * plain, "with summary": summary / plain})
+    return rows
+
+
+def upload(address: str, name: str, folder: Path) -> None:
+    """Register a PEFT folder as a version."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    answer = httpx.post(f"{address}/adapters/{name}/versions", files={"file": out.getvalue()}, timeout=300)
+    assert answer.status_code == 201, answer.text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model and few questions: a minute or two")
+    parser.add_argument("--only", choices=["throughput", "overload", "added", "mixed", "grounding"])
+    parser.add_argument("--questions", type=int, default=32, help="questions a cell")
+    parser.add_argument("--out", type=Path, help="folder for the tables as JSON")
+    given = parser.parse_args()
+    n = 12 if given.quick else given.questions
+    clients = [1, 4, 16] if given.quick else [1, 4, 16, 64]
+    repeats = 3 if given.quick else 7
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = save_llava(folder / "model", Shape(layers=2, tower_layers=2) if given.quick else Shape())
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "throughput": lambda: throughput(folder, model, clients, n),
+            "overload": lambda: overload(folder, model, 2 * n),
+            "added": lambda: added(folder, model, 2 * n),
+            "mixed": lambda: mixed(folder, model, repeats),
+            "grounding": lambda: grounding(folder, model, repeats),
+        }
+        for name, part in parts.items():
+            if given.only in (None, name):
+                report(name, part(), given.out / f"{name}.json" if given.out else None)
+
+
+if __name__ == "__main__":
+    main()

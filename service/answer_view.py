@@ -1,0 +1,99 @@
+"""What is said of an answer: its text, how far the image carries it, and whether it is withheld for that. Knows no route."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from hscr.answers import TOKEN_DROPOUT, Answer
+from service.adapters import Resolved
+
+UNGROUNDED = "The grounding score is below the threshold of this version."
+NO_THRESHOLD = "No threshold is known here, so nothing can be withheld: the base has none, nor a version whose evaluation gave none."
+
+
+class AdapterRef(BaseModel):
+    name: str
+    version: int
+    digest: str
+
+
+class Token(BaseModel):
+    text: str
+    logprob: float
+    logprob_without_image: float
+    reward: float
+    is_content: bool
+
+
+class Grounding(BaseModel):
+    score: float | None = Field(
+        description="Reward of the least grounded word in nats: how much likelier the image makes it; below 0 it is said in spite of it."
+    )
+    flagged: bool | None = Field(description="The score is below the version's threshold; null where it has none.")
+    threshold: float | None = Field(
+        description="In nats, from the version's evaluation; null for the base and where that carried none."
+    )
+    tokens: list[Token] | None = Field(description="With `grounding` tokens, and an answer that is not withheld.")
+    perturbation: str = Field(description="How the image was hidden; thresholds hold for token_dropout only.")
+    unavailable: str | None = Field(description="Why there is no score though it was asked for.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class AnswerView(BaseModel):
+    """One policy's answer."""
+
+    answer: str | None = Field(description="Null where it is withheld.")
+    finish_reason: Literal["stop", "length"]
+    token_ids: list[int] = Field(description="None where the answer is withheld.")
+    adapter: AdapterRef | None
+    grounding: Grounding | None
+    abstained: bool | None = Field(
+        None, description="With `abstain`: whether a flagged answer is withheld; null without."
+    )
+    abstain_note: str | None = Field(None, description="Why it is withheld, or why it could not have been.")
+    usage: Usage
+
+
+def scored(grounding: str, abstain: bool) -> str:
+    """What has to be measured: abstaining needs the score, whether or not it was asked for."""
+    return "summary" if abstain and grounding == "none" else grounding
+
+
+def answer_view(answer: Answer, resolved: Resolved | None, grounding: str, abstain: bool) -> AnswerView:
+    """What may be said: of a withheld answer neither text nor tokens."""
+    threshold = resolved.threshold if resolved and answer.perturbation == TOKEN_DROPOUT else None
+    score = answer.score
+    flagged = score < threshold if threshold is not None and score is not None else None
+    withheld = abstain and flagged is True
+    note = None
+    if abstain:
+        note = UNGROUNDED if withheld else NO_THRESHOLD if threshold is None else None
+    tokens = None
+    if grounding == "tokens" and answer.tokens is not None and not withheld:
+        tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
+    told = scored(grounding, abstain) != "none"
+    return AnswerView(
+        answer=None if withheld else answer.text,
+        finish_reason=answer.finish_reason,
+        token_ids=[] if withheld else answer.token_ids,
+        adapter=AdapterRef(name=resolved.name, version=resolved.version, digest=resolved.digest) if resolved else None,
+        grounding=Grounding(
+            score=score,
+            flagged=flagged,
+            threshold=threshold,
+            tokens=tokens,
+            perturbation=answer.perturbation,
+            unavailable=answer.unavailable,
+        )
+        if told
+        else None,
+        abstained=withheld if abstain else None,
+        abstain_note=note,
+        usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
+    )
