@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo bench test test-all chaos lint install clean
+.PHONY: demo bench test test-all chaos chaos-mutants lint audit install clean
 
 demo: $(READY)  ## the main job on the embedded default: data, service, align, ask, table, report
 	@exec $(BIN)/hscr demo $(ARGS)
@@ -23,8 +23,15 @@ test-all: test  ## what takes longer: rebuilds the demo model from nothing and c
 chaos: $(READY)  ## random faults against real processes, N steps (make chaos N=1000); the output counts them by stage
 	@HSCR_CHAOS_STEPS=$(or $(N),1000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s --timeout 0 tests/chaos $(ARGS)
 
+chaos-mutants: $(READY)  ## the same without the fence, the second ringing, the run folder's lock: it must fail each time
+	@$(BIN)/python -m tests.chaos.mutants $(or $(N),60)
+
 lint: $(READY)  ## ruff, format, types, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+audit:  ## known vulnerabilities of the pinned versions (needs PyPI's advisories); in an environment of its own, nothing is installed here
+	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	@build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 install: $(READY)
 

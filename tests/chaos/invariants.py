@@ -13,7 +13,6 @@ from hscr.artifacts import verify_manifest
 from service import adapters, audit, jobs
 from service.db import Database
 from service.models import AdapterVersion, IdempotencyKey, Job, Outbox
-from tests.chaos.run import is_long
 
 
 def check(database: Database, data_dir: Path, witness: Path, accepted: dict[str, str]) -> None:
@@ -53,8 +52,7 @@ def check(database: Database, data_dir: Path, witness: Path, accepted: dict[str,
     assert not overlaps, f"two runs of one job at once: {overlaps}"
     same = defaultdict(set)
     for version in versions:
-        assert version.job_id is not None
-        same[version.dataset_id, is_long(version.job_id)].add(version.digest)
+        same[version.dataset_id, version.config["seed"]].add(version.digest)
     assert all(len(found) == 1 for found in same.values()), "equal runs, killed here and there, gave different adapters"
 
 

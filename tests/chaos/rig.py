@@ -30,7 +30,8 @@ from tests.worker.test_celery import ROOT, WORKER
 
 WORKERS = ("worker-a", "worker-b")
 CLIENTS = (*WORKERS, "sweep", "api")
-SHORT, LONG = {"steps": 12, "step_s": 0.05}, {"steps": 60, "step_s": 0.05}
+# The long one says nothing for longer than a claim takes: what would write in a removed folder would end before the next run begins.
+SHORT, LONG = {"steps": 12, "step_s": 0.05}, {"steps": 3, "step_s": 1.5}
 
 
 class Rig:
@@ -148,11 +149,16 @@ class Rig:
         else:
             family = [psutil.Process(self._parts[part].pid)]
             family += _children(family[0]) if part in WORKERS else []
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
-            time.sleep(seconds if number == signal.SIGSTOP else 0)
+        _hold(family, seconds)
+
+    def freeze_supervisors(self, pids: list[int], seconds: float) -> None:
+        """STOP, then CONT, of supervisors alone: their runs stay awake, and may outlive their leases."""
+        self.note("freeze supervisor")
+        family = []
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family.append(psutil.Process(pid))
+        _hold(family, seconds)
 
     def spoil(self, which: int, mode: str, seconds: float) -> None:
         """Make the network between one part and one server bad for a while, beginning now."""
@@ -174,27 +180,27 @@ class Rig:
                 fill()
                 time.sleep(0.05)
 
-    def await_point(self, point: str, seconds: float) -> bool:
-        """Wait until some supervisor stands at this write point."""
+    def await_point(self, point: str, seconds: float) -> list[int]:
+        """Wait until some supervisor stands at this write point: the process ids of those that do."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if point in self.points():
-                return True
+            if found := [pid for pid, where in self.supervisors().items() if where == point]:
+                return found
             time.sleep(0.005)
-        return False
+        return []
 
-    def points(self) -> list[str]:
-        """The write points that the living supervisors passed last."""
-        found = []
+    def supervisors(self) -> dict[int, str]:
+        """The living supervisors by process id, each with the write point that it passed last."""
+        found = {}
         for path in self._points.iterdir():
             with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
                 if psutil.Process(int(path.name)).status() != psutil.STATUS_ZOMBIE:
-                    found.append(path.read_text())
-        return [point for point in found if point in POINTS]
+                    found[int(path.name)] = path.read_text()
+        return {pid: point for pid, point in found.items() if point in POINTS}
 
     def note(self, fault: str) -> None:
         """Count the fault under the write points at which the supervisors stand now."""
-        for point in self.points() or ["no attempt"]:
+        for point in list(self.supervisors().values()) or ["no attempt"]:
             self.faults[fault, point] += 1
 
     def ready(self) -> bool:
@@ -232,6 +238,14 @@ def table(faults: Counter[tuple[str, str]]) -> str:
             kinds = ", ".join(f"{fault} {n}" for fault, n in sorted(here.items()))
             rows.append(f"  {point:16} {sum(here.values()):4}  {kinds}")
     return "\n".join(rows)
+
+
+def _hold(family: list[psutil.Process], seconds: float) -> None:
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        time.sleep(seconds if number == signal.SIGSTOP else 0)
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

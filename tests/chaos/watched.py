@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from service.artifact_store import LocalStore
 from service.events import CheckpointEvent, StageEvent
 from worker import supervise
 from worker.tasks import app
@@ -71,7 +72,7 @@ _marked(supervise.Run, "__init__", after="run started")
 _marked(supervise._Attempt, "_conclude", before="run ended")
 _marked(supervise._Attempt, "_publish", before="publishing")
 _marked(supervise._Attempt, "_finish", after="committed")
-_marked(supervise.adapters, "store", after="artifact stored")
+_marked(LocalStore, "put", after="artifact stored")
 _marked(supervise, "store_report", after="report stored")
 _marked(supervise.adapters, "publish", after="row written")
 supervise._Attempt._take = _read_on(supervise._Attempt._take)  # type: ignore[method-assign]
