@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -123,6 +123,12 @@ def collect(database: Database, data_dir: Path, store: ArtifactStore | None = No
                     gone += sum(store.remove(kind, names[name]) for name in some if name not in kept)
     store.clear()
     return gone
+
+
+def collect_now(database: Database, data_dir: Path, store: ArtifactStore) -> None:
+    """`collect` for a caller who waits for it; left to the sweep where the store is away."""
+    with suppress(Problem):
+        collect(database, data_dir, store)
 
 
 def _lock_file(data_dir: Path) -> Path:

@@ -131,7 +131,7 @@ def delete(state: Service, who: Who, dataset_id: DatasetId) -> None:
     """Its rows and, where no other data set has the same content, its files."""
     with state.database.write() as session:
         datasets.delete(session, dataset_id, who.id)
-    retention.collect(state.database, state.settings.data_dir, state.artifacts)
+    retention.collect_now(state.database, state.settings.data_dir, state.artifacts)
 
 
 @router.get("/{dataset_id}/records", summary="Its records, in file order")

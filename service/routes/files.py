@@ -140,7 +140,7 @@ def delete(state: Service, who: Who, file_id: FileId) -> FileDeleted:
         raise Problem("dataset_in_use", "A job's results go with the job: DELETE /jobs/{id}.")
     with state.database.write() as session:
         datasets.delete(session, file_id, who.id)
-    retention.collect(state.database, state.settings.data_dir, state.artifacts)
+    retention.collect_now(state.database, state.settings.data_dir, state.artifacts)
     return FileDeleted(id=file_id)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
 from service import audit, job_requests, retention
-from service.errors import Problem
 from service.keys import Caller
 from service.models import Job
 from service.routes.jobs import JobId, JobView, job_view
@@ -57,8 +55,7 @@ def delete(state: Service, who: Who, job_id: JobId) -> None:
             audit.record(session, who.id, "job.delete", job_id)
     # Where a dying run still holds the folder, or the store is away, the sweep frees it.
     retention.free(state.database, state.settings.data_dir, job_id)
-    with suppress(Problem):
-        retention.collect(state.database, state.settings.data_dir, state.artifacts)
+    retention.collect_now(state.database, state.settings.data_dir, state.artifacts)
 
 
 def ask(state: State, who: Caller, job_id: str, action: str, wish: Callable[[Session, str], Job]) -> JobView:

@@ -347,11 +347,12 @@ def test_answers_of_cached_adapters_go_on_while_the_store_is_away(
             dataset = upload(client)
             align(client, database, settings, dataset)
             stand_in(steps=7)
-            align(client, database, settings, dataset)
+            gone = align(client, database, settings, dataset)["id"]
             assert client.post("/vqa", json=body(adapter="brain:1")).status_code == 200
             server.stop()
             assert client.post("/vqa", json=body(adapter="brain:1")).status_code == 200
             assert client.post("/vqa", json=body()).status_code == 200, "the base needs no store"
+            assert client.delete(f"/jobs/{gone}").status_code == 204, "its files go when the store is back"
             refused = client.post("/vqa", json=body(adapter="brain:2"))
             assert (refused.status_code, refused.json()["code"]) == (503, "artifacts_unavailable")
             assert refused.headers["retry-after"] == "30"

@@ -234,7 +234,8 @@ def test_one_run_at_a_time_where_one_of_them_goes_first(
     worker = working(database, settings, first)
     wait_for(lambda: held.with_suffix(".here").is_file(), 30)
     run_job(database, settings, second, lambda: False)
-    assert status(database, second) == "queued"
+    with database.read() as session:
+        assert (jobs.get(session, second).status, jobs.get(session, second).attempts) == ("queued", 0)
     held.unlink()
     worker.join()
     run_job(database, settings, second, lambda: False)
