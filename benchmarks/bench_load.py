@@ -184,7 +184,7 @@ async def measure(
     ]
     await asyncio.sleep(2)
     print("streams-open", file=sys.stderr, flush=True)
-    idle, late, statuses = [Connection(port, key) for _ in range(256)], [], []  # type: ignore[var-annotated]
+    idle, late, statuses = [Connection(port, key) for _ in range(256)], [], []
     by_path: dict[str, list[float]] = {}
 
     async def one(path: str, due: float) -> None:

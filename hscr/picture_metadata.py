@@ -21,13 +21,14 @@ from hscr.tiff_metadata import plain_tiff
 _PNG = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs"}
 _WEBP = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
 _WEBP_EXIF, _WEBP_TEXTS = 0x08, 0x08 | 0x04 | 0x20  # flags of VP8X: EXIF; that, XMP and ICC
+_SAYING = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG that may say how it is to be turned
 _ORIENTATION = 0x0112
 
 
 def without_metadata(data: bytes) -> bytes:
     """The same picture. Raises ImageError, and struct.error or IndexError on damaged data."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return _png(data, _exif(data))
+        return _png(data, _exif(data) if any(kind in data for kind in _SAYING) else b"")
     if data[:2] == b"\xff\xd8":
         return plain_jpeg(data, _exif(data))
     if data[:4] == b"RIFF":
@@ -44,7 +45,8 @@ def _exif(data: bytes) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(data))
-        image.load()
+        if image.format == "PNG":  # whose EXIF may stand behind its pixels
+            image.load()
         try:
             turned = image.getexif().get(_ORIENTATION, 1)
         except Exception:  # damaged EXIF beside a good picture, as hscr/images.py takes it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from service import jobs
@@ -38,7 +38,7 @@ class Feed:
         self._tails: dict[str, _Tail] = {}
         self._polls: set[asyncio.Task[None]] = set()
 
-    async def follow(self, job_id: str, after: int) -> AsyncIterator[str | None]:
+    async def follow(self, job_id: str, after: int) -> AsyncGenerator[str | None, None]:
         """Text of the events after `after`, as they come, and None at least twice a second; ends with the job. Raises what a poll met."""
         while True:
             events, over = await asyncio.to_thread(self._look, job_id, after)

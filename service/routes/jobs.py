@@ -219,7 +219,7 @@ def _versions(session: Session, rows: Sequence[Job]) -> dict[str, VersionRef]:
     if not ids:
         return {}
     found = session.execute(_MADE_BY, {"ids": ids})
-    return {job_id: VersionRef(name=name, version=version, digest=digest) for job_id, name, version, digest in found}
+    return {str(job_id): VersionRef(name=name, version=number, digest=digest) for job_id, name, number, digest in found}
 
 
 def _dataset(session: Session, dataset_id: str) -> DatasetRef:

@@ -22,7 +22,7 @@ class Loras:
 
     def __init__(self, server: ModelServer, data_dir: Path, seen_as: str, most: int) -> None:
         self._server, self._data_dir, self._most = server, data_dir.resolve(), most
-        self._seen_as = seen_as.rstrip("/") or str(self._data_dir)
+        self._seen_as = seen_as.rstrip("/")
         self._loaded: OrderedDict[str, None] = OrderedDict()
         self._used: Counter[str] = Counter()
         self._lock = asyncio.Lock()
@@ -48,13 +48,19 @@ class Loras:
         """The server lost it: it was started anew."""
         self._loaded.pop(name_of(digest), None)
 
+    def _path(self, folder: Path) -> str:
+        """What the server calls the folder. One outside the data folder (a cache of object storage) has one name only."""
+        own = folder.resolve()
+        if not self._seen_as or not own.is_relative_to(self._data_dir):
+            return str(own)
+        return f"{self._seen_as}/{own.relative_to(self._data_dir).as_posix()}"
+
     async def _load(self, name: str, digest: str, folder: Path) -> None:
         try:
             await asyncio.to_thread(verify_manifest, folder, digest)
         except (OSError, ValueError) as error:
             raise AdapterDamaged(digest) from error
-        path = f"{self._seen_as}/{folder.resolve().relative_to(self._data_dir).as_posix()}"
-        if not await self._server.load_adapter(name, path):
+        if not await self._server.load_adapter(name, self._path(folder)):
             log.error(
                 "the model server loads no adapter %s: it needs --enable-lora, --max-lora-rank, "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the data folder (HSCR_UPSTREAM_DATA_DIR)",

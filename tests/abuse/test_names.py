@@ -44,10 +44,13 @@ def client(settings: Settings) -> Iterator[TestClient]:
 
 def told_nothing(answer: Any, settings: Settings) -> None:
     assert answer.status_code in (400, 404, 405, 413, 415, 422), answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
+    if "error" in answer.json():  # OpenAI's shape, below /v1
+        assert answer.headers["content-type"] == "application/json"
+    else:
+        assert answer.headers["content-type"] == "application/problem+json"
     assert len(answer.text) < 2000
     for word in ("root:", str(settings.data_dir), "Traceback", " object at 0x", "psycopg", "sqlite", "7*7", "49"):
-        assert word not in answer.text.replace(answer.json()["request_id"], ""), answer.text
+        assert word not in answer.text.replace(answer.headers["x-request-id"], ""), answer.text
 
 
 IN_DATABASES = ("NUL", "no UTF-8", "half a surrogate", "right to left", "10,000 characters", "SQL")

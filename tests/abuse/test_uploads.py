@@ -112,7 +112,7 @@ def test_no_template_and_no_argument_of_a_library_comes_from_a_caller(rig: Rig, 
 
 
 def test_poisoned_rows_are_reported_with_their_lines(rig: Rig) -> None:
-    """Empty answers, texts that are none and graded answers equal to the right one are no records; the others are kept."""
+    """An id twice, empty answers and empty questions are no records; what is another language is one."""
     rows = [
         record(0),
         record(0, id="r0"),  # the same id again
@@ -120,7 +120,6 @@ def test_poisoned_rows_are_reported_with_their_lines(rig: Rig) -> None:
         record(0, id="r2", answer="   "),
         record(0, id="r3", question=""),
         record(0, id="r4", answer="Die Läsion liegt links vorn."),  # another language is a language
-        record(0, id="r5", answer_type="closed", options=["yes", "no"], answer="maybe"),
     ]
     lines = "".join(json.dumps(r) + "\n" for r in rows).encode()
     sent = zip_of({"records.jsonl": lines, "images/0.png": png()})
@@ -128,5 +127,5 @@ def test_poisoned_rows_are_reported_with_their_lines(rig: Rig) -> None:
         made = rig.http.post("/datasets", files={"file": ("x.zip", sent)}, data={"name": "poisoned"})
     assert made.status_code == 201, made.text
     told = {row["line"]: row["reason"] for row in made.json()["rejected"]}
-    assert set(told) == {2, 3, 4, 5, 7}
+    assert set(told) == {2, 3, 4, 5}
     assert made.json()["n_records"] == 2

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from hscr.answer import Answerer, AnswerRequest
 from hscr.config import OptimizationConfig
-from hscr.model import VLM, add_lora, load_model
+from hscr.decode import decode
+from hscr.model import VLM, add_lora, encode_prompts, load_model
 from hscr.reward import words_of
 from hscr.running import Running
 from tests.hscr.tiny import picture, save_tiny_llava
@@ -97,8 +98,12 @@ def test_an_exception_inside_the_network_leaves_no_adapter_behind(answerer: Answ
     for adapter in ("one", None):
         hook = answerer.vlm.base.model.language_model.layers[1].register_forward_pre_hook(broken)
         with pytest.raises(RuntimeError, match="in a layer"):
-            answerer.answer(requests(adapter))
+            answerer.answer([*requests(), *requests(adapter)])
         hook.remove()
+        prompts = encode_prompts(answerer.vlm, [picture(i) for i in range(3)], QUESTIONS)
+        assert decode(answerer.vlm, prompts, max_tokens=8) == [
+            a.token_ids for a in base
+        ]  # who names no adapter has none
         assert answerer.answer(requests()) == base
         assert answerer.answer(requests("one")) == one
 

@@ -10,8 +10,9 @@ import torch
 
 import hscr.preferences
 import hscr.replacement
-from benchmarks import bench_generate, bench_optimize
+from benchmarks import bench_generate, bench_optimize, bench_serving
 from benchmarks.llava import Shape, save_data, save_llava
+from hscr.answer import Answerer, AnswerRequest
 from hscr.model import load_model
 
 TINY = Shape(patches=4, layers=2, hidden=48, heads=4, tower_layers=2, tower_hidden=32)
@@ -54,3 +55,23 @@ def test_ours_and_the_naive_route_say_the_same(folder: Path, monkeypatch: pytest
     plain = bench_generate.made_by("naive", vlm, data, 8)
     assert [[x.text for x in p.levels] for p in ours] == [[x.text for x in p.levels] for p in plain]
     assert sum(len(p.levels) for p in ours) > 6
+
+
+def test_what_is_served_is_what_generate_says(folder: Path) -> None:
+    """Eight questions together, prefixes kept, beside one call of stock `generate` each."""
+    vlm = load_model(folder / "model", device="cpu")
+    images = [bench_serving.opened(i) for i in bench_serving.pictures(folder, 4, 1)]
+    asked = [(i, q, n) for i in images for q, n in zip(bench_serving.QUESTIONS[:2], (6, 11), strict=True)]
+    requests = [AnswerRequest(i, q, max_tokens=n) for i, q, n in asked]
+    ours = Answerer(vlm, prefix_cache_bytes=2**20).answer(requests)
+    for (image, question, n), answer in zip(asked, ours, strict=True):
+        batch = vlm.processor(images=[image], text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+        with torch.no_grad():
+            said = vlm.model.generate(**batch, do_sample=False, max_new_tokens=n, suppress_tokens=vlm.placeholder_ids)
+        assert answer.token_ids == said[0, batch["input_ids"].shape[1] :].tolist()
+    assert len({tuple(a.token_ids) for a in ours}) > 4
+
+
+def test_mixed_adapters_say_the_same_in_one_forward(folder: Path) -> None:
+    rows = bench_serving.mixed(folder, folder / "model", 1)  # asserts it
+    assert [row["way"] for row in rows] == ["one forward", "one a distinct adapter", "all on the base"]

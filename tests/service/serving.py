@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from service import adapters
+from service import artifact_store
 from service.db import Database
 from service.models import Adapter, AdapterVersion, Alias
 from tests.conftest import wait_for
@@ -39,7 +39,7 @@ def put_version(database: Database, data_dir: Path, folder: Path, name: str, num
     from hscr.artifacts import write_manifest
 
     digest = write_manifest(folder)
-    adapters.store(data_dir, folder, digest, f"{name}{number}")
+    artifact_store.LocalStore.below(data_dir).put(artifact_store.adapter(digest), folder)
     with database.write() as session:
         if number == 1:
             session.add(Adapter(name=name, last_version=0))

@@ -32,7 +32,8 @@ from service.errors import Problem
 from service.settings import Settings
 from service.upstream.engine import Upstream
 from service.upstream.grounding import NO_LOGPROBS, NOT_NOW, NOT_SPELT, PERTURBATION, SIDE
-from service.upstream.loras import name_of
+from service.upstream.loras import Loras, name_of
+from service.upstream.server import ModelServer
 from tests.conftest import wait_for
 from tests.hscr.tiny import picture
 from tests.service.model_server import MODEL, Server
@@ -456,6 +457,13 @@ def test_a_server_that_loads_no_adapters_is_named_in_the_log(tmp_path: Path, cap
         engine.close()
     assert failed.value.code == "adapter_not_loadable"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in caplog.text
+
+
+def test_the_server_may_call_the_data_folder_otherwise(tmp_path: Path) -> None:
+    for seen_as, expected in (("", str(tmp_path / "a" / "b")), ("/mnt/hscr/", "/mnt/hscr/a/b")):
+        loras = Loras(ModelServer(settings_for("http://x", tmp_path)), tmp_path, seen_as, 1)
+        assert loras._path(tmp_path / "a" / "b") == expected
+        assert loras._path(Path("/elsewhere/b")) == "/elsewhere/b"
 
 
 def test_many_at_once_get_their_own_answers(before: Before) -> None:
