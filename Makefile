@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo bench test test-all chaos chaos-mutants lint install clean
+.PHONY: demo bench test test-all chaos chaos-mutants lint audit install clean
 
 demo: $(READY)  ## the main job on the embedded default: data, service, align, ask, table, report
 	@exec $(BIN)/hscr demo $(ARGS)
@@ -28,6 +28,10 @@ chaos-mutants: $(READY)  ## the same without the fence, the second ringing, the 
 
 lint: $(READY)  ## ruff, format, types, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+audit:  ## known vulnerabilities of the pinned versions (needs PyPI's advisories); in an environment of its own, nothing is installed here
+	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	@build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 install: $(READY)
 

@@ -43,6 +43,7 @@ _ENTRY, _ENTRY_BYTES = (
     b"PK\x01\x02",
     46 + 400 + 100,
 )  # of the list of entries: the longest name, and what zip64 and times add
+_LIST_BYTES = 48 * 2**20  # zipfile holds the list three times; 200,000 entries of usual names take half of this
 _RATIO_MAX = 200  # deflate reaches 1032; text of real records stays far below this, a bomb does not
 
 
@@ -81,8 +82,8 @@ class _Counted:
         self._file, self._entries = file, entries
 
     def read(self, size: int = -1) -> bytes:
-        if size > _ENTRY_BYTES * self._entries + 2**20:
-            raise _refusal(f"The archive has more than {self._entries} entries.")
+        if size > min(_ENTRY_BYTES * self._entries + 2**20, _LIST_BYTES):
+            raise _refusal("The archive's list of entries is too long.")
         data = self._file.read(size)
         if len(data) > len(_ENTRY) * self._entries and data.count(_ENTRY) > self._entries:
             raise _refusal(f"The archive has more than {self._entries} entries.")

@@ -14,6 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ _F_SETPIPE_SZ, _PIPE_BYTES = 1031, 2**20
 
 
 class DecodersBusy(Exception):
-    """No process became free in time."""
+    """No process became free in time, or too many decoded images are still held."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,16 @@ class _Child:
 
 
 class Decoders:
-    """`processes` at most, each with `memory_bytes` of addresses and `seconds` an order. Thread-safe."""
+    """`processes` at most, each with `memory_bytes` of addresses and `seconds` an order. Thread-safe.
 
-    def __init__(self, processes: int, memory_bytes: int, seconds: float) -> None:
-        self.memory_bytes, self.seconds = memory_bytes, seconds
+    Decoded images that somebody still holds (questions that wait) have `held_max_bytes` of pixels together; one order may go over it.
+    """
+
+    def __init__(self, processes: int, memory_bytes: int, seconds: float, held_max_bytes: int = 2**30) -> None:
+        self.memory_bytes, self.seconds, self.held_max_bytes = memory_bytes, seconds, held_max_bytes
+        self._held: dict[
+            object, int
+        ] = {}  # changed by single calls only: images are let go in any thread, at any point of it
         self._free: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # None: a process that is not started
         self._counts = dict.fromkeys(("orders", "refused", "lost", "no_room"), 0)
         self._count_lock = threading.Lock()
@@ -91,10 +98,13 @@ class Decoders:
 
     def decode(self, several: Sequence[bytes], limits: ImageLimits, views: Sequence[View]) -> tuple[Decoded, ...]:
         """The images of one question (hscr.images.read_images). Raises ImageError, DecodersBusy."""
+        if sum(list(self._held.values())) >= self.held_max_bytes:
+            self._count("no_room")
+            raise DecodersBusy
         order = {"sizes": [len(data) for data in several], **_common(limits, views)}
         answer, pixels = self._ask(order, several)
         return tuple(
-            Decoded(Image.frombytes("RGB", tuple(told["size"]), data), _note(told))
+            Decoded(self._hold(Image.frombytes("RGB", tuple(told["size"]), data), len(data)), _note(told))
             for told, data in zip(answer["images"], pixels, strict=True)
         )
 
@@ -156,6 +166,12 @@ class Decoders:
             raise ImageError(answer["refused"])
         return answer, pixels
 
+    def _hold(self, image: Image.Image, n_bytes: int) -> Image.Image:
+        token = object()
+        self._held[token] = n_bytes
+        weakref.finalize(image, self._held.pop, token, None)
+        return image
+
     def _count(self, what: str) -> None:
         with self._count_lock:
             self._counts[what] += 1
@@ -182,15 +198,16 @@ class Decoders:
 
 
 @cache
-def _shared(processes: int, memory_bytes: int, seconds: float) -> Decoders:
-    decoders = Decoders(processes, memory_bytes, seconds)
+def _shared(processes: int, memory_bytes: int, seconds: float, held_max_bytes: int) -> Decoders:
+    decoders = Decoders(processes, memory_bytes, seconds, held_max_bytes)
     atexit.register(decoders.close)
     return decoders
 
 
 def decoders(settings: Settings) -> Decoders:
     """The one pool of this process."""
-    return _shared(settings.decode_processes, settings.decode_memory_max_bytes, settings.decode_max_s)
+    s = settings
+    return _shared(s.decode_processes, s.decode_memory_max_bytes, s.decode_max_s, s.decoded_max_bytes)
 
 
 def _common(limits: ImageLimits, views: Sequence[View]) -> dict[str, Any]:

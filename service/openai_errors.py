@@ -18,6 +18,26 @@ _KIND = re.compile(
 )  # which kind of value a field that takes several was read as
 SHOWN = 3
 
+# For the OpenAPI document of routes under /v1.
+_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "The field that is wrong."},
+                "code": {"type": "string", "description": "Stable; switch on this."},
+            },
+        }
+    },
+}
+_RESPONSE: dict[str, Any] = {"description": "OpenAI's error", "content": {"application/json": {"schema": _SCHEMA}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {"default": _RESPONSE, 422: _RESPONSE}
+
 
 def document(problem: Problem) -> dict[str, Any]:
     """The body. What a problem lists (fields, rows) stands in the message too, for that is what a client shows."""

@@ -142,6 +142,7 @@ class Settings(BaseSettings):
     import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout
     decode_processes: int = Field(default=2, ge=1)  # that decode images, each with the limits below
     decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
+    decoded_max_bytes: int = Field(default=2**30, ge=2**20)  # pixels of questions that wait or are answered
     decode_max_s: float = Field(default=20.0, gt=0)
     uid_key: SecretStr | None = Field(
         default=None, min_length=16

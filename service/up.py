@@ -140,7 +140,7 @@ class Up:
         if "REDIS_URL" not in os.environ:
             self._add_valkey(environment)
         python = sys.executable
-        worker = [python, "-m", "celery", "-A", "worker.tasks", "worker", "--loglevel=INFO", "--concurrency=1"]
+        worker = [python, "-m", "celery", "-q", "-A", "worker.tasks", "worker", "--loglevel=INFO", "--concurrency=1"]
         worker += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-n", "hscr@%h"]
         self._add("worker", worker, environment)
         self._add("sweep", [python, "-m", "worker.sweep"], environment)

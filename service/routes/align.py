@@ -16,12 +16,11 @@ from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
 from service.keys import Caller
-from service.routes.evaluate import check_served
+from service.routes.evaluate import Metadata, check_served
 from service.routes.jobs import JobView, job_view
 from service.state import Service, State, Who
 
 router = APIRouter(tags=["align"])
-Metadata = dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]]
 
 EXAMPLES = {
     "plain": {

@@ -20,6 +20,11 @@ from service.routes.jobs import JobView, job_view
 from service.state import Service, State, Who
 
 router = APIRouter(tags=["evaluate"])
+_WORD = r"^[^\x00]*$"  # PostgreSQL reads no JSON text with a NUL
+Metadata = dict[
+    Annotated[str, StringConstraints(max_length=64, pattern=_WORD)],
+    Annotated[str, StringConstraints(max_length=512, pattern=_WORD)],
+]
 
 EXAMPLE: dict[str, Any] = {
     "dataset": "ds_019ab2c4d5e6f708192a3b4c5d6f",
@@ -43,9 +48,7 @@ class EvaluateRequest(BaseModel):
         None, gt=0, le=30 * 86400, allow_inf_nan=False, description="Fail the job after this time."
     )
     webhook: Annotated[str, StringConstraints(max_length=webhooks.URL_MAX)] | None = None
-    metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]
-    ] = Field(default_factory=dict, max_length=32)
+    metadata: Metadata = Field(default_factory=dict, max_length=32)
 
 
 class EvaluationView(BaseModel):

@@ -17,7 +17,7 @@ from sqlalchemy import Select, select
 from starlette.background import BackgroundTask
 
 from hscr.artifacts import MANIFEST
-from service import artifact_store, datasets, jobs, retention
+from service import artifact_store, datasets, jobs, openai_errors, retention
 from service.bundle import blocks, zipped
 from service.errors import Problem
 from service.models import Dataset, Job
@@ -26,8 +26,8 @@ from service.routes.datasets import RejectedView, take
 from service.routes.jobs import report
 from service.state import Service, State, Who
 
-router = APIRouter(prefix="/v1/files", tags=["openai"])
-FileId = Annotated[str, Path(max_length=60, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
+router = APIRouter(prefix="/v1/files", tags=["openai"], responses=openai_errors.RESPONSES)
+FileId = Annotated[str, Path(max_length=60, pattern=r"^[A-Za-z0-9_]+$", examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
 RESULTS = "results_"  # and a job's id: the file of its report
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 PAGE_MAX = 500

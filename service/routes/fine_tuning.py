@@ -16,20 +16,22 @@ from sqlalchemy import Text, cast, select
 from sqlalchemy.orm import Session
 
 from hscr.config import PRESETS, preset
-from service import job_requests, jobs
+from service import job_requests, jobs, openai_errors
 from service.adapters import NAME, REFERENCE
 from service.errors import Problem
 from service.models import Job, JobEvent
 from service.outlook import Outlook
 from service.pages import After
-from service.routes.align import AlignRequest, Metadata, start
+from service.routes.align import AlignRequest, start
+from service.routes.evaluate import Metadata
 from service.routes.files import RESULTS
 from service.routes.job_requests import ask
 from service.routes.jobs import JobView, job_view
 from service.state import Service, Who
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"])
-JobId = Annotated[str, Path(max_length=40, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"], responses=openai_errors.RESPONSES)
+_ID = r"^[A-Za-z0-9_]+$"
+JobId = Annotated[str, Path(max_length=40, pattern=_ID, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
 Limit = Annotated[int, Query(ge=1, le=100)]
 Auto = Literal["auto"] | None
 DEFAULT_NAME = "fine-tuned"  # of the adapter, where neither a suffix nor a parent names it
@@ -78,11 +80,11 @@ class Method(_Body):
 
 
 class FineTuningRequest(_Body):
-    training_file: Annotated[str, StringConstraints(max_length=40)]
+    training_file: Annotated[str, StringConstraints(max_length=40, pattern=_ID)]
     model: Annotated[str, StringConstraints(max_length=300)] = Field(
         description="The served base, or name:version of it to go on from."
     )
-    validation_file: Annotated[str, StringConstraints(max_length=40)] | None = None
+    validation_file: Annotated[str, StringConstraints(max_length=40, pattern=_ID)] | None = None
     suffix: Annotated[str, StringConstraints(pattern=NAME)] | None = Field(None, description="The adapter's name.")
     seed: int | None = None
     method: Method | None = Field(None, description="`hscr` where it is left out.")
@@ -188,10 +190,10 @@ def index(state: Service, request: Request, limit: Limit = 20, after: After = No
     query = select(Job).where(Job.kind == "align", Job.deleted_at.is_(None)).order_by(Job.id.desc()).limit(limit + 1)
     query = query.where(Job.id < after) if after else query
     for name, value in list(request.query_params.multi_items())[:20]:
-        if found := re.fullmatch(r"metadata\[(.{1,64})\]", name):
-            query = query.where(Job.meta[found[1]].as_string() == value)
-        elif name == "metadata" and value == "null":
+        if name == "metadata" and value == "null":
             query = query.where(cast(Job.meta, Text) == "{}")
+        elif name.startswith("metadata"):
+            query = query.where(Job.meta[_key(name, value)].as_string() == value)
     with state.database.read() as session:
         rows, outlook = session.scalars(query).all(), Outlook(session)
         shown = [_job(job_view(session, row, outlook)) for row in rows[:limit]]
@@ -235,6 +237,15 @@ def pause(state: Service, who: Who, job_id: JobId) -> FineTuningJob:
 @router.post("/{job_id}/resume", summary="Resume a paused job (OpenAI)")
 def resume(state: Service, who: Who, job_id: JobId) -> FineTuningJob:
     return _job(ask(state, who, job_id, "job.resume", _theirs(job_requests.resume)))
+
+
+def _key(name: str, value: str) -> str:
+    """The key of `metadata[key]`; quotes and the like are part of a path's grammar in the database. Raises Problem."""
+    found = re.fullmatch(r"metadata\[([\w.\- :/@]{1,64})\]", name)
+    if found is None or "\0" in value:
+        detail = "Write metadata[key]=value, with a key of letters, digits and . - _ : / @, or metadata=null."
+        raise Problem("invalid_request", detail, param="metadata")
+    return found[1]
 
 
 def _get(session: Session, job_id: str) -> Job:

@@ -15,8 +15,9 @@ from tests.service.test_vqa import Echo
 
 class Failing(Echo):
     def _echo(self, q: Question) -> Any:
-        if q.text.startswith("engine, fail:"):
-            raise RuntimeError(f"cannot answer {q.text!r}")
+        said = q.text if isinstance(q.text, str) else " ".join(turn.text for turn in q.text)
+        if "engine, fail:" in said:
+            raise RuntimeError(f"cannot answer {said!r}")
         return super()._echo(q)
 
 

@@ -70,6 +70,11 @@ def test_no_field_is_an_address_to_fetch(rig: Rig, ear: Ear, untouched: None, re
         answer = rig.http.post("/vqa", json={"image": image, "question": url})
         refused(answer, answer.json()["code"], url)
         assert answer.status_code == 422
+        part = {"type": "image_url", "image_url": image if isinstance(image, dict) else {"url": image}}
+        words = [{"role": "user", "content": [part, {"type": "text", "text": url}]}]
+        answer = rig.http.post("/v1/chat/completions", json={"model": "hscr-demo", "messages": words})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), answer.text
+        assert url not in answer.text
     form = {"question": url, "image": url}
     assert rig.http.post("/vqa", data=form).status_code in (415, 422)
     for fields in (

@@ -13,9 +13,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import redis
 from sqlalchemy import select
 
-from service.models import Base
+from service.models import Base, Job
+from service.queue import QUEUE, TASK, make_celery
+from service.settings import Settings
 from tests.abuse.rig import Rig
 from tests.conftest import png, record, wait_for, zip_of
 from tests.hscr.medical import dicom, nifti
@@ -98,6 +101,12 @@ def nifti_of(c: Canaries) -> bytes:
     return bytes(whole)
 
 
+def chat(system: str, text: str, image: dict[str, str]) -> dict[str, Any]:
+    url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image['base64']}"}}
+    words = [{"role": "system", "content": system}, {"role": "user", "content": [url, {"type": "text", "text": text}]}]
+    return {"model": "hscr-demo", "messages": words}
+
+
 def speak(rig: Rig, c: Canaries) -> None:
     """Say every word at every door."""
     ask = rig.http.post
@@ -125,6 +134,13 @@ def speak(rig: Rig, c: Canaries) -> None:
         ask("/vqa", files={"image": (f"{c('file name')}.dcm", dicom_of(c)[:-60])}, data={"question": "a"}),
         ask("/vqa", files={"image": (f"{c('file name')}.nii", nifti_of(c))}, data={"question": "a"}),
         ask("/vqa", files={"image": (f"{c('file name')}.nii", nifti_of(c)[:360])}, data={"question": "a"}),
+        ask("/v1/chat/completions", json=chat(c("chat system"), c("chat question"), image)),
+        ask("/v1/chat/completions", json=chat(c("chat"), "engine, fail: " + c("chat of a failing engine"), image)),
+        ask(
+            "/v1/chat/completions",
+            json=chat("a", "b", {"base64": c("chat image")}) | {c("chat field"): c("chat value")},
+        ),
+        rig.http.get(f"/v1/models/{c('chat model')}"),
         ask("/vqa", files={c("part"): ("a", b"a")}, data={c("form field"): c("form value")}),
         rig.http.get(f"/adapters/{c('path')}"),
         rig.http.get(f"/{c('no route')}/{c('no route')}"),
@@ -140,6 +156,12 @@ def speak(rig: Rig, c: Canaries) -> None:
     made = ask("/datasets", files={"file": (f"{c('upload name')}.zip", dataset(c))}, data={"name": "canaries"})
     assert made.status_code == 201, made.text
     answers.append(made)
+    celery = make_celery(Settings(redis_url=rig.valkey))
+    celery.send_task(TASK, args=[c("forged job")], queue=QUEUE)
+    celery.send_task(TASK, kwargs={c("forged argument"): 1}, queue=QUEUE)
+    celery.send_task(c("forged task"), args=[c("argument of a forged task")], queue=QUEUE)
+    with redis.Redis.from_url(rig.valkey) as client:
+        client.lpush(QUEUE, c("raw bytes"), json.dumps({"body": c("a message that is none"), "properties": {}}))
     good = {"dataset": made.json()["id"], "adapter": "canaries", "metadata": {c("metadata key"): c("metadata")}}
     for told in (
         {},
@@ -189,6 +211,7 @@ def leaks(rig: Rig, c: Canaries) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def spoken(rig: Rig) -> Canaries:
     c = Canaries()
+    rig.start_workers()
     speak(rig, c)
     return c
 
@@ -221,16 +244,12 @@ def test_the_words_were_really_said_and_are_where_they_belong(rig: Rig, spoken: 
 
 def test_a_leak_is_found(rig: Rig, spoken: Canaries) -> None:
     """The same look with a word in each place that it looks at."""
-    import redis
-
     word = next(iter(spoken.places))
     with (rig.logs / "api").open("a") as log:
         log.write(f'{{"event": "question {word.upper()}", "process": "api"}}\n')
     with redis.Redis.from_url(rig.valkey) as client:
         client.lpush("canary", word)
     with rig.database.write() as session:
-        from service.models import Job
-
         job = session.scalars(select(Job).where(Job.status == "failed").limit(1)).one()
         before, job.error_message = job.error_message, f"the run refused {word}"
         job_id = job.id

@@ -80,7 +80,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
             assert jobs.get(session, job).status == "succeeded"
             digest = session.get_one(Job, job).dataset_id
         ids = {"dataset_id": dataset, "job_id": job, "name": "brain", "version": 1, "alias": "champion"}
-        yield Target(client, ids | {"number": 1, "key_id": key, "dataset": digest, "adapter": "brain"})
+        theirs = {"file_id": dataset, "training_file": dataset, "model": "hscr-demo"}
+        yield Target(client, ids | theirs | {"number": 1, "key_id": key, "dataset": digest, "adapter": "brain"})
     database.close()
     del os.environ["STAND_IN"]
 

@@ -84,7 +84,7 @@ def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> No
     """Rows that join at any step, leave at any step, repeat images, and a prefix cache that holds about two of them."""
     plain, mixed = answerer_of(family), answerer_of(family, prefix_cache_bytes=60_000)
     said = set()
-    for seed in range(4):
+    for seed in range(2):
         rng = random.Random(seed)
         batch, rows, got = AnswerBatch(mixed), {}, {}
         waiting = [asked(rng) for _ in range(10)]
@@ -102,6 +102,6 @@ def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> No
         for row, answer in got.items():
             same(answer, plain.answer([rows[row]])[0])
             said.add(answer.text)
-    assert len(said) > 15  # the answers differ, so equality says something
+    assert len(said) > 8  # the answers differ, so equality says something
     close(plain)
     close(mixed)

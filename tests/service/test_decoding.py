@@ -107,3 +107,18 @@ def test_processes_end_with_their_stdin(decoders: Decoders) -> None:
     decoders._free.put(None)
     free.process.wait()
     free.pipes[1].close()
+
+
+def test_images_that_are_held_are_bounded_together_and_counted_out_when_they_go() -> None:
+    """64 waiting questions of 40 Mpx, each a PNG of a few kilobytes, would be 7.7 GB."""
+    pool = Decoders(1, 2**30, 20.0, held_max_bytes=2 * 8 * 8 * 3)
+    try:
+        first, second = (pool.decode([png(n)], ImageLimits(), [View()]) for n in range(2))
+        with pytest.raises(DecodersBusy):
+            pool.decode([png()], ImageLimits(), [View()])
+        assert pool.stats().no_room == 1
+        del first
+        third = pool.decode([png()], ImageLimits(), [View()])
+        assert second[0].image.size == third[0].image.size == (8, 8)
+    finally:
+        pool.close()

@@ -410,6 +410,29 @@ def test_what_is_no_align_job_is_not_found_here(
         assert jobs.get(session, evaluation).status == "queued"
 
 
+@BOTH
+def test_what_the_database_could_not_read_is_refused_before_it_is_asked(client: openai.OpenAI) -> None:
+    tuning, file = client.fine_tuning.jobs, send(client, dataset_zip())
+    named = tuning.create(model="hscr-demo", training_file=file.id, metadata={"a.b-c:d": 'x"$[0]'})
+    assert [j.id for j in tuning.list(metadata={"a.b-c:d": 'x"$[0]'}).data] == [named.id]
+    assert tuning.list(metadata={"a.b-c:d": "x"}).data == []
+    for query in ({'metadata[a"b]': "x"}, {"metadata[a]": "\0"}, {"metadata": "x"}, {"metadata[]": "x"}):
+        with pytest.raises(openai.UnprocessableEntityError) as refused:
+            tuning.list(extra_query=query)
+        assert refused.value.param == "metadata"
+    for change in (
+        {"training_file": "ds\0"},
+        {"validation_file": "\0"},
+        {"metadata": {"a": "\0"}},
+        {"metadata": {"\0": "a"}},
+    ):
+        with pytest.raises(openai.UnprocessableEntityError):
+            tuning.create(**{"model": "hscr-demo", "training_file": file.id} | change)
+    for call in (tuning.retrieve, tuning.cancel, client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.UnprocessableEntityError):
+            call("\0")
+
+
 def test_cursors_of_another_job_are_refused(client: openai.OpenAI) -> None:
     file = send(client, dataset_zip())
     one, other = (client.fine_tuning.jobs.create(model="hscr-demo", training_file=file.id) for _ in range(2))

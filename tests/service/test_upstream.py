@@ -102,7 +102,7 @@ def before(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             httpx.Client(base_url=url, timeout=30) as http,
             OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client,
         ):
-            wait_for(lambda: http.get("/readyz").status_code == 200, 10, "the server is found")
+            wait_for(lambda: http.get("/readyz").status_code == 200, 30, "the server is found")
             yield Before(server, state, client, http, digests)
 
 

@@ -337,10 +337,11 @@ def test_a_flagged_answer_is_withheld_and_nothing_of_it_is_told(
         got = answer.json()
         assert (got["answer"], got["abstained"], got["token_ids"]) == (None, True, [])
         assert got["abstain_note"] == "The grounding score is below the threshold of this version."
-        assert got["grounding"] == {"score": 2.0, "flagged": True, "threshold": 9.0, "tokens": None}
+        told = [got["grounding"][name] for name in ("score", "flagged", "threshold", "tokens")]
+        assert told == [2.0, True, 9.0, None]
         assert "canary" not in answer.text
-    told = asker.post("/vqa", json=asked | {"abstain": False}).json()
-    assert (told["answer"].split("|")[0], told["abstained"], told["abstain_note"]) == ("canary", None, None)
+    given = asker.post("/vqa", json=asked | {"abstain": False}).json()
+    assert (given["answer"].split("|")[0], given["abstained"], given["abstain_note"]) == ("canary", None, None)
 
 
 @pytest.mark.parametrize("adapter", [None, "brain:2"])
