@@ -16,7 +16,8 @@ test: $(READY)  ## all tests that CI runs
 bench: $(READY)  ## ours beside the plain routes and the peers, in a small form: under 10 minutes
 	@for name in optimize generate scale; do $(BIN)/python -m benchmarks.bench_$$name --quick || exit 1; done
 
-test-all: test  ## what takes longer: rebuilds the demo model from nothing and checks it
+test-all: $(READY)  ## all tests, those that take longer too, and the demo model made from nothing
+	@HSCR_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 	@$(BIN)/hscr demo-model --rebuild --out build/demo-model
 	@HSCR_REBUILT_MODEL=build/demo-model $(BIN)/python -m pytest tests/hscr/test_demo_model.py
 

@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 STAND_IN = Path(__file__).parent / "worker" / "stand_in.py"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without HSCR_THOROUGH what takes long is left to `make test-all` (pyproject.toml says what the markers mean)."""
+    if os.environ.get("HSCR_THOROUGH"):
+        return
+
+    def waits(item: pytest.Item) -> bool:
+        second = item.get_closest_marker("either_database") is not None and "postgresql" in item.name
+        return second or item.get_closest_marker("thorough") is not None
+
+    config.hook.pytest_deselected(items=[i for i in items if waits(i)])
+    items[:] = [i for i in items if not waits(i)]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_features_outside() -> None:
     """No test writes image features into the user's cache folder."""

@@ -150,6 +150,7 @@ def test_habits_tilt_the_words_and_balance_does_not() -> None:
     assert frontal > 0.48
 
 
+@pytest.mark.thorough
 def test_answers_cannot_be_guessed_without_the_image(tmp_path: Path) -> None:
     """Fitted on a biased split, the best guess from the question alone stays near chance on balanced questions."""
     folders = build(tmp_path, seed=0, sizes={"pretrain": 500, "test": 300})

@@ -129,6 +129,7 @@ class TestRates:
             chosen_rates(self._tried((1e-3, "loss is nan")), self.records)
 
 
+@pytest.mark.thorough
 def test_a_run_in_miniature_resumes_and_its_tables_stand_on_what_was_said(tmp_path):
     arms = (SFT, SELECTED, BOTH, ANCHORED[2])
     scale = Scale((0, 1), 16, 8, 12, (1e-3, 5e-3), {"habit": arms, "well_trained": (SFT, BOTH)})

@@ -24,6 +24,8 @@ from service.db import Database
 from service.settings import Settings
 from tests.conftest import zip_of
 
+pytestmark = pytest.mark.either_database
+
 Q = "model.language_model.layers.0.self_attn.q_proj"
 SHAPES = {Q: (192, 192), "model.language_model.layers.1.mlp.up_proj": (512, 192)}
 CONFIG = {

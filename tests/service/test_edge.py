@@ -16,6 +16,8 @@ from service.app import create_app
 from service.errors import TABLE
 from service.settings import Settings
 
+pytestmark = pytest.mark.either_database
+
 KEY = "a-long-random-key"
 
 

@@ -20,6 +20,8 @@ from tests.service.test_align import read_stream
 from tests.service.test_registry import publish
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 __all__ = ["publish"]  # a fixture
 
 

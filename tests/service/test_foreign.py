@@ -24,6 +24,8 @@ from service.settings import Settings
 from tests.conftest import png, zip_of
 from tests.hscr.medical import dicom
 
+pytestmark = pytest.mark.either_database
+
 
 def send(client: TestClient, data: bytes, **form: str) -> Any:
     return client.post("/datasets", files={"file": ("canary.zip", data)}, data=form)

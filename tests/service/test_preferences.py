@@ -21,6 +21,8 @@ from service.routes.preferences import Form
 from service.settings import Settings
 from tests.conftest import png, record
 
+pytestmark = pytest.mark.either_database
+
 
 def preference(number: int, n_levels: int = 2) -> PreferenceRecord:
     row = record(number)
