@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from hscr.artifacts import file_digest
 from hscr.disk import is_full
-from service import adapters, artifact_store, devices, gates, jobs, logs, preferences, reviews, tracing
+from service import adapters, devices, gates, jobs, logs, tracing
 from service.artifact_store import ADAPTERS, Artifact, ArtifactStore, open_store
 from service.db import Database, now
 from service.devices import RunTurn
@@ -31,13 +30,14 @@ from service.run_folders import try_lock
 from service.settings import Settings
 from worker.attempt import JobFolder
 from worker.carry import Interrupted, carry
-from worker.command import REVIEW, Order, order_of, sources_of
+from worker.command import Order, order_of, sources_of
 from worker.fits import check_fits
-from worker.reports import store_report
+from worker.publishing import AdapterDamaged, learnt, store_made
 from worker.room import CODE as DISK_FULL
 from worker.room import MESSAGE as DISK_FULL_MESSAGE
 from worker.room import has_room
 from worker.run import BAD_INPUT, DONE, STOPPED, Run
+from worker.stages import Stages
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
@@ -110,10 +110,8 @@ class _Attempt:
     should_stop: Callable[[], bool]
     turn: RunTurn
     metrics: dict[str, Any] = field(default_factory=dict)
-    stage: str | None = None
-    stage_seconds: dict[str, float] = field(default_factory=dict)
     order: Order = field(default_factory=lambda: Order([], False, None, False))
-    generated: bool = False
+    stages: Stages = field(init=False)
     store: ArtifactStore = field(init=False)
     ended: str | None = None  # how, in one word of a log or trace
     over: bool = False  # the job will not go on: succeeded or cancelled
@@ -123,8 +121,9 @@ class _Attempt:
     asked: _Asked | None = None
     _renewed: float = field(default_factory=time.monotonic)
     _pulse: jobs.Pulse = field(default_factory=lambda: jobs.Pulse(False, False, None))
-    _timed: float = field(default_factory=time.monotonic)
-    _entered: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.stages = Stages(self.mine.fence)
 
     def run(self) -> None:
         try:
@@ -191,7 +190,7 @@ class _Attempt:
         with self.database.read() as session:
             job = session.get_one(Job, self.mine.job_id)
             self.order = order_of(session, self.settings, job, folder.path, work, sources, at)
-        self.metrics, self.stage_seconds = dict(job.metrics), dict(job.stage_seconds)
+        self.metrics, self.stages.seconds = dict(job.metrics), dict(job.stage_seconds)
         return self.order.command
 
     def _take_device(self, data: Path, evaluation: Path | None) -> None:
@@ -256,28 +255,8 @@ class _Attempt:
                 if isinstance(event, MetricsEvent):
                     self.metrics[event.stage] = {"step": event.step, **event.values}
                 if isinstance(event, StageEvent):
-                    self._enter(event)
+                    self.stages.take(event)
                 self.pending.append(event)
-
-    def _enter(self, event: StageEvent) -> None:
-        self._time_stage()
-        self._trace_stage()
-        self.stage = event.stage if event.status == "started" else None
-        self.generated |= event.stage == "generating" and event.status != "started"
-
-    def _trace_stage(self) -> None:
-        """The stage that was under way is over."""
-        if self.stage is not None:
-            tracing.past(f"job.{self.stage}", self._entered, time.monotonic(), attempt=self.mine.fence)
-        self._entered = time.monotonic()
-
-    def _time_stage(self) -> None:
-        """Book the time since the last look to the stage that is under way."""
-        instant = time.monotonic()
-        if self.stage is not None:
-            spent = self.stage_seconds.get(self.stage, 0.0) + instant - self._timed
-            self.stage_seconds[self.stage] = round(spent, 3)
-        self._timed = instant
 
     @staticmethod
     def _same_progress(last: RunEvent, event: ProgressEvent) -> bool:
@@ -306,7 +285,7 @@ class _Attempt:
             e.stage for e in self.pending if isinstance(e, (StageEvent, ProgressEvent, CheckpointEvent, MetricsEvent))
         ]
         shown = [e for e in self.pending if isinstance(e, ProgressEvent)]
-        self._time_stage()
+        self.stages.book()
         return jobs.heartbeat(
             session,
             self.mine,
@@ -315,13 +294,13 @@ class _Attempt:
             stage=stages[-1] if stages else None,
             progress=shown[-1].model_dump(include={"stage", "done", "total", "rate", "eta_s"}) if shown else None,
             metrics=self.metrics if any(isinstance(e, MetricsEvent) for e in self.pending) else None,
-            stage_seconds=self.stage_seconds or None,
+            stage_seconds=self.stages.seconds or None,
         )
 
     def _conclude(self, status: int | None, work: Path | None) -> None:
         """End this attempt in exactly one way, by what was asked and how the run ended."""
         asked = self.asked.reason if self.asked else None
-        self._trace_stage()
+        self.stages.close()
         self.ended = asked or ("done" if status == DONE else f"status_{status}")
         log.info("job %s attempt %d: run ended with %s, asked: %s", self.mine.job_id, self.mine.fence, status, asked)
         if asked == "cancel":
@@ -336,7 +315,7 @@ class _Attempt:
         elif status == BAD_INPUT:
             error = self.error or ErrorEvent(code="bad_input", message="the run refused its input")
             self._finish(lambda s: jobs.fail(s, self.mine, error.code, error.message))
-        elif status == STOPPED and self.order.for_review and self.generated:
+        elif status == STOPPED and self.order.for_review and self.stages.generated:
             self._finish(lambda s: jobs.await_review(s, self.mine))
         elif asked in _HANDED_BACK:
             self._finish(lambda s: jobs.hand_back(s, self.mine, _HANDED_BACK[asked]))
@@ -354,18 +333,15 @@ class _Attempt:
         self._store_now([StageEvent(stage="publishing", status="started")])
         with ExitStack() as held:
             self._carry(lambda: held.enter_context(artifacts_held(self.settings.data_dir, self.database)))
-            if result.adapter is not None:
-                made_adapter, source = artifact_store.adapter(result.digest), work / result.adapter
-                try:
-                    self._carry(lambda: self.store.put(made_adapter, source))
-                except ValueError:
-                    self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
-                    return
-            report = self._carry(lambda: store_report(self.store, work))
-            made = {"digest": result.digest, "result": result.metrics, "report": report}
-            learnt = {} if self.order.evaluates else self._learnt(work)
+            try:
+                made = store_made(self.store, work, result, self._carry)
+            except AdapterDamaged:
+                self._crash("adapter_damaged", "the adapter's files are not what its manifest says")
+                return
+            if not self.order.evaluates:
+                made |= learnt(work, self.order.review)
             publish: Callable[..., Any] = gates.publish if self.order.evaluates else adapters.publish
-            self._finish(lambda s: publish(s, self.mine, metrics=self.metrics, **made, **learnt))
+            self._finish(lambda s: publish(s, self.mine, metrics=self.metrics, **made))
         self.over = True
         log.info("job %s: published", self.mine.job_id)
 
@@ -378,16 +354,6 @@ class _Attempt:
         self._beat()
         self._look()
         return self.asked is not None
-
-    def _learnt(self, work: Path) -> dict[str, Any]:
-        """What the adapter was optimised on, and what a person had changed of it."""
-        generated, review = work / preferences.FILE, self.order.review
-        learnt = generated if review is None else work / preferences.REVIEWED
-        values: dict[str, Any] = {"preferences_digest": file_digest(learnt) if learnt.is_file() else None}
-        if review is not None:
-            digests = {"digest": file_digest(work.parent / REVIEW), "generated_digest": file_digest(generated)}
-            values["review"] = digests | reviews.counts(review)
-        return values
 
     def _crash(self, code: str, message: str) -> None:
         self._finish(

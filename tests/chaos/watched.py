@@ -15,7 +15,7 @@ from typing import Any
 
 from service.artifact_store import LocalStore
 from service.events import CheckpointEvent, StageEvent
-from worker import supervise
+from worker import publishing, supervise
 from worker.tasks import app
 
 __all__ = ["app"]
@@ -73,7 +73,7 @@ _marked(supervise._Attempt, "_conclude", before="run ended")
 _marked(supervise._Attempt, "_publish", before="publishing")
 _marked(supervise._Attempt, "_finish", after="committed")
 _marked(LocalStore, "put", after="artifact stored")
-_marked(supervise, "store_report", after="report stored")
+_marked(publishing, "store_report", after="report stored")
 _marked(supervise.adapters, "publish", after="row written")
 supervise._Attempt._take = _read_on(supervise._Attempt._take)  # type: ignore[method-assign]
 supervise._Attempt.run = _to_its_end(supervise._Attempt.run)  # type: ignore[method-assign]
