@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from importlib.resources import files as package_files
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -21,18 +18,16 @@ from fastapi.staticfiles import StaticFiles
 
 import hscr
 from service import logs, problems, tracing
+from service.answering import answering
 from service.artifact_store import open_store
 from service.auth import Auth, check_settings
-from service.batcher import Batcher, Entry
 from service.datasets import clear_leftovers
 from service.db import Database
 from service.decoding import decoders
-from service.devices import Device, EngineTurn
 from service.edge import Edge
 from service.engine import LocalEngine
 from service.feed import Feed
 from service.metrics import Metrics
-from service.outlook import left_s
 from service.routes import (
     adapters,
     aliases,
@@ -56,7 +51,6 @@ from service.routes import (
 )
 from service.settings import Settings
 from service.state import State
-from service.upstream.engine import Upstream
 from service.upstream.server import check_settings as check_upstream
 from service.webhooks import check_settings as check_webhooks
 
@@ -76,12 +70,16 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     check_settings(settings)
     check_webhooks(settings)
     check_upstream(settings)
-    answers: LocalEngine | Upstream | None = engine
-    if engine is None and settings.engine != "none":
-        answers = LocalEngine(settings) if settings.engine == "local" else Upstream(settings)
     counters = Metrics()
     database = Database(settings.database)
-    state = State(settings, database, counters, answers, None, open_store(settings), Feed(database, jobs.event_json))
+    state = State(
+        settings,
+        database,
+        counters,
+        answering(settings, database, counters, engine),
+        open_store(settings),
+        Feed(database, jobs.event_json),
+    )
     app = FastAPI(
         title="HSCR",
         version=hscr.__version__,
@@ -133,52 +131,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     tracing.start("api", settings.trace)
     state.metrics.watch_decoders(decoders(settings).stats)
     await run_in_threadpool(clear_leftovers, settings.data_dir)
-    if state.engine is not None:
+    if state.answering is not None:
         await run_in_threadpool(decoders(settings).warm)
-        asked: Batcher | Upstream
-        if isinstance(state.engine, Upstream):
-            asked = state.engine
-            state.metrics.watch_queue(lambda: asked.depth)
-        else:
-            turn = EngineTurn(
-                Device.of(settings), state.engine.load, state.engine.unload, lambda: left_s(state.database)
-            )
-            state.turn = turn
-            asked = Batcher(
-                state.engine,
-                batch_max=settings.batch_max,
-                window_s=settings.batch_window_s,
-                queue_max=settings.queue_max,
-                tokens_max=settings.batch_tokens_max,
-                setup=turn.begin,
-                turn=turn,
-                on_batch=state.metrics.batch_size.observe,
-                on_first=state.metrics.first_token.observe,
-                on_end=_trace_answer,
-            )
-            _watch(state.metrics, state.engine, asked)
-        state.batcher = asked
-        asked.start()
+        state.answering.start()
     yield
     state.draining.set()
-    if state.turn is not None:
-        state.turn.stop.set()
-    if state.batcher is not None:
-        await run_in_threadpool(state.batcher.close)
+    if state.answering is not None:
+        await run_in_threadpool(state.answering.close)
     state.database.close()
     await run_in_threadpool(tracing.stop)
-
-
-def _watch(metrics: Metrics, engine: LocalEngine, batcher: Batcher) -> None:
-    metrics.watch_queue(lambda: batcher.depth, lambda: batcher.oldest_s)
-    metrics.watch_engine(lambda: asdict(engine.stats))
-
-
-def _trace_answer(entry: Entry[Any, Any]) -> None:
-    """Spans of how long a question waited and how long the model worked on it, the grounding pass with it."""
-    if entry.joined is not None:
-        tracing.past("vqa.queue", entry.since, entry.joined)
-        tracing.past("vqa.model", entry.joined, time.monotonic(), tokens=entry.cost)
 
 
 def _documentation(app: FastAPI) -> None:

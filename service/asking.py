@@ -37,17 +37,19 @@ GONE_S = 0.25  # how often a waiting request looks whether its client is still t
 
 def ready(state: State) -> Asked:
     """What answers here. Raises Problem where nothing does, not yet, or not another question now: before its images are decoded."""
-    if state.batcher is None:
+    here = state.answering
+    if here is None:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
-    if state.batcher.failure is not None:
+    status = here.status
+    if status == "failed":
         raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
-    if state.turn is not None and state.turn.away:
-        raise _yielded(state.turn.back_in_s)
-    if not state.batcher.ready.is_set():
+    if status == "yielded" and here.turn is not None:
+        raise _yielded(here.turn.back_in_s)
+    if status == "loading":
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
-    if (wait_s := state.batcher.full_for_s) is not None:
+    if (wait_s := here.asked.full_for_s) is not None:
         raise _overloaded(state, wait_s)
-    return state.batcher
+    return here.asked
 
 
 def _yielded(back_in_s: int) -> Problem:
@@ -57,7 +59,7 @@ def _yielded(back_in_s: int) -> Problem:
 
 def require_images(state: State, n: int) -> None:
     """Problem where the model's family takes no question with n images."""
-    if n > 1 and not (state.engine is not None and state.engine.several_images):
+    if n > 1 and not (state.answering is not None and state.answering.engine.several_images):
         raise Problem("one_image_only", "Ask with one image; docs/families.md lists the models that take several.")
 
 

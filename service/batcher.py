@@ -79,6 +79,10 @@ class Asked(Protocol):
         """Queue a question. Raises Full, Closed. A cancelled future takes it out again."""
         ...
 
+    def start(self) -> None:
+        """Begin to answer, once."""
+        ...
+
     def close(self) -> None:
         """Take nothing more, answer what waits, end."""
         ...

@@ -9,17 +9,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.answering import Answering
 from service.artifact_store import ArtifactStore
-from service.batcher import Asked
 from service.db import Database
-from service.devices import EngineTurn
-from service.engine import LocalEngine
 from service.feed import Feed
 from service.idempotency import InFlight
 from service.keys import Caller
 from service.metrics import Metrics
 from service.settings import Settings
-from service.upstream.engine import Upstream
 
 
 @dataclass
@@ -27,12 +24,10 @@ class State:
     settings: Settings
     database: Database
     metrics: Metrics
-    engine: LocalEngine | Upstream | None
-    batcher: Asked | None
+    answering: Answering | None
     artifacts: ArtifactStore
     feed: Feed
     asked: Counter[str] = field(default_factory=Counter)  # questions of each key on their way; the event loop's own
-    turn: EngineTurn | None = None  # whose turn it is on the engine's device
     in_flight: InFlight = field(default_factory=InFlight)
     draining: threading.Event = field(default_factory=threading.Event)
 

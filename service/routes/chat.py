@@ -26,7 +26,7 @@ from service.answer_view import AdapterRef, Grounding, answer_view
 from service.engine import Question
 from service.errors import Problem
 from service.routes.chat_request import ChatRequest, conversation, read
-from service.routes.vqa import ModelRef
+from service.routes.vqa import ModelRef, model_ref
 from service.state import Service, State
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -95,13 +95,12 @@ class _Told:
     """What every part of one answer says of itself."""
 
     def __init__(self, state: State, resolved: Resolved | None) -> None:
-        settings, digest = state.settings, state.engine.model_digest if state.engine else None
+        base = model_ref(state)
         self.id, self.created = f"chatcmpl-{uuid4().hex}", int(time.time())
-        self.model = f"{resolved.name}:{resolved.version}" if resolved else settings.model_id
-        own = json_digest([settings.model_id, digest, resolved.digest if resolved else None])
+        self.model = f"{resolved.name}:{resolved.version}" if resolved else base.id
+        own = json_digest([base.id, base.digest, resolved.digest if resolved else None])
         self.fingerprint = f"fp_{own.removeprefix('sha256:')[:12]}"
-        self.base = ModelRef(id=settings.model_id, revision=settings.model_revision, digest=digest)
-        self.resolved = resolved
+        self.base, self.resolved = base, resolved
 
     def ours(self, wish: ChatRequest, answer: Answer) -> Ours:
         view = answer_view(answer, self.resolved, wish.grounding, abstain=False)

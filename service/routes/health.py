@@ -26,9 +26,10 @@ def readyz(state: Service) -> JSONResponse:
     """200 when the database answers and the model (if this replica has one) is loaded; else 503 and what is missing."""
     checks: dict[str, Any] = {
         "database": _database(state),
-        "engine": _engine(state),
+        "engine": state.answering.status if state.answering else "none",
         "draining": state.draining.is_set(),
     }
+    # A replica whose engine is away while a job has its device shows that job, and stays in service.
     ready = checks["database"] == "ok" and checks["engine"] in ("ok", "none", "yielded") and not checks["draining"]
     return JSONResponse({"status": "ready" if ready else "not ready", **checks}, 200 if ready else 503)
 
@@ -45,13 +46,3 @@ def _database(state: State) -> str:
     except DBAPIError:
         return "unavailable"
     return "ok"
-
-
-def _engine(state: State) -> str:
-    if state.batcher is None:
-        return "none"
-    if state.batcher.failure is not None:
-        return "failed"
-    if state.turn is not None and state.turn.away:
-        return "yielded"  # to a job, which this replica shows: it stays in service
-    return "ok" if state.batcher.ready.is_set() else "loading"

@@ -188,7 +188,7 @@ async def vqa(state: Service, request: Request) -> Any:
     asked = time.perf_counter()
 
     def response(answers: Sequence[Answer]) -> VQAResponse:
-        end, settings, engine = time.perf_counter(), state.settings, state.engine
+        end = time.perf_counter()
         views = [
             answer_view(answer, version, parameters.grounding, parameters.abstain)
             for answer, version in zip(answers, versions, strict=True)
@@ -196,9 +196,7 @@ async def vqa(state: Service, request: Request) -> Any:
         return VQAResponse(
             **dict(views[0]),
             compare=views[1] if len(views) > 1 else None,
-            model=ModelRef(
-                id=settings.model_id, revision=settings.model_revision, digest=engine.model_digest if engine else None
-            ),
+            model=model_ref(state),
             images=[
                 ImageNote(format=d.note.format, modality=d.note.modality, flags=list(d.note.flags)) for d in decoded
             ],
@@ -218,6 +216,12 @@ async def vqa(state: Service, request: Request) -> Any:
         raise
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(request, streams, response), media_type="text/event-stream", headers=headers)
+
+
+def model_ref(state: State) -> ModelRef:
+    """The base model that is served."""
+    digest = state.answering.engine.model_digest if state.answering else None
+    return ModelRef(id=state.settings.model_id, revision=state.settings.model_revision, digest=digest)
 
 
 async def _question(

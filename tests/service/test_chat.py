@@ -431,7 +431,7 @@ def test_the_client_waits_and_asks_again_where_it_is_told_to(chat: Chat, monkeyp
     plain = chat.ask().choices[0].message.content
     limit = Problem("too_many_jobs", "canary", headers={"Retry-After": "1"})
     for problem, raised in ((Full(1), openai.InternalServerError), (limit, openai.RateLimitError)):
-        monkeypatch.setattr(chat.state, "batcher", Busy(chat.state.batcher, 2, problem))
+        monkeypatch.setattr(chat.state.answering, "asked", Busy(chat.state.answering.asked, 2, problem))
         with pytest.raises(raised) as refused:
             chat.ask()
         assert refused.value.response.headers["retry-after"] == "1"
@@ -443,7 +443,7 @@ def test_the_client_waits_and_asks_again_where_it_is_told_to(chat: Chat, monkeyp
         assert again.choices[0].message.content == plain
         assert 0.9 < time.monotonic() - begin < 10
         monkeypatch.undo()
-    monkeypatch.setattr(chat.state, "batcher", Busy(chat.state.batcher, 9, Closed()))
+    monkeypatch.setattr(chat.state.answering, "asked", Busy(chat.state.answering.asked, 9, Closed()))
     for streamed in (False, True):
         with pytest.raises(openai.InternalServerError) as refused:
             chat.ask(stream=streamed)
@@ -462,7 +462,7 @@ def test_a_client_that_gives_up_takes_its_question_along(chat: Chat, monkeypatch
             asked.append(Future())
             return asked[-1]
 
-    monkeypatch.setattr(chat.state, "batcher", Held(chat.state.batcher, 0, ValueError()))
+    monkeypatch.setattr(chat.state.answering, "asked", Held(chat.state.answering.asked, 0, ValueError()))
     impatient = chat.client.with_options(timeout=0.4)
     for streamed in (False, True):
         with pytest.raises(openai.APITimeoutError):
@@ -490,7 +490,7 @@ def test_a_failure_on_the_way_is_raised_by_the_stream(chat: Chat, monkeypatch: p
             threading.Timer(0.05, work).start()
             return future
 
-    monkeypatch.setattr(chat.state, "batcher", Breaks(chat.state.batcher, 0, ValueError()))
+    monkeypatch.setattr(chat.state.answering, "asked", Breaks(chat.state.answering.asked, 0, ValueError()))
     said: list[str] = []
     with pytest.raises(openai.APIError) as failed:
         said.extend(part.choices[0].delta.content for part in chat.ask(stream=True))

@@ -55,7 +55,7 @@ class Before:
 
     @property
     def engine(self) -> Upstream:
-        return self.state.engine
+        return self.state.answering.engine
 
     def ask(self, text: str = QUESTION, *images: Image.Image, **options: Any) -> Any:
         given = {"model": MODEL, "max_tokens": 32, "messages": [user(text, *(images or (picture(0),)))]} | options

@@ -274,7 +274,7 @@ def test_too_many_questions_are_refused_at_once(asker: TestClient, engine: Echo)
         waiting = [pool.submit(asker.post, "/vqa", json=body())]
         wait_for(lambda: engine.asked, 5, "the engine works on the first")
         waiting += [pool.submit(asker.post, "/vqa", json=body()) for _ in range(2)]
-        wait_for(lambda: asker.app.state.hscr.batcher.depth == 2, 5, "two wait")  # type: ignore[attr-defined]
+        wait_for(lambda: asker.app.state.hscr.answering.asked.depth == 2, 5, "two wait")  # type: ignore[attr-defined]
         refused = asker.post("/vqa", json=body())
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
@@ -383,7 +383,7 @@ def test_a_comparison_that_finds_no_room_leaves_nothing_behind(
         running = pool.submit(asker.post, "/vqa", json=body())
         wait_for(lambda: engine.asked, 5, "the engine works on the first")
         waiting = pool.submit(asker.post, "/vqa", json=body())
-        batcher = asker.app.state.hscr.batcher  # type: ignore[attr-defined]
+        batcher = asker.app.state.hscr.answering.asked  # type: ignore[attr-defined]
         wait_for(lambda: batcher.depth == 1, 5, "one waits")
         for stream in (False, True):
             refused = asker.post("/vqa", json=body(compare="brain:1", stream=stream))
