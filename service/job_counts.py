@@ -21,7 +21,10 @@ REASONS = (
     "adapter_damaged",
     "run_folder_busy",
     "attempt_failed",
+    "disk_full",
     "worker_stopping",
+    "device_wanted",
+    "device_busy",
     "resumed",
     "other",
 )

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,10 +24,12 @@ from service.app import create_app
 from service.db import Database
 from service.decoding import DecodeStats
 from service.engine import Stats
+from service.job_counts import REASONS
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import png, wait_for
 from tests.service.test_vqa import Echo, body
+from worker import room, supervise
 from worker.supervise import run_job
 
 CANARY = "Zqxcanary"
@@ -293,3 +296,11 @@ def test_every_metric_is_in_the_documentation() -> None:
     metrics.watch_decoders(lambda: DecodeStats(1, 0, 0, 0, 0, 0))
     for family in metrics.registry.collect():
         assert f"`{family.name}" in page, family.name
+
+
+def test_every_way_an_attempt_ends_has_a_reason_of_its_own_in_the_metrics() -> None:
+    source = Path(supervise.__file__).read_text()
+    named = set(re.findall(r'(?:_crash\(|hand_back\(s, self\.mine, )"(\w+)"', source))
+    assert {"device_busy", "no_result"} <= named
+    named |= {*supervise._HANDED_BACK.values(), room.CODE}
+    assert named <= set(REASONS)
