@@ -20,7 +20,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 SECRET_VARIABLES = frozenset(
     f"{prefix}{name}"
     for prefix in ("", "HSCR_")
-    for name in ("API_KEY", "WEBHOOK_SECRET", "DATABASE_URL", "REDIS_URL", "ARTIFACTS_URL", "ARTIFACTS_OPTIONS")
+    for name in (
+        *("API_KEY", "WEBHOOK_SECRET", "UPSTREAM_KEY", "UID_KEY"),
+        *("DATABASE_URL", "REDIS_URL", "ARTIFACTS_URL", "ARTIFACTS_OPTIONS"),
+    )
 ) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 
 
