@@ -264,11 +264,13 @@ class ObjectStore:
         """Take a verified folder into the cache, and let go of what was not asked for longest."""
         path = self._place(artifact)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(
-            OSError
-        ):  # another process was first, or the folder lies on another disk: it comes down when it is asked for
+        try:
             folder.rename(path)
-        self._verified.add(path)
+            self._verified.add(path)
+        except OSError:
+            # Another process was first, whose folder is read before its first use here, or the folder lies on another disk: it comes
+            # down when it is asked for.
+            pass
         _touch(path)
         self._evict()
         return path

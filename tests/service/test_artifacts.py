@@ -443,10 +443,23 @@ def test_data_set_of_an_older_row_is_read_by_its_manifest(
     assert served.get(f"/datasets/{dataset}/records/1/image").content == png(0)
 
 
+def test_cached_folder_that_nobody_read_is_not_taken_for_what_was_stored(store: ObjectStore, folder: Path) -> None:
+    artifact = artifact_store.adapter(write_manifest(folder))
+    spoilt = store._place(artifact)
+    shutil.copytree(folder, spoilt)
+    (spoilt / "more" / "README.md").write_text("other")
+    store.put(artifact, folder, give=True)
+    assert (store.fetch(artifact) / "more" / "README.md").read_text() == "card"
+
+
 def test_run_and_its_kin_inherit_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     from service.settings import without_secrets
 
-    for name in ("ARTIFACTS_URL", "ARTIFACTS_OPTIONS", "AWS_SECRET_ACCESS_KEY", "FSSPEC_S3_SECRET", "HSCR_API_KEY"):
+    secret = {
+        f"HSCR_{name.upper()}" for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)
+    }
+    assert {"HSCR_API_KEY", "HSCR_UPSTREAM_KEY", "HSCR_UID_KEY"} <= secret
+    for name in ("ARTIFACTS_URL", "ARTIFACTS_OPTIONS", "AWS_SECRET_ACCESS_KEY", "FSSPEC_S3_SECRET", *secret):
         monkeypatch.setenv(name, "canary")
     assert "canary" not in without_secrets().values()
 
