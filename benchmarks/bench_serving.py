@@ -13,12 +13,10 @@ import io
 import statistics
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from PIL import Image
 
@@ -235,16 +233,6 @@ def grounding(folder: Path, model: Path, repeats: int) -> list[dict[str, Any]]:
         plain, summary = (statistics.median(found[image_kind, k]) for k in ("none", "summary"))
         rows.append({"image": image_kind, "answer CPU ms": 1000 * plain, "with summary": summary / plain})
     return rows
-
-
-def upload(address: str, name: str, folder: Path) -> None:
-    """Register a PEFT folder as a version."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for path in folder.iterdir():
-            archive.write(path, path.name)
-    answer = httpx.post(f"{address}/adapters/{name}/versions", files={"file": out.getvalue()}, timeout=300)
-    assert answer.status_code == 201, answer.text
 
 
 def main() -> None:

@@ -106,11 +106,6 @@ class AnswerBatch:
     def __len__(self) -> int:
         return len(self._asked)
 
-    @property
-    def adapters(self) -> set[str | None]:
-        """What the answers under way are given with."""
-        return {row.adapter for row in self._asked}
-
     def join(self, requests: Sequence[AnswerRequest], listeners: Sequence[OnDelta | None] | None = None) -> list[Row]:
         """Take requests in: their prompts are computed, their first tokens said. A row each, by which `step` names its answer.
 

@@ -7,12 +7,12 @@ as server-sent events. Lives in the API's event loop; the database is asked in t
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from service import jobs
 from service.db import Database
+from service.event_stream import event
 from service.models import JobEvent
 
 POLL_S, PAGE = 0.5, 500
@@ -107,4 +107,4 @@ class Feed:
         return [(row.seq, self._text(row)) for row in rows], over
 
     def _text(self, row: JobEvent) -> str:
-        return f"id: {row.seq}\nevent: {row.type}\ndata: {json.dumps(self._view(row))}\n\n"
+        return event(row.type, self._view(row), row.seq)

@@ -25,6 +25,7 @@ from service.adapters import Resolved
 from service.answer_view import AdapterRef, Grounding, answer_view
 from service.engine import Question
 from service.errors import Problem
+from service.event_stream import event_stream
 from service.routes.chat_request import ChatRequest, conversation, read
 from service.routes.vqa import ModelRef, model_ref
 from service.state import Service, State
@@ -145,9 +146,7 @@ async def chat(state: Service, request: Request) -> ChatCompletion | StreamingRe
     told = _Told(state, resolved)
     if wish.stream:
         parts = await asking.stream(state, question, request)
-        return StreamingResponse(
-            _events(told, wish, parts), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+        return event_stream(_events(told, wish, parts))
     answer = await asking.ask(state, question, request)
     return ChatCompletion(
         id=told.id,

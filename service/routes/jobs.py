@@ -10,13 +10,14 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Path, Query, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service import artifact_store, datasets, jobs
 from service.errors import Problem
+from service.event_stream import TYPE, event_stream
 from service.models import AdapterVersion, Job, JobEvent
 from service.outlook import Ahead, Outlook
 from service.pages import After, AfterNumber, Limit, Page, page
@@ -139,11 +140,10 @@ async def events(
     last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
 ) -> Any:
     """With `Accept: text/event-stream` a stream that ends with the job; reconnect with Last-Event-ID and nothing is lost."""
-    if "text/event-stream" in accept:
+    if TYPE in accept:
         await asyncio.to_thread(_exists, state, job_id)
         start = after if last_event_id is None else last_event_id
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_stream(state, job_id, start), media_type="text/event-stream", headers=headers)
+        return event_stream(_stream(state, job_id, start))
     rows = await asyncio.to_thread(_rows, state, job_id, after, limit + 1)
     return Page(**page(rows, limit, _event, lambda row: row.seq))
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
@@ -27,6 +25,7 @@ from service.adapters import Resolved
 from service.answer_view import AnswerView, answer_view, scored
 from service.engine import Question
 from service.errors import Problem
+from service.event_stream import event, event_stream
 from service.problems import invalid_fields
 from service.state import Service, State
 
@@ -214,8 +213,7 @@ async def vqa(state: Service, request: Request) -> Any:
         for stream in streams:
             await stream.aclose()
         raise
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(request, streams, response), media_type="text/event-stream", headers=headers)
+    return event_stream(_events(request, streams, response))
 
 
 def model_ref(state: State) -> ModelRef:
@@ -252,18 +250,14 @@ async def _events(
                 if isinstance(part, Answer):
                     answers.append(part)
                 elif stream is streams[0]:
-                    yield _event("delta", {"text": part.text})
+                    yield event("delta", {"text": part.text})
         if len(answers) == len(streams):  # else the client is gone
-            yield _event("answer", response(answers).model_dump(mode="json"))
+            yield event("answer", response(answers).model_dump(mode="json"))
     except Problem as problem:
-        yield _event("error", problem.document(request.state.request_id))
+        yield event("error", problem.document(request.state.request_id))
     finally:
         for stream in streams:
             await stream.aclose()  # what is not answered yet is answered no further
-
-
-def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 async def _read(request: Request) -> tuple[Parameters, list[bytes], list[View]]:
