@@ -94,15 +94,23 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of a fresh, migrated database: every test that asks runs on both."""
-    if request.param == "postgresql":
-        return request.getfixturevalue("postgres")()
+@pytest.fixture
+def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """The address of a fresh, migrated SQLite database in the test's data folder."""
     path = tmp_path / "data" / "hscr.db"
     path.parent.mkdir(exist_ok=True)
-    shutil.copy(request.getfixturevalue("sqlite_template"), path)
+    shutil.copy(sqlite_template, path)
     return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The address of a fresh, migrated database: every test that asks runs on both."""
+    return (
+        request.getfixturevalue("postgres")()
+        if request.param == "postgresql"
+        else request.getfixturevalue("sqlite_url")
+    )
 
 
 @pytest.fixture

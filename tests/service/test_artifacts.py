@@ -43,12 +43,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def database_url(sqlite_template: Path, tmp_path: Path) -> str:
+def database_url(sqlite_url: str) -> str:
     """What is tested here knows rows only as the rest does, which is tested on both databases."""
-    path = tmp_path / "data" / "hscr.db"
-    path.parent.mkdir()
-    shutil.copy(sqlite_template, path)
-    return f"sqlite:///{path}"
+    return sqlite_url
 
 
 def on_s3(settings: Settings, server: S3, **options: str) -> None:

@@ -32,14 +32,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def database_url(sqlite_template: Path, tmp_path: Path) -> str:
+def database_url(sqlite_url: str) -> str:
     """Flags are files: one kind of database will do."""
-    import shutil
-
-    path = tmp_path / "data" / "hscr.db"
-    path.parent.mkdir()
-    shutil.copy(sqlite_template, path)
-    return f"sqlite:///{path}"
+    return sqlite_url
 
 
 class Api:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -28,14 +26,9 @@ BOTH = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirec
 
 
 @pytest.fixture
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def database_url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
     """SQLite, except where a test asks for both: what is tested here is the twin, not the rows below it."""
-    if getattr(request, "param", "sqlite") == "postgresql":
-        return request.getfixturevalue("postgres")()
-    path = tmp_path / "data" / "hscr.db"
-    path.parent.mkdir(exist_ok=True)
-    shutil.copy(request.getfixturevalue("sqlite_template"), path)
-    return f"sqlite:///{path}"
+    return request.getfixturevalue("postgres")() if getattr(request, "param", "") == "postgresql" else sqlite_url
 
 
 @pytest.fixture
