@@ -106,11 +106,9 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """The address of a fresh, migrated database: every test that asks runs on both."""
-    return (
-        request.getfixturevalue("postgres")()
-        if request.param == "postgresql"
-        else request.getfixturevalue("sqlite_url")
-    )
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgres")()
+    return request.getfixturevalue("sqlite_url")
 
 
 @pytest.fixture

@@ -157,6 +157,13 @@ def test_streamed_text_is_the_answer_and_comes_in_parts(chat: Chat) -> None:
     assert [t.logprob for t in streamed] == pytest.approx([t.logprob for t in whole.choices[0].logprobs.content])
 
 
+def test_nothing_on_the_way_may_keep_or_collect_a_stream(chat: Chat) -> None:
+    body = {"model": "tiny-qwen", "max_tokens": 1, "messages": [user(QUESTION, picture(0))], "stream": True}
+    said = chat.http.post("/v1/chat/completions", json=body)
+    assert said.headers["content-type"].startswith("text/event-stream")
+    assert (said.headers["cache-control"], said.headers["x-accel-buffering"]) == ("no-store", "no")
+
+
 def test_usage_is_streamed_only_where_asked_for(chat: Chat) -> None:
     assert all(p.choices and p.usage is None for p in chat.stream())
 
