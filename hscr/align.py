@@ -29,6 +29,7 @@ from hscr.parent import as_parent, load_parent, parent_digest, with_parents_shap
 from hscr.preferences import generate
 from hscr.processes import rank, told
 from hscr.records import read_preferences, write_jsonl
+from hscr.repeats import sentences
 from hscr.review import read_review, reviewed
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
@@ -58,7 +59,8 @@ def align(
     whose pictures the evaluation must not show either.
 
     Afterwards `out` holds config.json, preferences.jsonl (reviewed.jsonl), adapter/ (a PEFT folder), predictions.jsonl, evaluation.json,
-    report.html and report.json, costs.json (hscr/costs.py), and manifest.json with the digests of every stage's inputs and outputs.
+    report.html and report.json, costs.json (hscr/costs.py), repeats.json (hscr/repeats.py), and manifest.json with the digests of every
+    stage's inputs and outputs.
     """
     if stop_after not in (None, "generating"):
         raise ValueError("--stop-after: only `generating` can be looked at before the run goes on")
@@ -77,6 +79,7 @@ def align(
         if parent is not None:
             lineage["parent"] = parent_digest(parent)
         write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
+        yield from _repeated(run, data)
         if evaluation_data is not None and config.evaluation.max_records:
             if parent is not None and not config.evaluation.allow_leak:
                 refuse_own_data(parent, evaluation_data.digest)
@@ -93,6 +96,14 @@ def align(
         yield from measured(out, "evaluating", evaluating, vlm)
         yield from _reporting(run, data, evaluation_data)
         yield _result(out)
+
+
+def _repeated(run: RunDir, data: DataSet) -> Iterator[Event]:
+    """What the data say twice or in different ways is learnt from, but not silently: RUN/repeats.json, and a warning a kind."""
+    told = data.repeats()
+    write_json(run.path / "repeats.json", told)
+    for kind, sentence in sentences(told).items():
+        yield Warning_(kind, sentence)
 
 
 def _on_top_of(parent: Path | None) -> list[str]:
@@ -329,6 +340,7 @@ def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> I
         "evaluation.json",
         "plan.json",
         "costs.json",
+        "repeats.json",
     )
     made_from = [run.path / n for n in names]
     inputs = json_digest([file_digest(p) if p.is_file() else None for p in made_from])

@@ -22,9 +22,8 @@ from hscr.model import VLM, decode_text, encode_answer
 from hscr.packing import packed_logits, token_logprobs
 from hscr.prefix import Prefixes
 from hscr.replacement import Candidate, Draft, same_word
-from hscr.similarity import normalized
 from hscr.visual_tokens import derived_seed
-from hscr.words import WORD
+from hscr.words import WORD, normalized
 
 Contexts = dict[tuple[str | None, str | None], list[str]]
 

@@ -143,14 +143,16 @@ def plan(
     from hscr.model import device_and_dtype, set_threads
     from hscr.plan import estimate, skeleton
     from hscr.progress import plan_line, plan_table
+    from hscr.repeats import sentences
 
     quiet()
     set_threads()
     settings = configuration(preset_name, config, set_)
     where, kind = device_and_dtype(device, dtype)
+    data_set = DataSet(data)
     expected = estimate(
         skeleton(model, revision),
-        DataSet(data),
+        data_set,
         settings,
         DataSet(eval_data) if eval_data else None,
         device=where,
@@ -161,6 +163,8 @@ def plan(
         typer.echo(json.dumps(expected.to_dict()))
     else:
         Console().print(plan_table(expected), plan_line(expected), soft_wrap=True)
+        for sentence in sentences(data_set.repeats()).values():
+            console.print(f"[yellow]warning:[/] {sentence}", soft_wrap=True)
 
 
 def generate(

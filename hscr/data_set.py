@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from hscr.records import (
     RejectedRow,
     VQARecord,
     holds_preferences,
+    numbered_records,
     parsed_lines,
     preference_record,
-    read_records,
     records_file,
     to_json,
 )
+from hscr.repeats import Asked, find_repeats, summary
+from hscr.words import wording
 
 PREFERENCES = "preferences.jsonl"
 
@@ -34,7 +36,8 @@ class DataSet:
     """The good records of a folder, their images, and the digest that names both."""
 
     def __init__(self, path: Path) -> None:
-        self.records, self.rejected = read_records(path)
+        numbered, self.rejected = numbered_records(path)
+        self.lines, self.records = [line for line, _ in numbered], [record for _, record in numbered]
         file = records_file(path)
         self.folder = file.parent
         if not self.records:
@@ -45,7 +48,8 @@ class DataSet:
             raise ValueError(
                 f"data set {path.name!r}: {len(missing)} of {len(images)} images are missing beside {file.name}, as {missing[0]}"
             )
-        content: list[Any] = [[to_json(r) for r in self.records], [[i, file_digest(self.folder / i)] for i in images]]
+        self._files = {i: file_digest(self.folder / i) for i in images}
+        content: list[Any] = [[to_json(r) for r in self.records], [[i, digest] for i, digest in self._files.items()]]
         self.given = given_preferences(file)
         if self.given is not None:
             checked = list(checked_preferences(self.given, self.records))
@@ -56,6 +60,10 @@ class DataSet:
                     + (f"{len(odd)} lines that fit no record{_reasons(odd)}" if odd else "no line; remove it")
                 )
         self.digest = json_digest(content if self.given is None else [*content, file_digest(self.given)])
+
+    def repeats(self) -> dict[str, Any]:
+        """Contradictions and duplicates among the records, by line (hscr/repeats.py's summary)."""
+        return repeated(self.lines, self.records, self._files)
 
     def open_image(self, record: VQARecord) -> Image.Image:
         """The first image, for showing."""
@@ -69,6 +77,15 @@ class DataSet:
 
 def _reasons(rejected: list[RejectedRow]) -> str:
     return f" ({'; '.join(f'line {r.line}: {r.reason}' for r in rejected[:3])})" if rejected else ""
+
+
+def repeated(lines: Iterable[int], records: Iterable[VQARecord], files: Mapping[str, str]) -> dict[str, Any]:
+    """The summary of records that ask the same of the same pictures, by line. `files`: the digest of every image's file."""
+    found = find_repeats(
+        Asked(tuple((files[image], view) for image, view in r.shown), r.question, r.answer, {"line": line})
+        for line, r in zip(lines, records, strict=True)
+    )
+    return summary([r.places for r in found.contradictions], [r.places for r in found.duplicates])
 
 
 def given_preferences(records: Path) -> Path | None:
@@ -93,6 +110,10 @@ def checked_preferences(path: Path, records: Iterable[VQARecord]) -> Iterator[Pr
                 raise ValueError("id: used by an earlier line")
             if preference.record != known.get(identity):
                 raise ValueError("record: is none of the data set's")
+            right = wording(preference.record.answer)
+            same = next((n for n, level in enumerate(preference.levels, 1) if wording(level.text) == right), None)
+            if same is not None:
+                raise ValueError(f"levels: level {same} is the right answer")
             numbers = [*(level.similarity for level in preference.levels), *(w.reward for w in preference.words)]
             if not all(map(math.isfinite, numbers)):
                 raise ValueError("similarity, reward: must be finite")

@@ -6,7 +6,6 @@ once. Files are hard-linked where the file system allows, else copied; bytes fro
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from hscr.images import ImageError, decode_image
 from hscr.readers import Found, detect
 from hscr.readers.rows import Part
 from hscr.records import Level, PreferenceRecord, RejectedRow, VQARecord, write_jsonl
-from hscr.similarity import normalized, token_f1
+from hscr.repeats import Asked, find_repeats
+from hscr.similarity import token_f1
+from hscr.words import wording
 
 _SUFFIXES = {
     b"\x89P": ".png",
@@ -116,7 +117,7 @@ class _Taken:
         self.levels: dict[str, list[str]] = {}  # by record id, for a preference set
         self.rejected: list[dict[str, Any]] = []
         self.rows = 0
-        self._places: dict[tuple[str, str], list[Place]] = defaultdict(list)  # (image digest, question)
+        self._asked: list[Asked[Place]] = []
         self._pairs: dict[tuple[str, str, str], str] = {}  # (image digest, question, chosen) -> record id
         self._digests: dict[str, str] = {}  # image path in the data set -> digest
         self._read: dict[Path, str | ValueError] = {}  # a file of the source -> its digest, or why it is no image
@@ -143,18 +144,18 @@ class _Taken:
         put = [self._image(image, record.image) for image in (row.image, *row.further)]
         digest = " ".join(of for _, of in put)
         record = replace(record, image=put[0][0], further_images=tuple(target for target, _ in put[1:]))
-        question = normalized(record.question) or record.question
         if row.rejected is not None:
             if self._level(record, digest, row.rejected):
                 return
         elif record.id in self.records:
             raise ValueError("id: used by an earlier row")
         self.records[record.id] = record
-        self._places[digest, question].append(Place(record.id, part.file.name, row.line, record.answer))
+        place = Place(record.id, part.file.name, row.line, record.answer)
+        self._asked.append(Asked(digest, record.question, record.answer, place))
 
     def _level(self, record: VQARecord, digest: str, rejected: str) -> bool:
         """Note a given level; True where it belongs to a record that is already there. Raises ValueError where it is no new pair."""
-        if normalized(rejected) == normalized(record.answer):
+        if wording(rejected) == wording(record.answer):
             raise ValueError("rejected: is the chosen answer")
         known = self._pairs.setdefault((digest, record.question, record.answer), record.id)
         levels = self.levels.setdefault(known, [])
@@ -207,15 +208,9 @@ class _Taken:
         if self.levels:
             write_jsonl(self.folder / "preferences.jsonl", map(self._preference, self.records.values()))
         report = ImportReport(source, rejected=self.rejected)
-        for (_, question), places in self._places.items():
-            answers: dict[str, list[Place]] = defaultdict(list)
-            for place in places:
-                answers[normalized(place.answer) or place.answer].append(place)
-            if len(answers) > 1:
-                report.contradictions.append({"question": question, "records": [asdict(p) for p in places]})
-            same = [asdict(p) for group in answers.values() if len(group) > 1 for p in group]
-            if same:
-                report.duplicates.append({"question": question, "records": same})
+        found = find_repeats(self._asked)
+        for repeats, told in ((found.contradictions, report.contradictions), (found.duplicates, report.duplicates)):
+            told += [{"question": r.question, "records": [asdict(p) for p in r.places]} for r in repeats]
         files = {str(p.file.name): file_digest(p.file) for p in parts}
         report.source |= {"files": files, "digest": json_digest([files, sorted(self._digests.values())])}
         report.counts = {

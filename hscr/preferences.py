@@ -20,9 +20,10 @@ from hscr.prefix import Prefixes
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward
 from hscr.replacement import Candidate, Draft, graded_answers, hallucinated_token, replace_words
 from hscr.reward import contrast, coupled_words, random_words, token_rewards, word_rewards, words_of
-from hscr.similarity import Similarity, normalized, rerank
+from hscr.similarity import Similarity, rerank
 from hscr.token_budget import TokenBudget, budget_batches
 from hscr.visual_tokens import Prompt, derived_seed
+from hscr.words import normalized
 
 _Made = list[tuple[Draft, list[Candidate]]]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from hscr import record_fields as fields
 from hscr.image_view import View
+from hscr.words import wording
 
 ANSWER_TYPES = ("open", "closed", "caption")
 MAX_LINE_BYTES = 4 * 2**20
@@ -134,14 +135,16 @@ def vqa_record(row: Any) -> VQARecord:
     kind = row.get("answer_type") or "open"
     if not isinstance(kind, str) or kind.lower() not in ANSWER_TYPES:
         raise ValueError(f"answer_type: must be {', '.join(ANSWER_TYPES[:-1])} or {ANSWER_TYPES[-1]}")
-    group = row.get("group")
+    group, options = row.get("group"), fields.options(row.get("options") or [])
+    if kind.lower() == "closed" and options and wording(answer) not in map(wording, options):
+        raise ValueError("answer: is none of the options of this closed question")
     return VQARecord(
         identity,
         images[0],
         question,
         answer,
         answer_type=kind.lower(),
-        options=fields.options(row.get("options") or []),
+        options=options,
         grounded=tuple(GroundedWord(*g) for g in fields.grounded(row.get("grounded") or [])),
         group=None if group is None else fields.storable(group, "group"),
         meta=fields.meta(row.get("meta") or {}),
@@ -198,7 +201,13 @@ def read_records(data: Path) -> tuple[list[VQARecord], list[RejectedRow]]:
 
     A file of preference records is read too: each line's `record`.
     """
-    records: list[VQARecord] = []
+    numbered, rejected = numbered_records(data)
+    return [record for _, record in numbered], rejected
+
+
+def numbered_records(data: Path) -> tuple[list[tuple[int, VQARecord]], list[RejectedRow]]:
+    """As read_records, each record with its line."""
+    records: list[tuple[int, VQARecord]] = []
     rejected: list[RejectedRow] = []
     seen: set[str] = set()
     for number, row in parsed_lines(records_file(data)):
@@ -212,7 +221,7 @@ def read_records(data: Path) -> tuple[list[VQARecord], list[RejectedRow]]:
             rejected.append(RejectedRow(number, str(error)))
         else:
             seen.add(record.id)
-            records.append(record)
+            records.append((number, record))
     return records, rejected
 
 

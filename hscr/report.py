@@ -103,7 +103,7 @@ def write_report(
     reviewed = run / "reviewed.jsonl"
     preferences = list(read_preferences(reviewed if reviewed.is_file() else run / "preferences.jsonl"))
     steps = _jsonl(run / "steps.jsonl")
-    evaluation = json.loads((run / "evaluation.json").read_text()) if (run / "evaluation.json").is_file() else None
+    evaluation = _json(run / "evaluation.json")
     lineage = config.pop("lineage")
     if (run / "adapter").is_dir():
         lineage["adapter"] = verify_manifest(run / "adapter")
@@ -112,6 +112,7 @@ def write_report(
     summary = {
         "lineage": lineage,
         "config": config,
+        "data": {"repeats": _json(run / "repeats.json")},
         "preferences": _preferences(preferences),
         "distributions": distributions(preferences),
         "training": _training(steps),
@@ -147,8 +148,8 @@ def write_evaluation_report(run: Path, records: Sequence[VQARecord], open_image:
 
 def costs(run: Path) -> list[dict[str, Any]]:
     """What each stage took beside what was planned, for as many units as were timed: a killed attempt is in neither."""
-    took = json.loads((run / "costs.json").read_text()) if (run / "costs.json").is_file() else {}
-    planned = json.loads((run / "plan.json").read_text())["stages"] if (run / "plan.json").is_file() else []
+    took = _json(run / "costs.json") or {}
+    planned = (_json(run / "plan.json") or {"stages": []})["stages"]
     by_stage = {p["stage"]: p for p in planned if p["units"]}
     rows = []
     for stage, cost in took.items():
@@ -247,6 +248,11 @@ def _answers(run: Path, records: Sequence[VQARecord]) -> list[dict[str, Any]]:
         }
         for r in differ[:EXAMPLES]
     ]
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; None where the run left none."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:

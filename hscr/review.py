@@ -16,7 +16,8 @@ from typing import Any
 from hscr.artifacts import bytes_digest
 from hscr.record_fields import text as checked_text
 from hscr.records import Level, PreferenceRecord, preference_record
-from hscr.similarity import Similarity, normalized
+from hscr.similarity import Similarity
+from hscr.words import normalized
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,14 @@ sentence-transformers model by name or folder.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hscr.words import normalized
+
 Similarity = Callable[[str, Sequence[str]], list[float]]
-
-
-def normalized(text: str) -> str:
-    """Lower case, words only: the form in which duplicates and answers equal to y_w are recognised."""
-    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def token_f1(reference: str, candidates: Sequence[str]) -> list[float]:

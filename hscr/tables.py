@@ -15,7 +15,7 @@ from hscr.config import EvaluationConfig
 from hscr.predictions import CONDITIONS, Prediction, kind
 from hscr.scoring import is_right
 from hscr.selective import Judged, flagging, in_calibration_part, interval, separation
-from hscr.similarity import normalized
+from hscr.words import normalized
 
 BLANK_NOTE = (
     "One blank image serves all questions, so equal questions get equal answers: intervals under the blank image resample distinct "

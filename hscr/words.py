@@ -19,6 +19,16 @@ class Word:
     tokens: tuple[int, ...]
 
 
+def normalized(text: str) -> str:
+    """Lower case, words only: the form in which duplicates and answers equal to y_w are recognised."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def wording(text: str) -> str:
+    """What two texts have in common that say the same: their normalized form, or where that is empty ("+") the text."""
+    return normalized(text) or text.strip()
+
+
 def words_at(text: str, spans: Sequence[tuple[int, int]]) -> list[Word]:
     """The text's words, each with the tokens whose character span [start, end) touches it."""
     words = []

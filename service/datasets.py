@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,17 +18,18 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from hscr.artifacts import file_digest, json_digest, write_manifest
-from hscr.data_set import PREFERENCES, checked_preferences, given_preferences
+from hscr.data_set import PREFERENCES, checked_preferences, given_preferences, repeated
 from hscr.image_limits import ImageError
 from hscr.image_view import View
 from hscr.records import (
     RejectedRow,
     VQARecord,
-    read_records,
+    numbered_records,
     records_file,
     to_json,
     write_jsonl,
 )
+from hscr.repeats import summary
 from service import artifact_store, audit
 from service.archive import ArchiveLimits, discard, flatten, unpack
 from service.artifact_store import Artifact, ArtifactStore
@@ -55,6 +55,7 @@ class Content:
     digest: str
     format: str = "hscr"
     pictures: dict[str, Any] = field(default_factory=dict)
+    repeats: dict[str, Any] = field(default_factory=dict)  # contradictions and duplicates by line (hscr/repeats.py)
     given: Path | None = None  # the file of preference records that a preference set brings along
 
 
@@ -141,9 +142,11 @@ def delete(session: Session, dataset_id: str, actor: str) -> None:
 
 
 def _imported(content: Content, report: dict[str, Any]) -> Content:
-    """An imported data set as our own reading found it, with the rows that the import left out."""
+    """An imported data set as our own reading found it, with the rows that the import left out and the lines that it read."""
     rows = [{**row, "reason": row["reason"][:300]} for row in report["rejected"]] + content.rejected
-    return replace(content, rejected=rows, format=report["source"]["format"])
+    groups = ([e["records"] for e in report[kind]] for kind in ("contradictions", "duplicates"))
+    repeats = summary(*([[{"file": p["file"], "line": p["line"]} for p in places] for places in g] for g in groups))
+    return replace(content, rejected=rows, repeats=repeats, format=report["source"]["format"])
 
 
 def _read(source: Path, rows_max: int, key: bytes, given_decoders: Decoders | None) -> Content:
@@ -162,15 +165,16 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int, key: bytes) -> C
         raise Problem(
             "invalid_archive", "Put one records.jsonl (or one other .jsonl file) at the top of the archive."
         ) from None
-    records, rejected = read_records(path)
+    numbered, rejected = numbered_records(path)
+    records = [record for _, record in numbered]
     if len(records) + len(rejected) > rows_max:
         raise Problem("invalid_archive", f"The data set has more than {rows_max} rows.")
     images: dict[str, str] = {}
     told_of: dict[str, Cleaned] = {}
     bad: dict[tuple[str, View], str] = {}
     good: set[tuple[str, View]] = set()
-    kept: list[VQARecord] = []
-    for line, record in zip(_lines_of(path, {r.line for r in rejected}), records, strict=True):
+    kept: list[tuple[int, VQARecord]] = []
+    for line, record in numbered:
         for image, view in record.shown:
             if (image, view) not in good and (image, view) not in bad:
                 try:
@@ -189,7 +193,7 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int, key: bytes) -> C
         if reason is not None:
             rejected.append(RejectedRow(line, f"image: {reason}"))
         else:
-            kept.append(record)
+            kept.append((line, record))
     rejected.sort(key=lambda row: row.line)
     if not kept:
         raise Problem(
@@ -197,14 +201,25 @@ def _read_with(decoders: Decoders, source: Path, rows_max: int, key: bytes) -> C
             "Every row was rejected; `rejected` says why.",
             rejected=[asdict(row) for row in rejected[:20]],
         )
-    used = {image for record in kept for image in record.images}  # a good image beside a bad one has no record left
+    lines, good_records = [line for line, _ in kept], [record for _, record in kept]
+    used = {
+        image for record in good_records for image in record.images
+    }  # a good image beside a bad one has no record left
     images = {image: digest for image, digest in images.items() if image in used}
     told = [asdict(row) for row in rejected]
-    digest, given = json_digest([[to_json(r) for r in kept], sorted(images.items())]), given_preferences(path)
+    digest, given = json_digest([[to_json(r) for r in good_records], sorted(images.items())]), given_preferences(path)
     if given is not None:
         told += _odd_preferences(given, records, set() if given != path else {row.line for row in rejected})
         digest = json_digest([digest, file_digest(given)])
-    return Content(kept, told, images, digest, given=given, pictures=_pictures([told_of[image] for image in images]))
+    return Content(
+        good_records,
+        told,
+        images,
+        digest,
+        given=given,
+        pictures=_pictures([told_of[image] for image in images]),
+        repeats=repeated(lines, good_records, images),
+    )
 
 
 def _clean(decoders: Decoders, path: Path, key: bytes, view: View) -> Cleaned:
@@ -236,14 +251,6 @@ def _odd_preferences(given: Path, records: list[VQARecord], told: set[int]) -> l
             "dataset_empty", f"No line of {given.name} fits a record; `rejected` says why.", rejected=odd[:20]
         )
     return [row for row in odd if row["line"] not in told]
-
-
-def _lines_of(path: Path, rejected: set[int]) -> Iterator[int]:
-    """The line numbers of the good rows, in the order in which read_records returned them."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip() and number not in rejected:
-                yield number
 
 
 def _assemble(source: Path, content: Content, whole: Path) -> Path:
@@ -281,6 +288,7 @@ def _register(session: Session, name: str, content: Content, files: str, n_bytes
         rejected=content.rejected[:REJECTED_KEPT],
         n_bytes=n_bytes,
         pictures=content.pictures,
+        repeats=content.repeats,
     )
     session.add(dataset)
     session.flush()

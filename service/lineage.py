@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select
+from sqlalchemy import literal, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from service import aliases
@@ -34,10 +34,11 @@ def origin(session: Session, version: AdapterVersion) -> Origin:
     return Origin(version, job, dataset, tested, parent(session, version), names)
 
 
-def versions_of_digest(session: Session, digest: str) -> list[AdapterVersion]:
-    """Equal weights have one digest, so that two jobs may lead to one."""
-    query = select(AdapterVersion).where(AdapterVersion.digest == digest)
-    return list(session.scalars(query.order_by(AdapterVersion.created_at)))
+def versions_of_digest(session: Session, digest: str, after: tuple[str, int], limit: int) -> list[AdapterVersion]:
+    """Equal weights have one digest, so that many jobs and uploads may lead to one; by name and version, from behind `after`."""
+    place = (AdapterVersion.adapter_name, AdapterVersion.version)
+    query = select(AdapterVersion).where(AdapterVersion.digest == digest, tuple_(*place) > tuple_(*map(literal, after)))
+    return list(session.scalars(query.order_by(*place).limit(limit)))
 
 
 def jobs_on(session: Session, dataset_id: str, after: str, limit: int) -> list[tuple[Job, AdapterVersion | None]]:

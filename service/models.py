@@ -66,6 +66,9 @@ class Dataset(Base):
     rejected: Mapped[list[Any]]  # [{"line": 3, "reason": "…"}], the first thousand
     n_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of its files; None: uploaded before that was noted
     pictures: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # their formats, flags, and how many were cleaned
+    repeats: Mapped[dict[str, Any] | None] = mapped_column(
+        JSON
+    )  # hscr/repeats.py; None: uploaded before that was noted
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 

@@ -16,6 +16,7 @@ from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
 from service.keys import Caller
+from service.routes.datasets import RepeatsView
 from service.routes.evaluate import Metadata, check_served
 from service.routes.jobs import JobView, job_view
 from service.state import Service, State, Who
@@ -111,6 +112,7 @@ class DryRun(BaseModel):
     dry_run: Literal[True] = True
     records: int
     evaluation_records: int
+    repeats: RepeatsView | None = Field(None, description="Of the data set, as its upload found them.")
     config: dict[str, Any]
     plan: PlanView
 
@@ -208,6 +210,7 @@ def _planned(state: State, request: AlignRequest) -> DryRun:
         values, _ = checked(session)
         data = datasets.get(session, request.dataset)
         other = None if evaluation_dataset is None else datasets.get(session, evaluation_dataset)
+        repeats = None if data.repeats is None else RepeatsView.model_validate(data.repeats)
         n, n_evaluated = data.n_records, other.n_records if other else 0
         stored = datasets.artifact(session, data.digest)
         tested = datasets.artifact(session, other.digest) if other else None
@@ -215,7 +218,8 @@ def _planned(state: State, request: AlignRequest) -> DryRun:
         folder = stack.enter_context(state.artifacts.lent(stored))
         second = stack.enter_context(state.artifacts.lent(tested)) if tested else None
         expected = plans.estimate(state.settings, folder, second, values)
-    return DryRun(records=n, evaluation_records=n_evaluated, config=values, plan=PlanView.model_validate(expected))
+    plan = PlanView.model_validate(expected)
+    return DryRun(records=n, evaluation_records=n_evaluated, repeats=repeats, config=values, plan=plan)
 
 
 def _configuration(request: AlignRequest) -> tuple[AlignConfig, str | None]:

@@ -54,9 +54,28 @@ class PicturesView(BaseModel):
     cleaned: int = Field(description="How many held more than a picture: who, when, where. They were stored without.")
 
 
+class PlaceView(BaseModel):
+    file: str | None = Field(None, description="Of a foreign layout: which file of labels.")
+    line: int
+
+
+class RepeatView(BaseModel):
+    questions: int
+    records: int
+    first: list[list[PlaceView]] = Field(description="Where the records of the first questions stand: 20 each at most.")
+
+
+class RepeatsView(BaseModel):
+    """Records that ask the same of the same pictures. They are kept, and learnt from: take out what is not meant."""
+
+    contradictions: RepeatView = Field(description="With different answers.")
+    duplicates: RepeatView = Field(description="With the same answer.")
+
+
 class DatasetDetail(DatasetView):
     rejected: list[RejectedView]
     pictures: PicturesView | None = None
+    repeats: RepeatsView | None = Field(None, description="Absent: uploaded before this was noted.")
 
 
 class RecordView(BaseModel):
@@ -86,7 +105,10 @@ def upload(
     ] = None,
     languages: Annotated[str, Form(pattern=r"^[A-Za-z-]{1,20}(,[A-Za-z-]{1,20}){0,20}$")] = "en",
 ) -> DatasetDetail:
-    """201 with counts and the rejected rows. The same content under the same name is the same version: 200 with what is there."""
+    """201 with counts, the rejected rows and the repeated ones.
+
+    The same content under the same name is the same version: 200 with what is there.
+    """
     reading = Reading(format, split, tuple(languages.split(",")))
     dataset, new = take(state, who, file, name, reading)
     response.status_code = 201 if new else 200

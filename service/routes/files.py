@@ -22,7 +22,7 @@ from service.bundle import blocks, zipped
 from service.errors import Problem
 from service.models import Dataset, Job
 from service.pages import After
-from service.routes.datasets import RejectedView, take
+from service.routes.datasets import RejectedView, RepeatsView, take
 from service.routes.jobs import report
 from service.state import Service, State, Who
 
@@ -47,6 +47,7 @@ class FileObject(BaseModel):
     expires_at: int | None = None
     n_records: int | None = None
     rejected: list[RejectedView] = []
+    repeats: RepeatsView | None = None
 
 
 class FileList(BaseModel):
@@ -73,7 +74,10 @@ def create(
     purpose: Annotated[str, Form(max_length=40)],
     expires: Annotated[str | None, Form(alias="expires_after[anchor]", max_length=40)] = None,
 ) -> FileObject:
-    """Rows that cannot be used are listed in `rejected` and left out. The same content under the same name is the same file."""
+    """Rows that cannot be used are listed in `rejected` and left out; rows that repeat each other are told in `repeats`.
+
+    The same content under the same name is the same file.
+    """
     if purpose != PURPOSE:
         raise Problem("invalid_purpose", f"Only files of purpose {PURPOSE} are kept here.", param="purpose")
     if expires is not None:
@@ -168,6 +172,7 @@ def _file(row: Dataset, *, listed: bool = False) -> FileObject:
         status_details=f"{row.n_rejected} rows were left out{first}" if row.n_rejected else None,
         n_records=row.n_records,
         rejected=[RejectedView(**r) for r in row.rejected] if listed else [],
+        repeats=RepeatsView.model_validate(row.repeats) if listed and row.repeats else None,
     )
 
 

@@ -19,6 +19,10 @@ from service.state import Service
 
 router = APIRouter(tags=["lineage"])
 Use = Literal["alignment", "evaluation"]
+AfterVersion = Annotated[
+    str | None,
+    Query(pattern=r"^[a-z0-9][a-z0-9._\-]{0,63}:[0-9]{1,9}$", description="The `next` of the page before."),
+]
 
 
 class DataView(BaseModel):
@@ -81,14 +85,19 @@ def of_version(state: Service, name: Name, version: Number) -> OriginView:
 
 @router.get("/lineage", summary="From an answer's adapter digest back to its rows")
 def of_digest(
-    state: Service, digest: Annotated[str, Query(pattern=r"^sha256:[0-9a-f]{64}$", description="`adapter.digest`.")]
-) -> list[OriginView]:
-    """One entry a version with these very weights; usually one."""
+    state: Service,
+    digest: Annotated[str, Query(pattern=r"^sha256:[0-9a-f]{64}$", description="`adapter.digest`.")],
+    limit: Limit = 50,
+    after: AfterVersion = None,
+) -> Page[OriginView]:
+    """One entry a version with these very weights, by name and version; usually one."""
+    name, _, number = (after or ":0").rpartition(":")
     with state.database.read() as session:
-        found = [_origin(lineage.origin(session, v)) for v in lineage.versions_of_digest(session, digest)]
-    if not found:
+        rows = lineage.versions_of_digest(session, digest, (name, int(number)), limit + 1)
+        views = [_origin(lineage.origin(session, v)) for v in rows]
+    if not views and after is None:
         raise Problem("version_not_found", "No version has this digest; answers name theirs in `adapter.digest`.")
-    return found
+    return Page(**page(views, limit, lambda view: view, lambda view: f"{view.version.name}:{view.version.version}"))
 
 
 @router.get("/datasets/{dataset_id}/lineage", summary="What came of a data set")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,36 @@ def told_nothing(answer: Any, settings: Settings) -> None:
         assert word not in answer.text.replace(answer.headers["x-request-id"], ""), answer.text
 
 
+NO_TEXT = ("NUL", "half a surrogate")
 IN_DATABASES = ("NUL", "no UTF-8", "half a surrogate", "right to left", "10,000 characters", "SQL")
 
 
 def test_no_route_takes_such_a_name(client: TestClient, settings: Settings) -> None:
-    """Every place of a name in every route meets four of the kinds, every kind a quarter of the places."""
+    """Every place of a name in every route meets what no database stores, and four of the kinds."""
     kinds = list(NAMES) if settings.database.startswith("sqlite") else list(IN_DATABASES)
     routes = [r for r in every_route(client.app.routes) if r[0] != "HEAD" and "/docs" not in r[1]]  # type: ignore[attr-defined]
     parts = ("name", "alias", "dataset_id", "job_id", "key_id", "delivery_id", "1")
     places = [(m, path, f"/{part}") for m, path in sorted(set(routes)) for part in parts if f"/{part}" in f"{path}/"]
     for n, (method, path, place) in enumerate(places):
-        for kind in [kinds[(n + 4 * k) % len(kinds)] for k in range(4)]:
+        for kind in {*(kinds[(n + 4 * k) % len(kinds)] for k in range(4)), *NO_TEXT}:
             sent: dict[str, Any] = {"json": {}} if method in ("POST", "PUT", "PATCH") else {}
             told_nothing(client.request(method, path.replace(place, f"/{NAMES[kind]}", 1), **sent), settings)
     assert len(places) > 40
+
+
+def test_no_query_of_any_route_takes_what_no_database_stores(client: TestClient) -> None:
+    """Every query parameter that the document names, one at a time, behind a place that is no name and one that is a plain one."""
+    asked = 0
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for method, operation in operations.items():
+            names = [p["name"] for p in operation.get("parameters", ()) if p["in"] == "query"]
+            plain = re.sub(r"\{(number|version|n)\}", "1", path).replace("{", "").replace("}", "")
+            sent: dict[str, Any] = {"json": {}} if method in ("post", "put", "patch") else {}
+            for name, kind in ((n, k) for n in names for k in NO_TEXT):
+                answer = client.request(method, f"{plain}?{name}={NAMES[kind]}", **sent)
+                assert answer.status_code in (200, 400, 404, 409, 415, 422), (method, path, name, kind, answer.text)
+                asked += 1
+    assert asked > 60
 
 
 QUERIES = {

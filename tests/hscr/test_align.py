@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,10 @@ from hscr.answer import Answerer, AnswerRequest
 from hscr.artifacts import verify_manifest
 from hscr.config import AlignConfig
 from hscr.data_set import DataSet
-from hscr.events import Checkpoint, Event, Metrics, Progress, Result, Stage, Stopped, to_line
+from hscr.events import Checkpoint, Event, Metrics, Progress, Result, Stage, Stopped, Warning_, to_line
 from hscr.model import VLM, load_model
 from hscr.predictions import read_predictions
+from hscr.records import read_preferences
 from hscr.run_dir import RunDir
 from hscr.scoring import _caption_libraries
 from hscr.tables import summarize
@@ -500,3 +502,29 @@ def test_a_run_dies_with_the_parent_that_started_it(finished: Finished, tmp_path
             except ValueError:
                 assert time.monotonic() < deadline, f"process {pid} outlived its parent and holds the run directory"
                 time.sleep(0.05)
+
+
+def test_what_the_data_say_twice_is_learnt_from_with_a_warning_and_a_line_in_the_report(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Of nine records the ninth asks what the first does, with another answer; finished's eight say nothing twice."""
+    data = Path(shutil.copytree(finished.data, tmp_path / "data"))
+    lines = (data / "records.jsonl").read_text().splitlines()
+    again = {**json.loads(lines[0]), "id": "r8", "answer": "Nowhere.", "grounded": []}
+    (data / "records.jsonl").write_text("\n".join([*lines, json.dumps(again)]))
+    config = dataclasses.replace(CONFIG, optimization=dataclasses.replace(CONFIG.optimization, epochs=1))
+    events = run(finished.model, data, tmp_path / "out", config, evaluate=False)
+    (warned,) = (e for e in events if isinstance(e, Warning_) and e.code in ("contradictions", "duplicates"))
+    assert warned.code == "contradictions"
+    assert warned.message == (
+        "2 records answer 1 of the questions in different ways, on the same pictures; all are kept, the first are on lines 1, 9"
+    )
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["data"]["repeats"]
+    assert told["contradictions"] == {"questions": 1, "records": 2, "first": [[{"line": 1}, {"line": 9}]]}
+    assert len(list(read_preferences(tmp_path / "out" / "preferences.jsonl"))) == 9
+    assert re.search(
+        r"different answers</td><td class=\"n\">1</td><td class=\"n\">2</td><td>1, 9<",
+        (tmp_path / "out" / "report.html").read_text(),
+    )
+    assert "different answers" not in (finished.out / "report.html").read_text()
+    assert not [e for e in finished.events if isinstance(e, Warning_) and e.code in ("contradictions", "duplicates")]

@@ -20,8 +20,9 @@ from hscr.model import VLM, decode_text, encode_answer, encode_prompts, load_mod
 from hscr.preferences import generate
 from hscr.records import PreferenceRecord, VQARecord, read_records
 from hscr.replacement import same_word
-from hscr.similarity import normalized, token_f1
+from hscr.similarity import token_f1
 from hscr.visual_tokens import derived_seed
+from hscr.words import normalized
 
 # Everything kept, so that the raw candidates can be looked at.
 OPEN = PreferenceConfig(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from hscr.data_set import DataSet
 from hscr.model import add_lora, load_model
 from hscr.plan import Plan, estimate, skeleton
 from hscr.probe import Probe
+from hscr.records import to_json
 from tests.hscr.tiny_families import NAMES, save_tiny
 
 CPU = torch.device("cpu")
@@ -149,9 +152,13 @@ def test_plan_command_and_the_report_beside_what_happened(
     asked = run.invoke(app, ["plan", str(data.folder), "-m", str(model), "--json"])
     assert asked.exit_code == 0, asked.output
     assert json.loads(asked.stdout.splitlines()[-1])["fits"]
-    shown = run.invoke(app, ["plan", str(data.folder), "-m", str(model), "--memory", "0.001"])
+    twice = shutil.copytree(data.folder, tmp_path / "twice")
+    with (twice / "records.jsonl").open("a") as file:
+        file.write(json.dumps(to_json(replace(data.records[0], id="again"))) + "\n")
+    shown = run.invoke(app, ["plan", str(twice), "-m", str(model), "--memory", "0.001"])
     assert "generating" in shown.stdout
     assert "larger device" in shown.stdout
+    assert "2 records answer 1 of the questions more than once in the same words" in shown.output
     out = tmp_path / "run"
     done = run.invoke(
         app, ["align", str(data.folder), "-m", str(model), "--out", str(out), "-s", "preference.similarity=token_f1"]

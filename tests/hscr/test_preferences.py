@@ -24,7 +24,8 @@ from hscr.preferences import generate, shard_bounds
 from hscr.records import PreferenceRecord, VQARecord, read_records
 from hscr.replacement import hallucinated_token, same_word
 from hscr.reward import Branches, words_of
-from hscr.similarity import normalized, rerank, token_f1
+from hscr.similarity import rerank, token_f1
+from hscr.words import normalized
 
 # Everything kept, so that the raw candidates can be looked at.
 OPEN = PreferenceConfig(n_levels=20, similarity_gap=0.0, max_similarity=1.0, similarity="token_f1", closed="replace")

@@ -102,6 +102,28 @@ def test_a_wrong_field_is_named(change: dict[str, Any], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "options", "taken"),
+    [
+        ("Left.", ["left", "right"], True),
+        ("T2-weighted", ["T1 weighted", "t2 weighted"], True),
+        ("+", ["+", "-"], True),
+        ("-", ["+", "±"], False),
+        ("both", ["left", "right"], False),
+        ("left side", ["left", "right"], False),
+        ("maybe", [], True),
+    ],
+)
+def test_a_closed_answer_is_one_of_its_options(answer: str, options: list[str], taken: bool) -> None:
+    row = {**GOOD, "answer": answer, "options": options, "answer_type": "Closed"}
+    if taken:
+        assert vqa_record(row).answer == answer
+    else:
+        with pytest.raises(ValueError, match=r"^answer: is none of the options of this closed question$"):
+            vqa_record(row)
+    assert vqa_record({**row, "answer_type": "open"}).answer == answer
+
+
+@pytest.mark.parametrize(
     ("images", "reason"),
     [
         ([], "images: must be a list of 1 to 16 paths"),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hscr.similarity import Similarity, load_similarity, normalized, rerank, token_f1
+from hscr.similarity import Similarity, load_similarity, rerank, token_f1
+from hscr.words import normalized
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,49 @@ def test_no_usable_record_is_refused_with_reasons(client: TestClient, settings: 
     assert leftovers(settings) == []
 
 
+def test_contradictions_duplicates_and_closed_answers_outside_their_options_are_told_with_their_lines(
+    client: TestClient, settings: Settings
+) -> None:
+    """Pictures 0 and 2 have the same bytes; line 5 is no record."""
+    closed = {"answer_type": "closed", "options": ["left", "right"]}
+    rows = lines(
+        record(0, answer="Left."),
+        record(1),
+        record(2, answer="right"),
+        record(3, image="images/0.png", answer="left"),
+        record(4, image="images/1.png", answer="both", **closed),
+        record(5, image="images/1.png", question="Which?", answer="RIGHT", **closed),
+    )
+    files = {"records.jsonl": rows, "images/0.png": png(), "images/1.png": png(9), "images/2.png": png()}
+    answer = send(client, zip_of(files), format="hscr")
+    assert answer.status_code == 201
+    body = answer.json()
+    assert body["rejected"] == [{"line": 5, "reason": "answer: is none of the options of this closed question"}]
+    assert body["repeats"] == {
+        "contradictions": {"questions": 1, "records": 3, "first": [[{"line": 1}, {"line": 3}, {"line": 4}]]},
+        "duplicates": {"questions": 1, "records": 2, "first": [[{"line": 1}, {"line": 4}]]},
+    }
+    assert body["n_records"] == 5, "repeats are kept"
+    assert client.get(answer.headers["location"]).json() == body
+    assert send(client, zip_of(files), format="hscr").json() == body
+    assert "left" not in json.dumps(body["repeats"]).lower()
+    file = client.post("/v1/files", files={"file": ("again.zip", zip_of(files))}, data={"purpose": "fine-tune"}).json()
+    assert file["repeats"]["contradictions"]["questions"] == 1
+    assert [[p["line"] for p in places] for places in file["repeats"]["duplicates"]["first"]] == [[1, 4]]
+    assert client.get(f"/v1/files/{file['id']}").json() == file
+
+
+def test_a_preference_for_an_answer_over_itself_is_a_rejected_row(client: TestClient) -> None:
+    same = graded(1).replace(b'"right"', b'"the lesion is in the left frontal lobe"')
+    files = {"preferences.jsonl": graded(0) + same, **{f"images/{i}.png": png(i) for i in (0, 1)}}
+    body = send(client, zip_of(files)).json()
+    odd = {"file": "preferences.jsonl", "line": 2, "reason": "levels: level 1 is the right answer"}
+    assert body["rejected"] == [odd]
+    answer = send(client, zip_of({**files, "preferences.jsonl": same}))
+    assert (answer.status_code, answer.json()["code"]) == (422, "dataset_empty")
+    assert answer.json()["rejected"] == [{**odd, "line": 1}]
+
+
 def graded(*numbers: int, **change: Any) -> bytes:
     """Lines of preference records."""
     level = {"text": "right", "similarity": 0.5, "source": "sampled"}

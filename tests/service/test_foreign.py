@@ -205,3 +205,16 @@ def test_no_usable_row_is_refused_with_reasons(client: TestClient, settings: Set
     assert (answer.status_code, answer.json()["code"]) == (422, "dataset_empty")
     assert answer.json()["rejected"] == [{"file": "t.csv", "line": 2, "reason": "image: the image file is missing"}]
     assert leftovers(settings) == []
+
+
+def test_contradictions_and_duplicates_of_a_foreign_layout_are_told_by_file_and_line(client: TestClient) -> None:
+    """Rows of two files on one picture; a closed answer outside the options that its own row gives is left out."""
+    first = b"image,question,answer,answer_type,options\na.png,Where?,left,,\na.png,Which?,both,closed,left|right\n"
+    second = b"image,question,answer\na.png,where,Right\na.png,Where?,left.\n"
+    body = send(client, zip_of({"train.csv": first, "test.csv": second, "a.png": png()})).json()
+    reason = "answer: is none of the options of this closed question"
+    assert body["rejected"] == [{"file": "train.csv", "line": 3, "reason": reason}]
+    at = {(f, n): {"file": f"{f}.csv", "line": n} for f, n in (("train", 2), ("test", 2), ("test", 3))}
+    (all_three,), (same,) = (body["repeats"][kind]["first"] for kind in ("contradictions", "duplicates"))
+    assert sorted(all_three, key=str) == sorted(at.values(), key=str)
+    assert sorted(same, key=str) == sorted((at["train", 2], at["test", 3]), key=str)

@@ -40,7 +40,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "datasets": [
         {"id": "ds_1", "name": "n", "version": 1, "format": "hscr", "digest": "sha256:d", "files_digest": "sha256:f",
          "n_records": 1, "n_images": 1, "n_rejected": 1, "rejected": [{"line": 2}], "created_at": AT,
-         "n_bytes": 2**40, "pictures": {"cleaned": 1}},
+         "n_bytes": 2**40, "pictures": {"cleaned": 1}, "repeats": {"duplicates": {"questions": 1}}},
     ],
     "dataset_records": [{"dataset_id": "ds_1", "number": 1, "record_id": "r", "record": {"q": "ü"}}],
     "jobs": [

@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from service import adapters
 from service.db import Database
 from service.errors import Problem
 from service.settings import Settings
+from tests.service.serving import put_version
 from worker.supervise import run_job
 
 
@@ -193,11 +195,37 @@ def test_tags_and_notes_are_all_that_changes_of_a_version(client: TestClient, pu
     assert told == [["notes", "tags"], ["tags"], ["notes"]], "what changed nothing is not noted"
 
 
+def test_versions_of_one_digest_come_in_pages(client: TestClient, settings: Settings, tmp_path: Path) -> None:
+    """Equal weights under four names, one of them twice; names sort as the database sorts them."""
+    folder = tmp_path / "same"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    database = client.app.state.hscr.database  # type: ignore[attr-defined]
+    wanted = [("a", 1), ("a.b", 1), ("a.b", 2), ("a_b", 1), ("ab", 1)]
+    digests = {
+        put_version(database, settings.data_dir, folder, name, n, "m") for name, n in reversed(wanted[:2] + wanted[3:])
+    }
+    digests.add(put_version(database, settings.data_dir, folder, "a.b", 2, "m"))
+    (digest,) = digests
+    seen: list[tuple[str, int]] = []
+    after: dict[str, str] = {}
+    for more in (True, True, False):
+        page = client.get("/lineage", params={"digest": digest, "limit": 2, **after}).json()
+        seen += [(v["version"]["name"], v["version"]["version"]) for v in page["data"]]
+        assert page["has_more"] is more
+        after = {"after": page["next"]}
+    assert sorted(seen) == wanted
+    assert page["next"] is None
+    assert client.get("/lineage", params={"digest": digest, "after": "ab:1"}).json()["data"] == []
+    for odd in ("ab", "ab:", "ab:x", "ab:1111111111", "../x:1", "a%00:1"):
+        assert client.get(f"/lineage?digest={digest}&after={odd}").status_code == 422
+
+
 def test_lineage_leads_both_ways(client: TestClient, dataset: Any, publish: Callable[..., str]) -> None:
     first, second = publish(5, evaluation_dataset_id=dataset.id), publish(6, adapter_name="chest")
     client.put("/adapters/chest/aliases/champion", json={"version": 1})
     digest = client.get("/adapters/brain/versions/1").json()["digest"]
-    (origin,) = client.get("/lineage", params={"digest": digest}).json()
+    (origin,) = client.get("/lineage", params={"digest": digest}).json()["data"]
     assert origin == client.get("/adapters/brain/versions/1/lineage").json()
     assert (origin["version"]["name"], origin["job"]["id"], origin["aliases"]) == ("brain", first, [])
     assert origin["dataset"]["digest"] == origin["evaluation_dataset"]["digest"] == dataset.digest
