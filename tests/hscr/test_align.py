@@ -431,6 +431,7 @@ def follow(child: subprocess.Popen[str], stage: str, done: int = 1) -> list[dict
     raise AssertionError(f"{stage} never came: {events[-3:]} {child.stderr.read()[-2000:]}")
 
 
+@pytest.mark.thorough
 def test_killed_with_sigkill_in_every_stage_a_run_ends_with_the_same_adapter(
     finished: Finished, tmp_path: Path
 ) -> None:

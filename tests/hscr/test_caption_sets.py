@@ -109,6 +109,7 @@ def test_every_table_of_an_evaluation_has_the_sets_bleu() -> None:
         figures={"scores": [], "coverage": []},
         examples=[],
         answers=[],
+        data={},
     )
     assert page.count(METRIC) == 3  # a tile, a row of the scores, a row of the reliance
 

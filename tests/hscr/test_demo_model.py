@@ -162,6 +162,7 @@ def test_prompt_ids_are_what_the_processor_makes(processor) -> None:
     assert answer_ids(processor.tokenizer, "small")[-1] == processor.tokenizer.eos_token_id
 
 
+@pytest.mark.thorough
 def test_rebuild_makes_a_whole_folder_twice_alike(tmp_path: Path) -> None:
     """The recipe in miniature: it proves the command, not the model."""
     recipe = Recipe(pool=60, tower_steps=2, decoder_steps=2, habit_steps=2, measured={"valid": 8, "test": 8})

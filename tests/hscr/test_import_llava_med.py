@@ -617,6 +617,7 @@ print(json.dumps({"peak": (kib("VmHWM") - start) * 1024, "largest": max(sizes), 
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux's /proc tells the peak")
 def test_memory_is_one_shard_and_one_tensor(checkpoint: Path, tmp_path: Path) -> None:
     """190 MB of weights in two shards, written in shards of 40 MB: resident memory, mapped pages of the source included, grows by less than

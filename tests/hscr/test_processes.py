@@ -58,6 +58,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_two_processes_make_the_adapter_of_one_and_a_stopped_run_goes_on(place: Path) -> None:
     """Nine records in batches of 4, 4 and 1: in an epoch's last step the second process has no record."""
     made = CliRunner().invoke(app, command(place, "one", 1)[3:])

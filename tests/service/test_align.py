@@ -50,6 +50,7 @@ def test_preset_is_the_ground_and_given_values_lie_on_it(client: TestClient, dat
     assert paper == json.loads(json.dumps(preset("paper").to_dict())) | {"seed": 7}
 
 
+@pytest.mark.either_database
 @pytest.mark.parametrize(
     ("change", "status", "code"),
     [
@@ -266,6 +267,7 @@ def test_quiet_stream_says_that_it_is_alive(
     assert text_.rstrip().rpartition("data: ")[2].startswith('{"seq": 2')
 
 
+@pytest.mark.either_database
 def test_dry_run_gives_the_real_plan_and_stores_nothing(client: TestClient, database: Database, dataset: Any) -> None:
     body = {"dataset": dataset.id, "adapter": "brain", "evaluation": {"dataset": dataset.id, "allow_leak": True}}
     answer = client.post("/align?dry_run=true", json=body, headers={"Idempotency-Key": "dry"})

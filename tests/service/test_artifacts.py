@@ -356,7 +356,7 @@ def test_answers_of_cached_adapters_go_on_while_the_store_is_away(
             begin = time.monotonic()
             for _ in range(10):
                 assert client.post("/vqa", json=body(adapter="brain:2")).status_code == 503
-            assert time.monotonic() - begin < 2, "refused at once for a while, not each after its own time-out"
+            assert time.monotonic() - begin < 5, "refused at once for a while, not each after its own time-out"
     finally:
         server.stop()
 

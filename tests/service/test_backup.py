@@ -29,6 +29,8 @@ from tests.service.test_registry import publish
 from tests.service.test_reviews import waiting
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 __all__ = ["publish", "waiting"]  # fixtures
 
 

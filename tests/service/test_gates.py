@@ -17,6 +17,8 @@ from tests.service.test_evaluations import unseen
 from tests.service.test_registry import publish
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 __all__ = ["publish", "unseen"]  # fixtures
 PATH = "/adapters/brain/aliases/champion"
 

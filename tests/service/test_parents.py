@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from fastapi.testclient import TestClient
 
 from service import adapters, datasets
@@ -13,6 +14,8 @@ from service.settings import Settings
 from tests.service.test_evaluations import unseen
 from tests.service.test_registry import publish
 from worker.supervise import run_job
+
+pytestmark = pytest.mark.either_database
 
 __all__ = ["publish", "unseen"]  # fixtures
 

@@ -28,6 +28,7 @@ def zipped(folder: Path) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.thorough
 def test_align_through_the_service_and_ask_base_and_adapter(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     model, data = save_tiny_llava(tmp_path / "tiny"), save_records(tmp_path / "records")

@@ -20,6 +20,8 @@ from service.settings import Settings
 from tests.service.serving import put_version
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 
 @pytest.fixture
 def publish(

@@ -22,6 +22,8 @@ from tests.service.test_job_requests import put_into
 from tests.service.test_preferences import preference, save
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 
 @pytest.fixture
 def waiting(database: Database, new_job: Callable[..., str], settings: Settings) -> str:

@@ -23,6 +23,8 @@ from tests.conftest import png, wait_for
 from tests.hscr.medical import dicom, nifti
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 
 class Echo(LocalEngine):
     """Answers with what it was asked; holds while the gate is shut."""

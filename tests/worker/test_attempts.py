@@ -328,6 +328,8 @@ import sys
 from service.db import Database
 from service.settings import Settings
 from worker.supervise import run_job
+
+pytestmark = pytest.mark.either_database
 s = Settings.model_validate_json(sys.argv[1])
 run_job(Database(s.database), s, sys.argv[2], lambda: False)
 """

@@ -24,6 +24,8 @@ from service.settings import Settings
 from tests.conftest import STAND_IN, alive, wait_for
 from worker import sweep
 
+pytestmark = pytest.mark.either_database
+
 ROOT = Path(__file__).parents[2]
 WORKER = [sys.executable, "-m", "celery", "-A", "worker.tasks", "worker", "--loglevel=INFO", "--concurrency=1"]
 WORKER += ["--without-gossip", "--without-mingle", "--without-heartbeat"]

@@ -33,6 +33,8 @@ from tests.conftest import wait_for
 from worker.supervise import run_job
 from worker.webhooks import deliver_due
 
+pytestmark = pytest.mark.either_database
+
 NewJob = Callable[..., str]
 SECRET, OLD = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
 
