@@ -333,6 +333,13 @@ def test_wrong_credentials_are_a_store_that_is_away(
     assert "canary" not in caplog.text + refused.text + repr(settings)
 
 
+def refusal_s(client: TestClient) -> float:
+    """How long one refusal takes."""
+    begin = time.monotonic()
+    assert client.post("/vqa", json=body(adapter="brain:2")).status_code == 503
+    return time.monotonic() - begin
+
+
 def test_answers_of_cached_adapters_go_on_while_the_store_is_away(
     settings: Settings, database: Database, tmp_path: Path, stand_in: Callable[..., None]
 ) -> None:
@@ -353,10 +360,8 @@ def test_answers_of_cached_adapters_go_on_while_the_store_is_away(
             refused = client.post("/vqa", json=body(adapter="brain:2"))
             assert (refused.status_code, refused.json()["code"]) == (503, "artifacts_unavailable")
             assert refused.headers["retry-after"] == "30"
-            begin = time.monotonic()
-            for _ in range(10):
-                assert client.post("/vqa", json=body(adapter="brain:2")).status_code == 503
-            assert time.monotonic() - begin < 5, "refused at once for a while, not each after its own time-out"
+            took = [refusal_s(client) for _ in range(10)]
+            assert sorted(took)[5] < 0.2, "refused at once for a while, not each after its own time-out"
     finally:
         server.stop()
 
