@@ -20,6 +20,8 @@ from service.settings import Settings
 from tests.conftest import alive, wait_for
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 Tell = Callable[..., None]
 NewJob = Callable[..., str]
 
@@ -329,7 +331,6 @@ from service.db import Database
 from service.settings import Settings
 from worker.supervise import run_job
 
-pytestmark = pytest.mark.either_database
 s = Settings.model_validate_json(sys.argv[1])
 run_job(Database(s.database), s, sys.argv[2], lambda: False)
 """
