@@ -47,8 +47,18 @@ def _cycle() -> Any:
 class Panel:
     """One small plot: `with Panel(title) as axes: …`; afterwards `svg` holds it."""
 
-    def __init__(self, title: str, xlabel: str = "", ylabel: str = "", width: float = 3.5, height: float = 2.5) -> None:
+    def __init__(
+        self,
+        title: str,
+        xlabel: str = "",
+        ylabel: str = "",
+        width: float = 3.5,
+        height: float = 2.5,
+        left: float = 0.6,
+    ) -> None:
+        """Sizes in inches; `left` is the room for the labels beside the vertical axis."""
         self.title, self.xlabel, self.ylabel, self.size = title, xlabel, ylabel, (width, height)
+        self.margins = left, 0.14, 0.42 if xlabel else 0.26, 0.28
         self.svg = ""
 
     def __enter__(self) -> Any:
@@ -57,8 +67,11 @@ class Panel:
 
         self._context = rc_context(_style())
         self._context.__enter__()
-        self._figure = Figure(figsize=self.size, layout="constrained")
+        self._figure = Figure(figsize=self.size)
         axes = self._figure.add_subplot()
+        (width, height), (left, right, bottom, top) = self.size, self.margins
+        # Fixed: panels side by side line up, and a layout that measures every label takes half as long again as all the rest.
+        self._figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
         axes.set_title(self.title, loc="left")
         axes.set_xlabel(self.xlabel)
         axes.set_ylabel(self.ylabel)

@@ -168,13 +168,15 @@ def figures(summary: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _forest(title: str, rows: list[dict[str, Any]], metric: str) -> str:
-    panel = Panel(title, "points over the base", width=4.6, height=0.7 + 0.24 * len(rows))
+    names = [row["arm"] for row in reversed(rows)]
+    left = 0.15 + 0.065 * max(map(len, names))
+    panel = Panel(title, "points over the base", width=left + 3, height=0.7 + 0.24 * len(rows), left=left)
     with panel as axes:
         for y, row in enumerate(reversed(rows)):
             span = row["gain"][metric]
             axes.plot([100 * span["low"], 100 * span["high"]], [y, y], color="C0", linewidth=1.2)
             axes.plot(100 * span["mean"], y, "o", color="C0", markersize=4)
-        axes.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)])
+        axes.set_yticks(range(len(rows)), names)
         axes.axvline(0, color="#8a94a0", linewidth=0.8)
     return panel.svg
 

@@ -17,6 +17,8 @@ from service.settings import Settings
 from tests.conftest import dataset_zip, record, zip_of
 from tests.service.test_edge import every_route
 
+pytestmark = pytest.mark.either_database
+
 NAMES = {
     "parent": "../../etc/passwd",
     "parent encoded": "%2e%2e%2f%2e%2e%2fetc%2fpasswd",

@@ -30,7 +30,7 @@ from tests.conftest import STAND_IN, dataset_zip, wait_for
 from tests.service.test_vqa import Echo
 from worker.supervise import run_job
 
-EXAMPLES = 6  # an operation and mode; a longer look: raise it
+EXAMPLES = 4  # an operation and mode; a longer look: raise it
 KEY = "a-long-random-key"
 # Refusals that say "not now" or "not here", by codes of service/errors.py; everything else from 500 on is a fault.
 ALLOWED_5XX = {code for code, (status, _) in TABLE.items() if status == 503}

@@ -39,7 +39,7 @@ from tests.small_disk import small_disk
 from tests.worker.test_celery import ROOT
 
 STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "10"))
-ROUND = 8 if STEPS < 100 else 20
+ROUND = 5 if STEPS < 100 else 20
 # One job in so many is a real run: over a hundred in the long form.
 REAL_EVERY = 12 if STEPS < 100 else max(2, min(8, STEPS // 110))
 STILL_S = 60  # peace is broken where for so long nothing moves

@@ -32,7 +32,7 @@ STAGES = ("generating", "optimizing", "evaluating")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build(tmp_path_factory.mktemp("demo"), 0, None, {"align": 96, "valid": 48})
+    return build(tmp_path_factory.mktemp("demo"), 0, None, {"align": 32, "valid": 12})
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ def test_a_job_whose_worker_dies_in_every_stage_succeeds_once(
     assert [e["data"].get("status") for e in events if e["type"] == "status"].count("succeeded") == 1
     assert client.get("/adapters/e2e").json()["last_version"] == 1
     steps = [e["data"]["step"] for e in events if e["type"] == "metrics" and e["data"]["stage"] == "optimizing"]
-    assert max(steps) == 36
-    assert len(steps) < 2 * 36, "the second attempt went on from a checkpoint instead of starting over"
+    assert max(steps) == 12
+    assert len(steps) < 2 * 12, "the second attempt went on from a checkpoint instead of starting over"
 
 
 def test_the_resumed_adapter_is_the_uninterrupted_one(

@@ -193,10 +193,10 @@ def test_a_second_call_skips_everything_and_gives_the_same_result(finished: Fini
 @pytest.mark.parametrize(
     ("change", "redone"),
     [
-        ({"evaluation": {"n_bootstrap": 101}}, ["evaluating", "reporting"]),
+        pytest.param({"evaluation": {"n_bootstrap": 101}}, ["evaluating", "reporting"], marks=pytest.mark.thorough),
         ({"optimization": {"gamma": 0.2}}, ["optimizing", "evaluating", "reporting"]),
-        ({"preference": {"beta": 0.1, "n_levels": 1}}, STAGES),
-        ({"seed": 6}, STAGES),
+        pytest.param({"preference": {"beta": 0.1, "n_levels": 1}}, STAGES, marks=pytest.mark.thorough),
+        pytest.param({"seed": 6}, STAGES, marks=pytest.mark.thorough),
     ],
 )
 def test_a_changed_configuration_redoes_only_what_it_must(
@@ -210,6 +210,7 @@ def test_a_changed_configuration_redoes_only_what_it_must(
         assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.thorough
 def test_a_changed_image_redoes_what_depends_on_it(finished: Finished, tmp_path: Path) -> None:
     out, data = finished.copy(tmp_path / "out"), tmp_path / "data"
     shutil.copytree(finished.data, data)
@@ -274,6 +275,7 @@ def test_stock_peft_and_transformers_give_the_answerers_tokens(finished: Finishe
     assert differs
 
 
+@pytest.mark.thorough
 def test_stopping_at_every_look_ends_with_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
     """should_stop() says yes once, at the 1st, 4th, 7th … look: the run is stopped in every stage and goes on."""
     out, vlm, stopped = tmp_path / "out", load_model(finished.model, device="cpu"), []
@@ -299,6 +301,7 @@ def test_stopping_at_every_look_ends_with_the_same_bytes(finished: Finished, tmp
     ]
 
 
+@pytest.mark.thorough
 def test_a_stopped_generation_goes_on_with_the_whole_data_set_in_sight(finished: Finished, tmp_path: Path) -> None:
     """Random words come from all answers, those of records made before the stop among them. One record is worded like no other."""
     data = save_records(tmp_path / "data")
@@ -480,6 +483,7 @@ def test_sigterm_ends_with_75_after_a_checkpoint_and_the_run_goes_on(finished: F
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == finished.weights
 
 
+@pytest.mark.thorough
 def test_a_run_dies_with_the_parent_that_started_it(finished: Finished, tmp_path: Path) -> None:
     """A supervisor that is killed -9 leaves no writer behind: the run ends and its lock is free."""
     out = finished.copy(tmp_path / "out")

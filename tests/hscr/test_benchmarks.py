@@ -72,6 +72,7 @@ def test_what_is_served_is_what_generate_says(folder: Path) -> None:
     assert len({tuple(a.token_ids) for a in ours}) > 4
 
 
+@pytest.mark.thorough
 def test_mixed_adapters_say_the_same_in_one_forward(folder: Path) -> None:
     rows = bench_serving.mixed(folder, folder / "model", 1)  # asserts it
     assert [row["way"] for row in rows] == ["one forward", "one a distinct adapter", "all on the base"]

@@ -46,7 +46,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build(tmp_path_factory.mktemp("demo"), seed=0, sizes={"test": 80, "valid": 300})
+    return build(tmp_path_factory.mktemp("demo"), seed=0, sizes={"test": 48, "valid": 300})
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def test_learning_rate_by_hand() -> None:
     assert [lr_factor(s, 4, "cosine", 1.0) for s in range(1, 5)] == [0.25, 0.5, 0.75, 1.0]
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop_at", [1, 4, *(pytest.param(n, marks=pytest.mark.thorough) for n in (2, 3, 5))])
 def test_a_run_stopped_at_any_step_ends_with_the_same_weights(trainer: Trainer, tmp_path: Path, stop_at: int) -> None:
     """Six steps; bit for bit, also where the resumed run evicts, recomputes and batches images otherwise."""
     whole = trainer.run(tmp_path / "whole")
@@ -186,7 +186,13 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(trainer: Trainer, tmp_pat
     assert same(trainer.weights(), expected)
 
 
-@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "optimizer.safetensors",
+        *(pytest.param(f, marks=pytest.mark.thorough) for f in ("adapter.safetensors", "state.json", "SHA256SUMS")),
+    ],
+)
 def test_a_damaged_checkpoint_is_not_used(trainer: Trainer, tmp_path: Path, file: str) -> None:
     trainer.run(tmp_path / "whole")
     expected = trainer.weights()

@@ -75,6 +75,7 @@ def test_stock_peft_loads_it_on_the_plain_base(child: tuple[Path, list[Any]], ti
     assert PeftModel.from_pretrained(base, child[0] / "out" / "adapter").peft_config["default"].r == 2
 
 
+@pytest.mark.thorough
 def test_stopped_run_goes_on_to_the_uninterrupted_runs_weights(
     child: tuple[Path, list[Any]], parent: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_stopped_run_goes_on_to_the_uninterrupted_runs_weights(
     assert file_digest(names[0]) == file_digest(names[1])
 
 
+@pytest.mark.thorough
 def test_other_parent_begins_anew(
     child: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path, parent: Path
 ) -> None:

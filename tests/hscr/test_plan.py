@@ -119,6 +119,7 @@ def test_more_epochs_and_conditions_take_longer(model: Path, data: DataSet) -> N
     assert planned(model, data).stages[2].seconds > 1.5 * planned(model, data, blank).stages[2].seconds
 
 
+@pytest.mark.thorough
 def test_too_small_a_device_gets_settings_that_fit_it(model: Path, data: DataSet) -> None:
     whole = planned(model, data)
     assert whole.fits

@@ -87,6 +87,7 @@ def until_a_checkpoint(run: subprocess.Popen[str]) -> None:
     assert any('"checkpoint"' in line for line in run.stdout)
 
 
+@pytest.mark.thorough
 def test_no_follower_is_left_where_the_first_is_killed(place: Path) -> None:
     with started(place, "killed", epochs=500) as run:
         until_a_checkpoint(run)

@@ -62,6 +62,7 @@ def test_the_page_holds_every_part_and_fetches_nothing(tmp_path: Path) -> None:
         assert fetch not in page, fetch
 
 
+@pytest.mark.thorough
 def test_the_size_is_bounded_by_no_property_of_the_run(tmp_path: Path) -> None:
     """Texts of 17,500 characters, pictures of 900 × 900 noise, 3,000 steps."""
     page = made(tmp_path / "run", [preference(i, LONG) for i in range(40)], [0.1 + 0.0001 * i for i in range(3000)])

@@ -169,6 +169,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
 def test_a_killed_reproduction_leaves_no_pool_at_work(tmp_path):
     """The pool is in the middle of a cell: without a thread that follows the parent it would finish it, and those that wait."""
     script = tmp_path / "pool.py"

@@ -19,6 +19,8 @@ from service.db import Database
 from service.models import IdempotencyKey, Job, Outbox
 from service.routes import jobs as job_routes
 
+pytestmark = pytest.mark.either_database
+
 NewJob = Callable[..., str]
 
 

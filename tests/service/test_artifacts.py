@@ -240,6 +240,7 @@ store.put(artifact_store.adapter(sys.argv[2]), source)
 """
 
 
+@pytest.mark.thorough
 def test_upload_that_is_killed_leaves_nothing_that_counts_and_is_collected(
     settings: Settings, s3: S3, database: Database, tmp_path: Path
 ) -> None:
@@ -274,6 +275,7 @@ def test_upload_that_is_killed_leaves_nothing_that_counts_and_is_collected(
     assert verify_manifest(open_store(settings).fetch(artifact)) == digest
 
 
+@pytest.mark.thorough
 def test_job_waits_for_a_store_that_is_away_then_fails_and_goes_on_later(
     settings: Settings,
     database: Database,

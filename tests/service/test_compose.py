@@ -60,6 +60,7 @@ def test_dockerfile_copies_what_the_commands_need() -> None:
     assert re.search(r"^USER hscr$", text, re.M)
 
 
+@pytest.mark.thorough
 def test_its_commands_run(services: dict[str, Any], postgres: Any, valkey: str, tmp_path: Path) -> None:
     """migrate, api, worker, sweep with the file's commands and environment, on real servers; then SIGTERM ends each with 0."""
     port = _free_port()

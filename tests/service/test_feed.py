@@ -13,6 +13,8 @@ from service.db import Database
 from service.events import MetricsEvent
 from service.feed import Feed
 
+pytestmark = pytest.mark.either_database
+
 NewJob = Callable[..., str]
 FOLLOWERS = 20
 

@@ -41,6 +41,7 @@ def test_api_without_an_engine_serves_without_torch(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.thorough
 def test_api_before_another_server_answers_without_torch(tmp_path: Path) -> None:
     """A question with grounding goes all the way, in a process of its own."""
     code = (

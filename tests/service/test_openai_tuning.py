@@ -22,6 +22,8 @@ from tests.conftest import dataset_zip, png, record
 from tests.service.serving import served
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 BOTH = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
 
 

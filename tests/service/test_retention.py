@@ -20,6 +20,8 @@ from service.models import AdapterVersion, IdempotencyKey, Job, JobEvent
 from service.settings import Settings
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 Tell = Callable[..., None]
 NewJob = Callable[..., str]
 

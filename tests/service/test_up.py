@@ -108,6 +108,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
         running.http.close()
 
 
+@pytest.mark.thorough
 def test_main_job_over_http_and_an_orderly_end(service: Service) -> None:
     job_id = service.align()
     seen = []
@@ -138,6 +139,7 @@ def test_main_job_over_http_and_an_orderly_end(service: Service) -> None:
     assert "ready: http://127.0.0.1" in service.out.read_text()
 
 
+@pytest.mark.thorough
 def test_children_that_are_killed_come_back_and_the_job_succeeds(service: Service) -> None:
     service.told.write_text(json.dumps({"steps": 150}))
     job_id = service.align()

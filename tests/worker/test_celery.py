@@ -110,7 +110,9 @@ def supervisor_of(run: int) -> int:
     return psutil.Process(run).ppid()
 
 
-@pytest.mark.parametrize("stage", ["generating", "optimizing", "reporting"])
+@pytest.mark.parametrize(
+    "stage", ["optimizing", *(pytest.param(s, marks=pytest.mark.thorough) for s in ("generating", "reporting"))]
+)
 def test_job_succeeds_once_though_run_supervisor_and_worker_are_killed(
     database: Database, processes: Processes, new_job: NewJob, stand_in: Tell, gate: Path, stage: str
 ) -> None:
@@ -288,6 +290,7 @@ def test_queued_job_past_its_deadline_is_failed_by_the_sweep(database: Database,
     assert (job.status, job.error_code) == ("failed", "deadline")
 
 
+@pytest.mark.thorough
 def test_sweep_says_whether_it_is_alive(settings: Settings, processes: Processes) -> None:
     command = [sys.executable, "-m", "worker.sweep", "--healthy"]
     assert subprocess.run(command, cwd=ROOT, env=processes.environment, check=False).returncode == 1

@@ -24,6 +24,8 @@ from tests.worker.test_attempts import assert_whole, events_of, job_of, never, v
 from worker import sweep
 from worker.supervise import run_job
 
+pytestmark = pytest.mark.either_database
+
 Tell = Callable[..., None]
 NewJob = Callable[..., str]
 
