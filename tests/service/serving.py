@@ -26,7 +26,7 @@ def served(app: Any, sock: socket.socket | None = None) -> Iterator[str]:
     thread = threading.Thread(target=server.run, args=([own],), daemon=True)
     thread.start()
     try:
-        wait_for(lambda: server.started, 20, "the server starts")
+        wait_for(lambda: server.started, what="the server starts")
         yield f"http://127.0.0.1:{own.getsockname()[1]}"
     finally:
         server.should_exit = True

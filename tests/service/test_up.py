@@ -143,7 +143,7 @@ def test_main_job_over_http_and_an_orderly_end(service: Service) -> None:
 def test_children_that_are_killed_come_back_and_the_job_succeeds(service: Service) -> None:
     service.told.write_text(json.dumps({"steps": 150}))
     job_id = service.align()
-    wait_for(lambda: service.http.get(f"/jobs/{job_id}").json()["stage"] == "optimizing", 20)
+    wait_for(lambda: service.http.get(f"/jobs/{job_id}").json()["stage"] == "optimizing")
     for child in service.children().values():
         for process in [child, *child.children(recursive=True)]:
             process.kill()
@@ -155,7 +155,7 @@ def test_children_that_are_killed_come_back_and_the_job_succeeds(service: Servic
 def test_nothing_outlives_a_killed_up(service: Service) -> None:
     service.told.write_text(json.dumps({"steps": 100_000, "ignore_term": True}))
     job_id = service.align()
-    wait_for(lambda: service.http.get(f"/jobs/{job_id}").json()["stage"] == "optimizing", 20)
+    wait_for(lambda: service.http.get(f"/jobs/{job_id}").json()["stage"] == "optimizing")
     family = service.family()
     assert len(family) >= 6
     service.process.kill()

@@ -93,7 +93,7 @@ def status(database: Database, job_id: str) -> str:
 
 
 def assert_succeeded_once(database: Database, job_id: str) -> Job:
-    wait_for(lambda: status(database, job_id) == "succeeded", 20, "the job succeeds")
+    wait_for(lambda: status(database, job_id) == "succeeded", what="the job succeeds")
     with database.read() as session:
         assert session.scalar(select(func.count()).where(AdapterVersion.job_id == job_id)) == 1
         rows = jobs.events_after(session, job_id, 0, 10_000)
@@ -103,7 +103,7 @@ def assert_succeeded_once(database: Database, job_id: str) -> Job:
 
 def run_holds(gate: Path) -> int:
     here = gate.with_suffix(".here")
-    return int(wait_for(lambda: here.is_file() and here.read_text(), 15, "the run holds"))
+    return int(wait_for(lambda: here.is_file() and here.read_text(), what="the run holds"))
 
 
 def supervisor_of(run: int) -> int:
@@ -151,7 +151,7 @@ def test_worker_told_to_stop_hands_its_job_back_at_once(
         with database.read() as session:
             return (jobs.get(session, job_id).progress or {}).get("stage") == "optimizing"
 
-    wait_for(working, 20, "the run optimises")
+    wait_for(working, what="the run optimises")
     worker.terminate()
     assert worker.wait(10) == 0
     assert status(database, job_id) == "queued"
@@ -295,7 +295,7 @@ def test_sweep_says_whether_it_is_alive(settings: Settings, processes: Processes
     command = [sys.executable, "-m", "worker.sweep", "--healthy"]
     assert subprocess.run(command, cwd=ROOT, env=processes.environment, check=False).returncode == 1
     process = processes.sweep()
-    wait_for(lambda: sweep.heartbeat_file(settings).is_file(), 10)
+    wait_for(lambda: sweep.heartbeat_file(settings).is_file())
     assert subprocess.run(command, cwd=ROOT, env=processes.environment, check=False).returncode == 0
     process.terminate()
     assert process.wait(5) == 0

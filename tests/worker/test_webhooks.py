@@ -384,7 +384,7 @@ def test_sweep_process_delivers(
     process = subprocess.Popen([sys.executable, "-m", "worker.sweep"], cwd=Path(__file__).parents[2])
     try:
         end(database, new_job(webhook=receiver.address))
-        wait_for(lambda: receiver.got, 15, "the sweep sends it")
+        wait_for(lambda: receiver.got, what="the sweep sends it")
         wait_for(lambda: log_of(database).status == "delivered", 5)
         process.terminate()
         assert process.wait(10) == 0
