@@ -255,7 +255,8 @@ def database_address(folder: Path, postgres: bool) -> Iterator[str]:
     try:
         yield server.get_uri()
     finally:
-        psutil.Process(server.get_pid()).send_signal(signal.SIGQUIT)  # at once; KILL would leave its shared memory behind
+        # At once; KILL would leave its shared memory behind.
+        psutil.Process(server.get_pid()).send_signal(signal.SIGQUIT)
 
 
 def main() -> None:
