@@ -9,8 +9,10 @@ import asyncio
 import base64
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,6 +93,14 @@ class Service:
             times = process.cpu_times()
             total += times.user + times.system
         return total
+
+    def upload(self, name: str, folder: Path) -> str:
+        """Register a PEFT folder as an adapter: what a question calls it."""
+        with tempfile.TemporaryDirectory() as scratch:
+            packed = Path(shutil.make_archive(f"{scratch}/{name}", "zip", folder)).read_bytes()
+        address = f"{self.address}/adapters/{name}/versions"
+        answer = httpx.post(address, files={"file": ("adapter.zip", packed)}, timeout=300).raise_for_status()
+        return f"{name}:{answer.json()['version']}"
 
     def closed(self, bodies: Sequence[dict[str, Any]], clients: int) -> Load:
         """So many clients, each asking the next question when its last is answered."""

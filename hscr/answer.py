@@ -29,6 +29,9 @@ from hscr.visual_tokens import Prompt, dropped
 __all__ = ["Answer", "AnswerRequest", "Answerer", "Delta", "OnDelta", "TokenGrounding", "TokenLogprob"]
 
 
+HELD_STEPS = 3
+
+
 class Answerer:
     """A loaded model that answers; adapters share its base weights and its image features. Not thread-safe: one thread owns it.
 
@@ -69,15 +72,14 @@ class Answerer:
     ) -> list[tuple[float, list[TokenGrounding]]]:
         """Score and per-token values of answers whose log-probabilities with the image are known: one pass with tokens dropped."""
         cut = [dropped(p, self.dropout_ratio, p.image, 0) for p in prompts]
+        tails, longest = [ids[:-1] for ids in answers], max(map(len, answers))
         with self._base():
-            rows = begin(self.vlm, self.lora, self.prefixes, cut, [ids[:-1] for ids in answers], adapters, salts)
-            longest = max(map(len, answers))
-            with self.lora.rows(adapters):
-                logits = rows.logits(longest)
+            begun = begin(self.vlm, self.lora, self.prefixes, cut, tails, adapters, salts, longest)
+        logits = {i: own for part in begun for i, own in zip(part.numbers, part.logits, strict=True)}
         out = []
-        for ids, seen, own in zip(answers, logprobs, logits, strict=True):
+        for i, (ids, seen) in enumerate(zip(answers, logprobs, strict=True)):
             with_image = torch.tensor(seen)
-            without = token_logprobs(own[longest - len(ids) :], ids).cpu()
+            without = token_logprobs(logits[i][-len(ids) :], ids).cpu()
             rewards = with_image - without
             _, words = words_of(self.vlm, ids)
             content = {t for w in words for t in w.tokens}
@@ -102,6 +104,7 @@ class AnswerBatch:
         self._running = Running(answerer.vlm, answerer.lora, answerer.prefixes)
         self._asked: dict[Row, tuple[AnswerRequest, OnDelta | None]] = {}
         self._ended: list[Row] = []
+        self._held = 0  # steps that ended rows have waited for each other
 
     def __len__(self) -> int:
         return len(self._asked)
@@ -138,12 +141,24 @@ class AnswerBatch:
                 with self.answerer._base():
                     self._ended += self._running.step()
                 self._tell(running)
-            ended, self._ended = self._ended, []
-            return self._finished([row for row in ended if row in self._asked])
+            return self._finished(self._due())
         except Exception:
-            self._asked, self._ended = {}, []
+            self._asked, self._ended, self._held = {}, [], 0
             self._running.clear()
             raise
+
+    def _due(self) -> list[Row]:
+        """The rows that ended, to be finished now; those to be grounded wait for each other as newcomers do, a few steps at most.
+
+        All that run stand still while answers are grounded, and several cost little more than one.
+        """
+        ended = [row for row in self._ended if row in self._asked]
+        held = [row for row in ended if row.scored]
+        if 4 * len(held) >= len(self._running.rows) or self._held == HELD_STEPS:
+            held = []
+        self._held = self._held + 1 if held else 0
+        self._ended = held
+        return [row for row in ended if row not in held]
 
     def lost(self) -> list[Row]:
         """Answers that a failed `join` has broken off; they are under way no more."""

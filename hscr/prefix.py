@@ -255,6 +255,12 @@ class Rows:
         self.mask = torch.cat([self.mask, torch.ones_like(column)], dim=1)
         self.new = 1
 
+    def beginning(self, row: int, n: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the keys and values [heads, n, d], by layer, of a row's first n tokens, which are computed."""
+        at = slice(self.first[row], self.first[row] + n)
+        layers: list[Any] = self.cache.layers
+        return [(layer.keys[row, :, at].clone(), layer.values[row, :, at].clone()) for layer in layers]
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; a row may be taken several times."""
         if list(rows) == list(range(len(self.ids))):

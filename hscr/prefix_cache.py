@@ -8,9 +8,9 @@ image only, and every image of the prompt is in.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +64,15 @@ def prefix_key(prompt: Prompt, length: int, adapter: str | None, salt: str) -> s
     return bytes_digest(b"".join(bytes_digest(part).encode() for part in parts))
 
 
+@dataclass
+class Begun:
+    """Rows that went through one forward pass: their numbers among those asked for, and logits [n, last, V] of what follows their last columns."""
+
+    numbers: list[int]
+    rows: Rows
+    logits: Tensor
+
+
 def begin(
     vlm: VLM,
     lora: LoraRows,
@@ -72,35 +81,37 @@ def begin(
     tails: Sequence[Sequence[int]],
     adapters: Sequence[str | None],
     salts: Sequence[str],
-) -> Rows:
-    """Rows [prompt | tail], their prefixes taken from the cache or computed for it; the rest is the rows' next forward pass.
+    last: int = 1,
+) -> list[Begun]:
+    """Compute rows [prompt | tail] in at most two forward passes: whole where the prefix is not known, and kept; the others from behind it.
 
-    Without a cache, or where the model's own cannot hold rows of any length (a stock sliding window), the whole prompt is.
+    Rows of one prefix that nobody knows yet: the first is computed whole, the others go on from it. Without a cache, or where the model's own
+    cannot hold rows of any length (a stock sliding window), all are computed whole.
     """
     lengths = [prefix_length(p) for p in prompts]
-    if cache is None or not all(lengths) or not joinable(empty_cache(vlm)):
-        return Rows(vlm, prompts, tails)
-    keys = [prefix_key(*row) for row in zip(prompts, lengths, adapters, salts, strict=True)]
-    held = {key: found for key in dict.fromkeys(keys) if (found := cache.get(key)) is not None}
-    missing = [keys.index(key) for key in dict.fromkeys(keys) if key not in held]
-    if missing:
-        heads = [_head(prompts[i], lengths[i]) for i in missing]
-        rows = Rows(vlm, heads, [()] * len(heads))
-        with lora.rows([adapters[i] for i in missing]):
-            rows.logits()
-        layers: list[Any] = rows.cache.layers
-        for at, i in enumerate(missing):
-            n = lengths[i]
-            made = [(layer.keys[at, :, -n:].clone(), layer.values[at, :, -n:].clone()) for layer in layers]
-            held[keys[i]] = made
-            cache.put(keys[i], made)
-    return Rows.after(vlm, prompts, [held[key] for key in keys], tails)
+    if cache is None or not joinable(empty_cache(vlm)):
+        lengths = [0] * len(prompts)
+    keys = [prefix_key(p, n, a, s) if n else None for p, n, a, s in zip(prompts, lengths, adapters, salts, strict=True)]
+    held = {key: cache.get(key) for key in dict.fromkeys(keys) if cache is not None and key is not None}
+    made_by = {key: keys.index(key) for key, found in held.items() if found is None}
+    whole = [i for i, key in enumerate(keys) if key is None or made_by.get(key) == i]
+    behind = [i for i in range(len(prompts)) if i not in whole]
 
+    def computed(numbers: list[int], rows: Rows) -> Begun:
+        with lora.rows([adapters[i] for i in numbers]):
+            return Begun(numbers, rows, rows.logits(last))
 
-def _head(prompt: Prompt, length: int) -> Prompt:
-    return dataclasses.replace(
-        prompt, input_ids=prompt.input_ids[:length], position_ids=prompt.position_ids[..., :length]
-    )
+    begun = []
+    if whole:
+        begun.append(computed(whole, Rows(vlm, [prompts[i] for i in whole], [tails[i] for i in whole])))
+        for at, i in enumerate(whole):
+            if cache is not None and (key := keys[i]) is not None:
+                held[key] = made = begun[0].rows.beginning(at, lengths[i])
+                cache.put(key, made)
+    if behind:
+        known: list[Any] = [held[keys[i]] for i in behind]  # type: ignore[index]
+        begun.append(computed(behind, Rows.after(vlm, [prompts[i] for i in behind], known, [tails[i] for i in behind])))
+    return begun
 
 
 def _n_bytes(layers: Layers) -> int:

@@ -58,36 +58,38 @@ class Running:
 
         Raises ValueError where others run and the model's cache takes no newcomers.
         """
-        adapters = [row.adapter for row in rows]
-        batch = begin(
+        if self._batch is not None and not self._batch.can_join:
+            raise ValueError("nothing can join what runs: the model's cache forgets what lies before its window")
+        begun = begin(
             self.vlm,
             self.lora,
             self.cache,
             [row.prompt for row in rows],
             [()] * len(rows),
-            adapters,
+            [row.adapter for row in rows],
             [row.salt for row in rows],
         )
-        if self._batch is not None and not batch.can_join:
-            raise ValueError("nothing can join what runs: the model's cache forgets what lies before its window")
-        with self.lora.rows(adapters):
-            logits = batch.logits()[:, -1]
-        ended = self._say(rows, logits, batch)
-        staying = [row for row in rows if row not in ended]
-        if len(ended) == len(rows):
-            return ended
-        if ended:
-            staying = [rows[i] for i in batch.leave([i for i, row in enumerate(rows) if row in ended])]
-        try:
-            if self._batch is None:
-                self._batch = batch
-            else:
-                self._batch.join(batch)
+        said = [[rows[i] for i in part.numbers] for part in begun]
+        ended = [self._say(own, part.logits[:, -1], part.rows) for own, part in zip(said, begun, strict=True)]
+        try:  # nothing joins before all have spoken
+            for part, own, over in zip(begun, said, ended, strict=True):
+                self._take(part.rows, own, over)
         except Exception:
             self.clear()  # some layers may have the newcomers already
             raise
-        self.rows += staying
-        return ended
+        return [row for over in ended for row in over]
+
+    def _take(self, batch: Rows, rows: list[Row], ended: Sequence[Row]) -> None:
+        """Let the rows of a batch run with the others, but those that ended."""
+        if len(ended) == len(rows):
+            return
+        if ended:
+            rows = [rows[i] for i in batch.leave([i for i, row in enumerate(rows) if row in ended])]
+        if self._batch is None:
+            self._batch = batch
+        else:
+            self._batch.join(batch)
+        self.rows += rows
 
     @torch.no_grad()
     def step(self) -> list[Row]:

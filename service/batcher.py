@@ -22,6 +22,7 @@ from hscr.answers import Answer, Delta, OnDelta
 log = logging.getLogger("hscr.batcher")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+HELD_STEPS = 3
 
 
 class Full(Exception):
@@ -208,6 +209,7 @@ class Batcher(Generic[Item, Result]):
         self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._item_s = 0.5  # a running mean of the time an item takes, for Retry-After
         self._marked = 0.0  # when the last item ended, or work began
+        self._held = 0  # steps that newcomers have waited for more of them
         self._closing = threading.Event()
         self.ready = threading.Event()
         self.failure: Exception | None = None
@@ -290,23 +292,45 @@ class Batcher(Generic[Item, Result]):
         self.ready.set()
 
     def _admitted(self) -> list[Entry[Item, Result]]:
-        """Those in front of the queue that fit beside what runs. Waits only where nothing runs."""
-        if self._running and not self._engine.joins:
-            return []
+        """Those in front of the queue that begin now. Waits only where nothing runs."""
+        if self._running:
+            return self._newcomers() if self._engine.joins else []
         new: list[Entry[Item, Result]] = []
-        until = time.monotonic() + (0.0 if self._running else 0.2)
+        until = time.monotonic() + 0.2
         with self._came:
             while True:
-                while self._waiting and (self._waiting[0].gone or self._fits([*self._running, *new], self._waiting[0])):
-                    entry = self._waiting.popleft()
-                    if not entry.gone:
-                        if not new and not self._running:
-                            until = time.monotonic() + self.window_s
-                        new.append(entry)
+                taken = self._taken(beside=new)
+                if taken and not new:
+                    # Where questions may join, those that come a moment later do; the first need not wait for them.
+                    until = time.monotonic() + (0.0 if self._engine.joins else self.window_s)
+                new += taken
                 left = until - time.monotonic()
                 if self._waiting or left <= 0 or (self._closing.is_set() and not new):
                     return new
                 self._came.wait(left)
+
+    def _newcomers(self) -> list[Entry[Item, Result]]:
+        """Those that join what runs now: as many as a quarter of it, or all that came within a few steps.
+
+        All that run stand still while newcomers' prompts are computed, and several prompts cost little more than one.
+        """
+        with self._came:
+            new = self._taken(beside=self._running)
+            if 4 * len(new) < len(self._running) and self._held < HELD_STEPS:
+                self._waiting.extendleft(reversed(new))
+                self._held += bool(new)
+                return []
+        self._held = 0
+        return new
+
+    def _taken(self, beside: Sequence[Entry[Item, Result]]) -> list[Entry[Item, Result]]:
+        """Take from the front of the queue what fits beside others."""
+        new: list[Entry[Item, Result]] = []
+        while self._waiting and (self._waiting[0].gone or self._fits([*beside, *new], self._waiting[0])):
+            entry = self._waiting.popleft()
+            if not entry.gone:
+                new.append(entry)
+        return new
 
     def _fits(self, beside: Sequence[Entry[Item, Result]], entry: Entry[Item, Result]) -> bool:
         if not beside:

@@ -23,6 +23,9 @@ from service.settings import Settings
 log = logging.getLogger("hscr.http")
 _UPLOADS = ("/datasets", "/v1/files")
 _ADAPTER_UPLOAD = re.compile(r"^/adapters/[^/]+/versions/?$")
+CROWDED = "crowded"  # in the state of requests on connections beyond the limit (service/timely.py)
+_PROBES = ("/healthz", "/readyz", "/metrics")  # whoever watches the service must see it when it is crowded
+_LATER = {"Retry-After": "5", "Connection": "close"}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # a label: callers may send any word
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._\-]{1,64}$")
 
@@ -69,6 +72,10 @@ class Edge:
 
     async def _served(self, scope: Scope, receive: Receive, guard: _Guard) -> None:
         """The application's response, or the refusal of a body, or of what it raised a problem without its text."""
+        if CROWDED in scope["state"] and scope["path"] not in _PROBES:
+            problem = Problem("too_many_connections", "Ask again in a few seconds.", headers=_LATER)
+            await answer(problem, scope)(scope, receive, guard.send_through)
+            return
         try:
             guard.body.check_headers()
             await self.app(scope, guard.body.receive, guard.send)

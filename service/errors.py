@@ -72,6 +72,7 @@ TABLE: dict[str, tuple[int, str]] = {
     "adapter_not_loadable": (503, "The model server cannot load this adapter"),
     "engine_loading": (503, "The model is still loading"),
     "base_unknown": (503, "The base model cannot be looked at"),
+    "too_many_connections": (503, "Too many connections are open"),
     "overloaded": (503, "Too many questions are waiting"),
     "plan_unavailable": (503, "No estimate can be made now"),
     "decoders_busy": (503, "Too many images are being decoded"),

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hscr.data_url import is_data_url
 from hscr.readers import LAYOUTS
-from hscr.readers.rows import first_object, is_data_url, label_files
+from hscr.readers.rows import first_object, label_files
 from hscr.records import is_preference
 from service.errors import Problem
 from service.lifeline import PARENT_VARIABLE

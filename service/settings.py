@@ -137,6 +137,7 @@ class Settings(BaseSettings):
     body_max_s: float = Field(default=120.0, gt=0)  # a body that is no upload comes within this time
     body_pause_max_s: float = Field(default=30.0, gt=0)  # any body: without a byte
     head_max_s: float = Field(default=20.0, gt=0)  # a request's line and headers come within this time
+    connections_max: int | None = Field(default=512, ge=1)  # open at once; beyond it only probes are answered
     upload_max_bytes: int = 4 * 2**30
     upload_unpacked_max_bytes: int = 16 * 2**30
     adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked

@@ -1,7 +1,8 @@
-"""The HTTP/1.1 protocol of the API's server: uvicorn's on h11, with a limit of time for a request's line and headers.
+"""The HTTP/1.1 protocol of the API's server: uvicorn's on h11, with a limit of time for a request's line and headers, and of connections.
 
 h11, because it bounds their size: with uvicorn's other parser an endless header took all memory and, by its copying, minutes of the event
-loop (measured: 150 MB in 160 s), without any key. Neither gives up on a client that sends its headers a byte a minute.
+loop (measured: 150 MB in 160 s), without any key. Neither gives up on a client that sends its headers a byte a minute. uvicorn's own limit
+(limit_concurrency) refuses probes too, in words of its own, and takes connections that say nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from service.edge import CROWDED
 
-def timely(head_max_s: float) -> type[asyncio.Protocol]:
-    """The protocol class with this limit in seconds."""
+SPARE = 32  # connections beyond the limit on which probes are answered and others refused; further ones are closed unread
+
+
+def timely(head_max_s: float, connections_max: int | None = None) -> type[asyncio.Protocol]:
+    """The protocol class with these limits."""
 
     class Timely(H11Protocol):
         _late: asyncio.TimerHandle | None = None
@@ -22,6 +27,10 @@ def timely(head_max_s: float) -> type[asyncio.Protocol]:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._late = self.loop.call_later(head_max_s, self.transport.close)
+            if connections_max is not None and len(self.connections) > connections_max:
+                self.app_state = {**self.app_state, CROWDED: True}
+                if len(self.connections) > connections_max + SPARE:
+                    self.transport.close()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)

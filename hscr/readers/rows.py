@@ -6,7 +6,6 @@ or RejectedRow. Nothing here decodes an image or writes a file; hscr/importing.p
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hscr import record_fields
+from hscr.data_url import data_of
 from hscr.records import RejectedRow, VQARecord, parsed, vqa_record
 
 MAX_LABEL_BYTES = 512 * 2**20  # a file of labels is read whole; the largest public set has 120 MB
@@ -157,19 +157,12 @@ def find_image(root: Path, name: Any, folders: Sequence[str]) -> Path:
     return next((p for p in places if p.is_file()), places[0])
 
 
-def is_data_url(value: Any) -> bool:
-    return isinstance(value, str) and value[:5].lower() == "data:"
-
-
 def inline_image(url: str, name: str = "image") -> bytes:
-    """The bytes of a data URL in base64 (RFC 2397). Its media type is not believed. Raises ValueError."""
-    head, comma, content = url.partition(",")
-    if not is_data_url(url) or not comma or not head.lower().rstrip().endswith(";base64"):
-        raise ValueError(f"{name}: must be a data URL in base64; other addresses are not fetched")
+    """The bytes of a data URL (hscr/data_url.py). Raises ValueError naming the field."""
     try:
-        return base64.b64decode(content, validate=True)
-    except ValueError:
-        raise ValueError(f"{name}: its base64 is damaged") from None
+        return data_of(url)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def image_target(name: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hscr.data_url import is_data_url
 from hscr.readers.rows import (
     INLINE_ROW_BYTES,
     Found,
@@ -20,7 +21,6 @@ from hscr.readers.rows import (
     first_object,
     image_target,
     inline_image,
-    is_data_url,
     json_items,
     label_files,
     make,

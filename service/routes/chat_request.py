@@ -6,14 +6,13 @@ not ignored, but for values that ask for nothing.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from hscr.chat import Turn
+from hscr.data_url import data_of
 from hscr.image_view import View
 from hscr.record_fields import MAX_IMAGES
 from service.errors import Problem
@@ -201,15 +200,11 @@ def invalid(param: str | None, why: str) -> Problem:
 
 def _data(url: str, param: str) -> bytes:
     """The bytes of a data URL; no address is ever fetched."""
-    head, comma, data = url.partition(",")
-    if not head.lower().startswith("data:") or not comma:
-        raise invalid(param, "No address is fetched here; send the bytes as data:image/png;base64,…")
-    if not head.lower().endswith(";base64"):
-        raise invalid(param, "A data URL must be base64: data:image/png;base64,…")
     try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise invalid(param, "The data URL is not base64.") from None
+        return data_of(url)
+    except ValueError as error:
+        said = str(error)
+        raise invalid(param, said[0].upper() + said[1:] + ("" if said.endswith("…") else ".")) from None
 
 
 def _unsupported(name: str) -> str:

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = ["celery", "-q", "-A", "worker.tasks", "worker", "--loglevel=INFO", "--concurrency=1"]
 WORKER += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
 DECODER_MB = 600  # of addresses
+CONNECTIONS = 150  # open at once
 
 
 class Rig:
@@ -53,6 +54,7 @@ class Rig:
             "HSCR_BODY_PAUSE_MAX_S": "1",
             "HSCR_BODY_MAX_S": "15",
             "HSCR_HEAD_MAX_S": "1.5",
+            "HSCR_CONNECTIONS_MAX": str(CONNECTIONS),
             "HSCR_UPLOAD_MAX_BYTES": str(200 * 2**20),
             "HSCR_SWEEP_INTERVAL_S": "0.2",
             "HSCR_RING_AFTER_S": "0.5",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hscr.answer import Answerer, AnswerRequest
+from hscr.answer import HELD_STEPS, AnswerBatch, Answerer, AnswerRequest
 from hscr.config import OptimizationConfig
 from hscr.decode import decode
 from hscr.model import VLM, add_lora, encode_prompts, load_model
@@ -233,3 +233,33 @@ def test_models_of_other_weights_answer_otherwise(tmp_path: Path, answerer: Answ
     """So that equal answers elsewhere say something."""
     other = Answerer(load_model(save_tiny_llava(tmp_path / "m", seed=1), device="cpu"))
     assert other.answer(requests()) != answerer.answer(requests())
+
+
+def test_answers_that_end_soon_after_each_other_are_grounded_together(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    ground = answerer.ground
+
+    def noted(prompts: Any, *rest: Any) -> Any:
+        passes.append(len(prompts))
+        return ground(prompts, *rest)
+
+    monkeypatch.setattr(answerer, "ground", noted)
+    limits = [2, 3, 3, 4, *[20] * 8]
+    asked = [AnswerRequest(picture(i), QUESTIONS[0], max_tokens=n, grounding="summary") for i, n in enumerate(limits)]
+    plain = AnswerRequest(picture(12), QUESTIONS[0], max_tokens=2)
+    batch = AnswerBatch(answerer)
+    rows = batch.join([*asked, plain])
+    came: dict[int, int] = {}
+    step = 1
+    while len(batch):
+        step += 1
+        came |= {rows.index(row): step for row in batch.step()}
+    assert came[12] == 2  # who asks for no grounding waits for nobody
+    assert [came[i] for i in range(4)] == [3, 3, 3, 4 + HELD_STEPS]
+    assert [came[i] for i in range(4, 12)] == [20] * 8
+    assert passes == [3, 1, 8]
+    passes.clear()
+    (row,) = batch.join(asked[:1])
+    assert list(batch.step()) == [row]  # nothing else runs

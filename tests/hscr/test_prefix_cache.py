@@ -68,6 +68,35 @@ def test_the_next_question_on_an_image_begins_behind_it(
     assert answerer.prefixes.hits == (1 if grounding == "none" else 2)
 
 
+def test_a_new_image_takes_one_pass_and_one_more_to_be_grounded(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = columns(answerer, monkeypatch)
+    requests = [AnswerRequest(picture(i), QUESTIONS[i % 2], max_tokens=3, grounding="summary") for i in range(3)]
+    answerer.answer(requests)
+    assert len([n for n in seen if n > 1]) == 2
+    assert answerer.prefixes is not None
+    for layers in answerer.prefixes._items.values():  # what is kept holds nothing larger alive than is counted
+        assert all(t.untyped_storage().nbytes() == t.nbytes for pair in layers for t in pair)
+
+
+def test_known_and_new_images_and_twins_begin_in_two_passes(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Answerer(answerer.vlm)
+    plain.lora = answerer.lora
+    answerer.answer([AnswerRequest(picture(0), QUESTIONS[0], max_tokens=2)])
+    mix = [
+        AnswerRequest(picture(i), q, adapter, max_tokens=4)
+        for i, q, adapter in [(1, QUESTIONS[0], None), (0, QUESTIONS[1], None), (1, QUESTIONS[1], None), (0, "a", "one")]
+    ]
+    wanted = [plain.answer([r])[0].token_ids for r in mix]
+    seen = columns(answerer, monkeypatch)
+    assert [a.token_ids for a in answerer.answer(mix)] == wanted
+    whole, behind = (n for n in seen if n > 1)  # image 1 and the adapter's image 0; image 0 and image 1's other question
+    assert whole > 16 > behind
+
+
 def test_everything_a_prefix_depends_on_is_in_its_name(vlm: VLM) -> None:
     grey = Image.new("RGB", (28, 28), (7, 7, 7))
     images = [picture(0), picture(1), grey, Image.new("RGB", (14, 56), (7, 7, 7)), grey.convert("L").convert("RGB")]
@@ -143,9 +172,10 @@ def test_a_cache_that_forgets_before_its_window_gets_whole_prompts(
     monkeypatch.setattr(text, "sliding_window", 8, raising=False)
     monkeypatch.setattr(text, "layer_types", ["sliding_attention"] * text.num_hidden_layers, raising=False)
     prompts = encode_prompts(answerer.vlm, [picture(0)], QUESTIONS[:1])
-    rows = begin(answerer.vlm, answerer.lora, answerer.prefixes, prompts, [()], [None], [""])
-    assert rows.new == len(prompts[0].input_ids)
-    assert not rows.can_join
+    seen = columns(answerer, monkeypatch)
+    (part,) = begin(answerer.vlm, answerer.lora, answerer.prefixes, prompts, [()], [None], [""])
+    assert seen == [len(prompts[0].input_ids)]
+    assert not part.rows.can_join
     assert answerer.prefixes is not None
     assert answerer.prefixes.n_bytes == 0
     from hscr.running import Row

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hscr.answers import Delta
-from service.batcher import Batcher, Closed, Entry, Full, Whole
+from service.batcher import HELD_STEPS, Batcher, Closed, Entry, Full, Whole
 from tests.conftest import wait_for
 
 
@@ -215,6 +215,69 @@ def test_items_join_between_steps_and_leave_when_they_are_done(steps: Steps, ste
     assert [short in shared for shared in steps.shared].count(True) == 1
     assert [long in shared for shared in steps.shared] == [True] * 3
     assert len(firsts) == 2
+
+
+def eight_run(batcher: Batcher[Job, str], steps: Steps, first: int = 100) -> list[Job]:
+    """Eight jobs whose step is under way, the first of them for so many steps from it on."""
+    jobs = [Job(steps=1 + first), *(Job(steps=100) for _ in range(7))]
+    batcher.submit(jobs[0])
+    wait_for(lambda: steps.running, 5)
+    for job in jobs[1:]:
+        batcher.submit(job)
+    stepped(steps, 1)  # the first alone; then all others join
+    wait_for(lambda: len(steps.running) == 8, 5)
+    return jobs
+
+
+def stepped(steps: Steps, n: int) -> None:
+    for _ in range(n):
+        before = len(steps.shared)
+        steps.go.release()
+        wait_for(lambda before=before: len(steps.shared) > before, 5)
+
+
+def test_few_newcomers_wait_a_few_steps_for_more_where_many_run(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(batch_max=16, queue_max=16)
+    eight_run(batcher, steps)
+    late, begun = Job(), len(steps.shared)
+    future = batcher.submit(late)
+    stepped(steps, HELD_STEPS + 2)  # the one under way, those it waits, its own
+    assert future.result(5) == "done"
+    assert [late in shared for shared in steps.shared[begun:]] == [False] * (1 + HELD_STEPS) + [True]
+
+
+def test_newcomers_that_are_many_beside_what_runs_join_at_once(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(batch_max=16, queue_max=16)
+    eight_run(batcher, steps)
+    pair, begun = [Job(), Job()], len(steps.shared)
+    futures = [batcher.submit(job) for job in pair]
+    stepped(steps, 2)
+    assert [f.result(5) for f in futures] == ["done"] * 2
+    assert [pair[0] in shared for shared in steps.shared[begun:]] == [False, True]
+
+
+def test_places_that_become_free_are_filled_together(steps: Steps, stepping: Any) -> None:
+    """A full batch with a queue behind it: one that ends is not replaced at once, though many have waited for long."""
+    batcher = stepping(batch_max=8, queue_max=16)
+    jobs = eight_run(batcher, steps, first=2)
+    waiting = [Job(steps=100) for _ in range(4)]
+    for job in waiting:
+        batcher.submit(job)
+    wait_for(lambda: batcher.depth == 4, 5)
+    begun = len(steps.shared)
+    stepped(steps, 2 + HELD_STEPS + 1)
+    sizes = [len(shared) for shared in steps.shared[begun:]]
+    assert jobs[0].steps == 0
+    assert sizes[-1] == 8
+    assert sizes.count(7) == HELD_STEPS
+    assert waiting[0] in steps.running
+    assert waiting[1] not in steps.running
+
+
+def test_the_first_begins_at_once_where_others_may_join(steps: Steps, stepping: Any) -> None:
+    batcher = stepping(window_s=30)
+    steps.go.release()
+    assert batcher.submit(Job()).result(5) == "done"
 
 
 def test_tokens_bound_what_runs_and_the_order_is_kept(steps: Steps, stepping: Any) -> None:
