@@ -270,8 +270,8 @@ def test_places_that_become_free_are_filled_together(steps: Steps, stepping: Any
     assert jobs[0].steps == 0
     assert sizes[-1] == 8
     assert sizes.count(7) == HELD_STEPS
-    assert waiting[0] in steps.running
-    assert waiting[1] not in steps.running
+    assert waiting[0] in steps.shared[-1]
+    assert waiting[1] not in steps.shared[-1]
 
 
 def test_the_first_begins_at_once_where_others_may_join(steps: Steps, stepping: Any) -> None:
