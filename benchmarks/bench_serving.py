@@ -21,13 +21,12 @@ import torch
 from PIL import Image
 
 from benchmarks.llava import Shape, report, save_data, save_llava
+from benchmarks.served_demo import MODES, mixed_over_http, save_adapters, served_demo
 from benchmarks.serving_load import Load, Service, body, percentile
 from hscr.answer import Answerer, AnswerRequest
-from hscr.config import OptimizationConfig
-from hscr.model import add_lora, load_model
+from hscr.model import load_model
 
 QUESTIONS = [f"What does this picture show in the {where}?" for where in "left right middle top bottom corner".split()]
-MODES = ("static", "continuous")
 
 
 def lengths(n: int) -> list[int]:
@@ -165,20 +164,6 @@ def cpu(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def save_adapters(folder: Path, model: Path, n: int) -> list[Path]:
-    made = []
-    for seed in range(n):
-        vlm = load_model(model, device="cpu")
-        add_lora(vlm, OptimizationConfig(lora_rank=16), seed=seed)
-        with torch.no_grad():
-            for name, p in vlm.model.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(0, 0.02)
-        vlm.model.save_pretrained(str(folder / f"adapter-{seed}"), safe_serialization=True)
-        made.append(folder / f"adapter-{seed}")
-    return made
-
-
 def mixed(folder: Path, model: Path, repeats: int) -> list[dict[str, Any]]:
     """Eight questions, four adapters and the base: one forward for all rows, and one a distinct adapter."""
     answerer = Answerer(load_model(model, device="cpu"))
@@ -213,6 +198,12 @@ def mixed(folder: Path, model: Path, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+def mixed_http(folder: Path, model: Path, n: int, repeats: int) -> list[dict[str, Any]]:
+    images = pictures(folder, 8, 5001)
+    bodies = [body(images[i % 8], QUESTIONS[i % 6], t) for i, t in enumerate(lengths(2 * n))]
+    return mixed_over_http(model, folder, bodies, repeats)
+
+
 def grounding(folder: Path, model: Path, repeats: int) -> list[dict[str, Any]]:
     """The same question on an image with and without its summary, the image new and known."""
     vlm = load_model(model, device="cpu")
@@ -238,7 +229,9 @@ def grounding(folder: Path, model: Path, repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few questions: a minute or two")
-    parser.add_argument("--only", choices=["throughput", "overload", "added", "mixed", "grounding"])
+    parser.add_argument(
+        "--only", choices=["throughput", "overload", "added", "mixed", "mixed_http", "grounding", "demo"]
+    )
     parser.add_argument("--questions", type=int, default=32, help="questions a cell")
     parser.add_argument("--out", type=Path, help="folder for the tables as JSON")
     given = parser.parse_args()
@@ -253,6 +246,8 @@ def main() -> None:
             "overload": lambda: overload(folder, model, 2 * n),
             "added": lambda: added(folder, model, 2 * n),
             "mixed": lambda: mixed(folder, model, repeats),
+            "mixed_http": lambda: mixed_http(folder, model, n, repeats),
+            "demo": lambda: served_demo(folder, n),
             "grounding": lambda: grounding(folder, model, repeats),
         }
         for name, part in parts.items():

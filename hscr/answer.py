@@ -54,7 +54,7 @@ class Answerer:
 
     def answer(self, requests: Sequence[AnswerRequest]) -> list[Answer]:
         """Answer a batch, in order. A row's answer does not depend on its batch (float32)."""
-        batch = AnswerBatch(self)
+        batch = AnswerBatch(self, together=True)
         rows = batch.join(requests)
         answers: dict[Row, Answer] = {}
         while len(answers) < len(rows):
@@ -96,10 +96,13 @@ class Answerer:
 
 
 class AnswerBatch:
-    """Answers under way: requests join between steps, where `joins`, and leave whenever they are not wanted any more."""
+    """Answers under way: requests join between steps, where `joins`, and leave whenever they are not wanted any more.
 
-    def __init__(self, answerer: Answerer) -> None:
-        self.answerer = answerer
+    `together`: nobody waits for one answer before all are whole, so that all are grounded in one pass.
+    """
+
+    def __init__(self, answerer: Answerer, *, together: bool = False) -> None:
+        self.answerer, self.together = answerer, together
         self.joins = joinable(empty_cache(answerer.vlm))
         self._running = Running(answerer.vlm, answerer.lora, answerer.prefixes)
         self._asked: dict[Row, tuple[AnswerRequest, OnDelta | None]] = {}
@@ -154,7 +157,8 @@ class AnswerBatch:
         """
         ended = [row for row in self._ended if row in self._asked]
         held = [row for row in ended if row.scored]
-        if 4 * len(held) >= len(self._running.rows) or self._held == HELD_STEPS:
+        running = len(self._running.rows)
+        if not running or (not self.together and (4 * len(held) >= running or self._held == HELD_STEPS)):
             held = []
         self._held = self._held + 1 if held else 0
         self._ended = held

@@ -66,7 +66,7 @@ def prefix_key(prompt: Prompt, length: int, adapter: str | None, salt: str) -> s
 
 @dataclass
 class Begun:
-    """Rows that went through one forward pass: their numbers among those asked for, and logits [n, last, V] of what follows their last columns."""
+    """Rows of one forward pass: their numbers among those asked for, and logits [n, last, V] of what follows their last columns."""
 
     numbers: list[int]
     rows: Rows
@@ -85,8 +85,8 @@ def begin(
 ) -> list[Begun]:
     """Compute rows [prompt | tail] in at most two forward passes: whole where the prefix is not known, and kept; the others from behind it.
 
-    Rows of one prefix that nobody knows yet: the first is computed whole, the others go on from it. Without a cache, or where the model's own
-    cannot hold rows of any length (a stock sliding window), all are computed whole.
+    Of rows with one prefix that nobody knows yet the first is computed whole, and the others go on from it. Without a cache, or where the
+    model's own cannot hold rows of any length (a stock sliding window), all are computed whole.
     """
     lengths = [prefix_length(p) for p in prompts]
     if cache is None or not joinable(empty_cache(vlm)):

@@ -15,7 +15,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.edge import CROWDED
 
-SPARE = 32  # connections beyond the limit on which probes are answered and others refused; further ones are closed unread
+SPARE = (
+    32  # connections beyond the limit on which probes are answered and others refused; further ones are closed unread
+)
 
 
 def timely(head_max_s: float, connections_max: int | None = None) -> type[asyncio.Protocol]:

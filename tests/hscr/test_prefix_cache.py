@@ -88,12 +88,19 @@ def test_known_and_new_images_and_twins_begin_in_two_passes(
     answerer.answer([AnswerRequest(picture(0), QUESTIONS[0], max_tokens=2)])
     mix = [
         AnswerRequest(picture(i), q, adapter, max_tokens=4)
-        for i, q, adapter in [(1, QUESTIONS[0], None), (0, QUESTIONS[1], None), (1, QUESTIONS[1], None), (0, "a", "one")]
+        for i, q, adapter in [
+            (1, QUESTIONS[0], None),
+            (0, QUESTIONS[1], None),
+            (1, QUESTIONS[1], None),
+            (0, "a", "one"),
+        ]
     ]
     wanted = [plain.answer([r])[0].token_ids for r in mix]
     seen = columns(answerer, monkeypatch)
     assert [a.token_ids for a in answerer.answer(mix)] == wanted
-    whole, behind = (n for n in seen if n > 1)  # image 1 and the adapter's image 0; image 0 and image 1's other question
+    whole, behind = (
+        n for n in seen if n > 1
+    )  # image 1 and the adapter's image 0; image 0 and image 1's other question
     assert whole > 16 > behind
 
 
