@@ -90,7 +90,7 @@ def mixed_over_http(model: Path, folder: Path, bodies: list[dict[str, Any]], rep
     with Service(folder / "mixed", model, queue_max=256, key_questions_max=256) as service:
         names = [service.upload(f"a{i}", a) for i, a in enumerate(save_adapters(folder / "mixed", model, 4))]
         turns: list[dict[str, Any]] = [{}, *({"adapter": name} for name in names)]
-        mixes = {"all on the base": [{}], "four adapters and the base": turns}
+        mixes: dict[str, list[dict[str, Any]]] = {"all on the base": [{}], "four adapters and the base": turns}
         for _ in range(1 + repeats):  # the first brings images and adapters in
             for way, mix in mixes.items():
                 load = service.closed([b | mix[i % len(mix)] for i, b in enumerate(bodies)], CLIENTS)

@@ -39,13 +39,13 @@ def answerer(model: Path, adapters: list[Path]) -> Answerer:
     return made
 
 
-def columns(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens of each forward pass from here on."""
-    seen: list[int] = []
+def passes(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and columns of each forward pass from here on."""
+    seen: list[tuple[int, int]] = []
     forward = answerer.vlm.model.forward
 
     def noted(*args: Any, **kw: Any) -> Any:
-        seen.append(kw["input_ids"].shape[1])
+        seen.append(tuple(kw["input_ids"].shape))
         return forward(*args, **kw)
 
     monkeypatch.setattr(answerer.vlm.model, "forward", noted)
@@ -59,11 +59,11 @@ def test_the_next_question_on_an_image_begins_behind_it(
     first, second = (AnswerRequest(picture(0), q, max_tokens=4, grounding=grounding) for q in QUESTIONS)
     fresh = Answerer(answerer.vlm).answer([second])[0]
     answerer.answer([first])
-    seen = columns(answerer, monkeypatch)
+    seen = passes(answerer, monkeypatch)
     again = answerer.answer([second])[0]
     assert (again.token_ids, again.text) == (fresh.token_ids, fresh.text)
     assert again.score == (None if fresh.score is None else pytest.approx(fresh.score, abs=1e-4))
-    assert max(seen) < 16  # of 16 visual tokens, or the 5 that are not dropped, none was computed again
+    assert max(n for _, n in seen) < 16  # of 16 visual tokens, or the 5 that are not dropped, none was computed again
     assert answerer.prefixes is not None
     assert answerer.prefixes.hits == (1 if grounding == "none" else 2)
 
@@ -71,10 +71,10 @@ def test_the_next_question_on_an_image_begins_behind_it(
 def test_a_new_image_takes_one_pass_and_one_more_to_be_grounded(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = columns(answerer, monkeypatch)
+    seen = passes(answerer, monkeypatch)
     requests = [AnswerRequest(picture(i), QUESTIONS[i % 2], max_tokens=3, grounding="summary") for i in range(3)]
     answerer.answer(requests)
-    assert len([n for n in seen if n > 1]) == 2
+    assert len([n for _, n in seen if n > 1]) == 2
     assert answerer.prefixes is not None
     for layers in answerer.prefixes._items.values():  # what is kept holds nothing larger alive than is counted
         assert all(t.untyped_storage().nbytes() == t.nbytes for pair in layers for t in pair)
@@ -96,11 +96,11 @@ def test_known_and_new_images_and_twins_begin_in_two_passes(
         ]
     ]
     wanted = [plain.answer([r])[0].token_ids for r in mix]
-    seen = columns(answerer, monkeypatch)
+    seen = passes(answerer, monkeypatch)
     assert [a.token_ids for a in answerer.answer(mix)] == wanted
-    whole, behind = (
-        n for n in seen if n > 1
-    )  # image 1 and the adapter's image 0; image 0 and image 1's other question
+    # Image 1 and the adapter's image 0; then image 0 and the other question on image 1.
+    (two, whole), (also, behind) = (shape for shape in seen if shape[1] > 1)
+    assert two == also == 2
     assert whole > 16 > behind
 
 
@@ -179,9 +179,9 @@ def test_a_cache_that_forgets_before_its_window_gets_whole_prompts(
     monkeypatch.setattr(text, "sliding_window", 8, raising=False)
     monkeypatch.setattr(text, "layer_types", ["sliding_attention"] * text.num_hidden_layers, raising=False)
     prompts = encode_prompts(answerer.vlm, [picture(0)], QUESTIONS[:1])
-    seen = columns(answerer, monkeypatch)
+    seen = passes(answerer, monkeypatch)
     (part,) = begin(answerer.vlm, answerer.lora, answerer.prefixes, prompts, [()], [None], [""])
-    assert seen == [len(prompts[0].input_ids)]
+    assert seen == [(1, len(prompts[0].input_ids))]
     assert not part.rows.can_join
     assert answerer.prefixes is not None
     assert answerer.prefixes.n_bytes == 0

@@ -217,15 +217,15 @@ def test_items_join_between_steps_and_leave_when_they_are_done(steps: Steps, ste
     assert len(firsts) == 2
 
 
-def eight_run(batcher: Batcher[Job, str], steps: Steps, first: int = 100) -> list[Job]:
-    """Eight jobs whose step is under way, the first of them for so many steps from it on."""
-    jobs = [Job(steps=1 + first), *(Job(steps=100) for _ in range(7))]
+def many_run(batcher: Batcher[Job, str], steps: Steps, n: int = 8, first: int = 100) -> list[Job]:
+    """n jobs whose step is under way, the first of them for so many steps from it on."""
+    jobs = [Job(steps=1 + first), *(Job(steps=100) for _ in range(n - 1))]
     batcher.submit(jobs[0])
     wait_for(lambda: steps.running, 5)
     for job in jobs[1:]:
         batcher.submit(job)
     stepped(steps, 1)  # the first alone; then all others join
-    wait_for(lambda: len(steps.running) == 8, 5)
+    wait_for(lambda: len(steps.running) == n, 5)
     return jobs
 
 
@@ -238,17 +238,18 @@ def stepped(steps: Steps, n: int) -> None:
 
 def test_few_newcomers_wait_a_few_steps_for_more_where_many_run(steps: Steps, stepping: Any) -> None:
     batcher = stepping(batch_max=16, queue_max=16)
-    eight_run(batcher, steps)
-    late, begun = Job(), len(steps.shared)
-    future = batcher.submit(late)
-    stepped(steps, HELD_STEPS + 2)  # the one under way, those it waits, its own
-    assert future.result(5) == "done"
-    assert [late in shared for shared in steps.shared[begun:]] == [False] * (1 + HELD_STEPS) + [True]
+    many_run(batcher, steps, 9)
+    late, begun = [Job(), Job()], len(steps.shared)
+    futures = [batcher.submit(job) for job in late]
+    stepped(steps, HELD_STEPS + 2)  # the one under way, those they wait, their own
+    assert [f.result(5) for f in futures] == ["done"] * 2
+    assert [late[0] in shared for shared in steps.shared[begun:]] == [False] * (1 + HELD_STEPS) + [True]
+    assert steps.shared[-1][9:] == late  # in the order they came
 
 
 def test_newcomers_that_are_many_beside_what_runs_join_at_once(steps: Steps, stepping: Any) -> None:
     batcher = stepping(batch_max=16, queue_max=16)
-    eight_run(batcher, steps)
+    many_run(batcher, steps)
     pair, begun = [Job(), Job()], len(steps.shared)
     futures = [batcher.submit(job) for job in pair]
     stepped(steps, 2)
@@ -259,7 +260,7 @@ def test_newcomers_that_are_many_beside_what_runs_join_at_once(steps: Steps, ste
 def test_places_that_become_free_are_filled_together(steps: Steps, stepping: Any) -> None:
     """A full batch with a queue behind it: one that ends is not replaced at once, though many have waited for long."""
     batcher = stepping(batch_max=8, queue_max=16)
-    jobs = eight_run(batcher, steps, first=2)
+    jobs = many_run(batcher, steps, first=2)
     waiting = [Job(steps=100) for _ in range(4)]
     for job in waiting:
         batcher.submit(job)
