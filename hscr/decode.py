@@ -1,20 +1,22 @@
 """A short explicit decoding loop over a padded batch: greedy or sampled, one random stream a row.
 
 Rows are [prompt | prefix]; prompts may have different lengths and numbers of visual tokens. Rows that continue one and the same prompt
-share its prefill, finished rows leave the batch. Stock `generate` compacts the positions of a prompt with removed tokens and prefills a
-prompt once a row, hence this loop.
+are a tree over one cache (hscr/trees.py), finished rows leave the batch. Stock `generate` compacts the positions of a prompt with removed
+tokens and prefills a prompt once a row, hence this loop.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hscr.model import VLM
-from hscr.prefix import Prefixes, Rows
+from hscr.prefix import Rows
 from hscr.token_budget import budget_batches
+from hscr.trees import Prefixes, Trees, holds_trees
 from hscr.visual_tokens import Prompt
 
 
@@ -42,20 +44,21 @@ def decode(
     heats = [temperature] * n if isinstance(temperature, (int, float)) else list(temperature)
     streams = [torch.Generator().manual_seed(s) for s in seeds or [0] * n]
     out: list[list[int]] = [[] for _ in range(n)]
-    # By prompt, then by prefix: rows of one prompt stay neighbours.
-    order = {id(p): (len(p.input_ids), number) for number, p in enumerate(prompts)}
-    lengths = [len(p.input_ids) + len(x) + limit for p, x, limit in zip(prompts, prefixes, limits, strict=True)]
     asked = [i for i in range(n) if limits[i] > 0]
-    for part in budget_batches(
-        [lengths[i] for i in asked],
-        token_budget,
-        key=lambda k: (*order[id(prompts[asked[k]])], len(prefixes[asked[k]])),
-    ):
-        rows = [asked[k] for k in part]  # the rows of the batch; some of them may have ended
-        batch = Rows(vlm, [prompts[i] for i in rows], [prefixes[i] for i in rows], known)
+    # Trees where continuations share a prompt, or something is known of it; else a row of its own is one forward pass less.
+    trees = (known is not None or len({id(prompts[i]) for i in asked}) < len(asked)) and holds_trees(vlm)
+    groups: defaultdict[int, list[int]] = defaultdict(list)  # rows that stay together
+    for i in asked:
+        groups[id(prompts[i]) if trees else i].append(i)
+    together = list(groups.values())
+    lengths = [len(prompts[g[0]].input_ids) + sum(len(prefixes[i]) + limits[i] for i in g) for g in together]
+    for part in budget_batches(lengths, token_budget):
+        rows = [i for at in part for i in together[at]]  # the rows of the batch; some of them may have ended
+        begun = [prompts[i] for i in rows], [prefixes[i] for i in rows]
+        batch = Trees(vlm, *begun, known, room=max(limits[i] for i in rows)) if trees else Rows(vlm, *begun)
         running = set(rows)
         while running:
-            logits = batch.logits()[:, -1]
+            logits = batch.logits().reshape(len(rows), -1)
             logits[:, vlm.placeholder_ids] = -torch.inf  # an image placeholder without an image is no answer
             best = logits.argmax(-1).tolist()  # one transfer for all greedy rows
             for at, i in enumerate(rows):
@@ -65,10 +68,13 @@ def decode(
                     out[i].append(token)
                     if token in vlm.eos_ids or len(out[i]) == limits[i]:
                         running.discard(i)
-            batch.append(best)
             if len(running) <= len(rows) // 2:  # not whenever a row ends: keeping rows copies the cache
-                batch.keep([at for at, i in enumerate(rows) if i in running])
-                rows = [i for i in rows if i in running]
+                kept = [at for at, i in enumerate(rows) if i in running]
+                rows, best = [rows[at] for at in kept], [best[at] for at in kept]
+                if rows:
+                    batch.keep(kept)
+            if rows:
+                batch.append(best)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
-from hscr.prefix import Prefixes, Rows
+from hscr.trees import Prefixes, Trees
 from hscr.visual_tokens import Prompt
 
 
@@ -92,10 +92,8 @@ def prefix_logits(
     `prefixes` remembers the prompts' caches for what else is asked of them.
     """
     rows = [(prompt, answer) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
-    longest = max(len(answer) for _, answer in rows)
     # The last token of an answer predicts nothing that is asked for.
-    logits = Rows(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows], prefixes).logits(longest)
-    made = iter([own[longest - len(a) :] for own, (_, a) in zip(logits, rows, strict=True)])
+    made = iter(Trees(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows], prefixes).path_logits())
     return [[next(made) for _ in group] for group in answers]
 
 

@@ -1,7 +1,6 @@
-"""Rows that continue prompts, [prompt | tail]: every distinct prompt computed once, its key-value cache expanded to all of its rows.
+"""Rows of prompts and what continues them, [prompt | tail], each with a row of its own in the key-value cache.
 
-Decoding (hscr/decode.py) and the scoring of several long answers a prompt (hscr/packing.py) stand on it. Differentiable: the cache holds
-the graph of its keys and values.
+Serving (hscr/running.py) lets rows join and leave between steps. Several continuations of one prompt share a row in hscr/trees.py.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.room = self.ROOM
         self._buffers: list[Tensor] = []
         self._low = self._high = 0
 
@@ -43,7 +43,7 @@ class GrowingLayer(DynamicLayer):
         new = key_states.shape[-2]
         if not self._buffers or self._buffers[0].shape[-2] < self._high + new:
             rows = max(len(key_states), len(self._buffers[0]) if self._buffers else 0)
-            self._make(rows, held, held + new + self.ROOM)
+            self._make(rows, held, held + new + self.room)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[: len(states), :, self._high : self._high + new] = states
         self._high += new
@@ -106,31 +106,6 @@ def empty_cache(vlm: VLM) -> DynamicCache:
     return cache
 
 
-class Prefixes:
-    """Keys and values of prompts that were computed before, all but the last token; they live as long as this does.
-
-    Prompts are told apart as objects: two of equal tokens may hide other parts of an image.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Prompt, list[tuple[Tensor, Tensor]]]] = {}
-
-    def put(self, prompts: Sequence[Prompt], cache: DynamicCache) -> None:
-        """Remember the rows of a left-padded cache, one a prompt."""
-        for row, prompt in enumerate(prompts):
-            n = len(prompt.input_ids) - 1
-            layers: list[Any] = cache.layers
-            held = [(layer.keys[row, :, -n:], layer.values[row, :, -n:]) for layer in layers]
-            self._known[id(prompt)] = prompt, held  # the prompt is held too: its id must not be another's
-
-    def fill(self, prompts: Sequence[Prompt], cache: DynamicCache) -> bool:
-        """Put the prompts' keys and values into an empty cache, left-padded; False, and nothing done, unless all are known."""
-        if any(id(p) not in self._known for p in prompts):
-            return False
-        fill(cache, [self._known[id(p)][1] for p in prompts])
-        return True
-
-
 def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
     """Put keys and values [heads, T, d] by layer, of one row each, into an empty cache, left-padded."""
     width = max(own[0][0].shape[1] for own in rows)
@@ -150,43 +125,13 @@ def _left_padded(rows: Sequence[Tensor], width: int) -> Tensor:
 class Rows:
     """Columns [n, W] of ids, positions ([3, n, W] under M-RoPE) and mask of n rows, and the cache of all but the last `new` columns.
 
-    Left padding: every row's last token stands in the last column, so one step appends to all. Where rows share prompts, columns are
-    [prompts' padding | prompt but its last token | padding | last token and tail].
+    Left padding: every row's last token stands in the last column, so one step appends to all.
     """
 
-    def __init__(
-        self,
-        vlm: VLM,
-        prompts: Sequence[Prompt],
-        tails: Sequence[Sequence[int]],
-        prefixes: Prefixes | None = None,
-    ) -> None:
-        """`prefixes` is looked into before a prompt is computed, and remembers it after."""
-        self.vlm = vlm
-        config = vlm.base.config.get_text_config()
-        self.own_masks = vlm.family.masks is not None
-        self.cache = empty_cache(vlm)
-        distinct = list({id(p): p for p in prompts}.values())
-        width = max(len(p.input_ids) for p in prompts) + max(map(len, tails))
-        # Padding amid a row would count against a sliding window, which the cache measures in columns.
-        window = None if self.own_masks else getattr(config, "sliding_window", None)
-        alone = len(distinct) == len(prompts) and prefixes is None
-        if alone or (window is not None and width >= window):
-            self._start(prompts)
-            self._columns([_tokens(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
-            return
-        self._start(distinct)
-        # The last token of a prompt (always text) goes with the rows, so that every row has one, also without a tail.
-        self._columns([(p.input_ids[:-1], p.position_ids[..., :-1]) for p in distinct])
-        if prefixes is not None and prefixes.fill(distinct, self.cache):
-            self._extra.clear()
-        else:
-            self.logits()
-            if prefixes is not None:
-                prefixes.put(distinct, self.cache)
-        number = {id(p): at for at, p in enumerate(distinct)}
-        self.keep([number[id(p)] for p in prompts])
-        self._columns([_tokens(p, len(p.input_ids) - 1, tail) for p, tail in zip(prompts, tails, strict=True)])
+    def __init__(self, vlm: VLM, prompts: Sequence[Prompt], tails: Sequence[Sequence[int]]) -> None:
+        self.vlm, self.own_masks, self.cache = vlm, vlm.family.masks is not None, empty_cache(vlm)
+        self._start(prompts)
+        self._columns([tokens_of(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
 
     @classmethod
     def after(
@@ -204,7 +149,7 @@ class Rows:
         starts = [own[0][0].shape[1] for own in held]
         rows._columns([(p.input_ids[:n], p.position_ids[..., :n]) for p, n in zip(prompts, starts, strict=True)])
         fill(rows.cache, held)
-        rows._columns([_tokens(p, n, tail) for p, n, tail in zip(prompts, starts, tails, strict=True)])
+        rows._columns([tokens_of(p, n, tail) for p, n, tail in zip(prompts, starts, tails, strict=True)])
         return rows
 
     def _start(self, prompts: Sequence[Prompt]) -> None:
@@ -320,7 +265,7 @@ def joinable(cache: DynamicCache) -> bool:
     return kinds == {GrowingLayer}
 
 
-def _tokens(prompt: Prompt, start: int, tail: Sequence[int]) -> tuple[Tensor, Tensor]:
+def tokens_of(prompt: Prompt, start: int, tail: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Ids [T] and positions [T] ([3, T] under M-RoPE) of [prompt | tail] from `start` on."""
     axes = prompt.position_ids.shape[:-1]
     after = (prompt.next_position + torch.arange(len(tail))).expand(*axes, len(tail))

@@ -20,7 +20,7 @@ from torch import Tensor
 from hscr.config import PreferenceConfig
 from hscr.decode import decode
 from hscr.model import VLM, decode_text, encode_answer
-from hscr.prefix import Prefixes
+from hscr.trees import Prefixes
 from hscr.records import VQARecord
 from hscr.reward import Branches, contrastive_logprobs
 from hscr.visual_tokens import Prompt

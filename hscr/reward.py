@@ -23,7 +23,7 @@ from torch import Tensor
 from hscr.config import REWARDS
 from hscr.model import VLM
 from hscr.packing import packed_logits, prefix_logits
-from hscr.prefix import Prefixes
+from hscr.trees import Prefixes
 from hscr.visual_tokens import Prompt, dropped
 from hscr.words import Word, words_at
 
