@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from hscr.reward import Branches
 from hscr.similarity import load_similarity
 from hscr.visual_tokens import Prompt
 
+Ended = Callable[[int, Sequence[int]], bool]
 METHODS = ("naive", "hf_generate", "hscr")
 
 
@@ -92,24 +94,37 @@ class Plain:
         ]
 
     def decode(
-        self, vlm: VLM, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], *, max_tokens: int, **_: Any
+        self,
+        vlm: VLM,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        ended: Ended = lambda row, ids: False,
+        **_: Any,
     ) -> list[list[int]]:
-        return [self._continued(p, list(x), max_tokens) for p, x in zip(prompts, prefixes, strict=True)]
+        rows = zip(prompts, prefixes, strict=True)
+        return [self._continued(p, list(x), max_tokens, partial(ended, row)) for row, (p, x) in enumerate(rows)]
 
-    def _continued(self, prompt: Prompt, prefix: list[int], limit: int) -> list[int]:
+    def _continued(self, prompt: Prompt, prefix: list[int], limit: int, ended: Callable[..., bool]) -> list[int]:
         if self.by_generate:
             inputs = self.inputs(prompt, prefix)
+            n = inputs["input_ids"].shape[1]
             made = self.vlm.model.generate(
-                **inputs, max_new_tokens=limit, do_sample=False, suppress_tokens=self.vlm.placeholder_ids
+                **inputs,
+                max_new_tokens=limit,
+                do_sample=False,
+                suppress_tokens=self.vlm.placeholder_ids,
+                stopping_criteria=[lambda ids, scores, **_: torch.tensor([ended(ids[0, n:].tolist())])],
             )
-            row: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
+            row: list[int] = made[0, n:].tolist()
             return row
         made_: list[int] = []
         while len(made_) < limit:
             last = self.logits(prompt, [*prefix, *made_])[-1]
             last[self.vlm.placeholder_ids] = -torch.inf
             made_.append(int(last.argmax()))
-            if made_[-1] in self.vlm.eos_ids:
+            if made_[-1] in self.vlm.eos_ids or ended(made_):
                 break
         return made_
 

@@ -20,8 +20,8 @@ from hscr.config import PreferenceConfig
 from hscr.decode import decode
 from hscr.model import VLM, decode_text, encode_answer
 from hscr.packing import packed_logits, token_logprobs
-from hscr.trees import Prefixes
 from hscr.replacement import Candidate, Draft, same_word
+from hscr.trees import Prefixes
 from hscr.visual_tokens import derived_seed
 from hscr.words import WORD, normalized
 

@@ -8,7 +8,7 @@ tokens and prefills a prompt once a row, hence this loop.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from hscr.trees import Prefixes, Trees, holds_trees
 from hscr.visual_tokens import Prompt
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     vlm: VLM,
     prompts: Sequence[Prompt],
@@ -31,12 +31,13 @@ def decode(
     seeds: Sequence[int] | None = None,
     token_budget: int | None = None,
     known: Prefixes | None = None,
+    ended: Callable[[int, Sequence[int]], bool] = lambda row, ids: False,
 ) -> list[list[int]]:
     """Continue each [prompt | prefix] to end-of-sequence or `max_tokens`; B lists of new ids, end-of-sequence left in.
 
     Temperature 0 is greedy. A row's tokens do not depend on which rows share its batch (float32). `token_budget` bounds the tokens in the
     key-value cache, padding and answers included: rows are then taken in several batches of like length. `known` holds the caches of
-    prompts that were computed before.
+    prompts that were computed before. A row also ends once `ended` says so of its number and new ids.
     """
     n = len(prompts)
     prefixes = prefixes or [()] * n
@@ -66,7 +67,7 @@ def decode(
                     token = sampled(logits[at], heats[i], streams[i]) if heats[i] > 0 else best[at]
                     best[at] = token
                     out[i].append(token)
-                    if token in vlm.eos_ids or len(out[i]) == limits[i]:
+                    if token in vlm.eos_ids or len(out[i]) == limits[i] or ended(i, out[i]):
                         running.discard(i)
             if len(running) <= len(rows) // 2:  # not whenever a row ends: keeping rows copies the cache
                 kept = [at for at, i in enumerate(rows) if i in running]

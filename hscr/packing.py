@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
-from hscr.trees import Prefixes, Trees
+from hscr.prefix import Rows
+from hscr.trees import Prefixes, Trees, holds_trees
 from hscr.visual_tokens import Prompt
 
 
@@ -34,7 +35,7 @@ def answer_logits(
 
     `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights.
     """
-    return (prefix_logits if shared_prefix else packed_logits)(vlm, prompts, answers)
+    return (tree_logits if shared_prefix else packed_logits)(vlm, prompts, answers)
 
 
 def packed_logits(
@@ -81,20 +82,24 @@ def packed_logits(
     return out
 
 
-def prefix_logits(
-    vlm: VLM,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[Sequence[int]]],
-    prefixes: Prefixes | None = None,
-) -> list[list[Tensor]]:
-    """`answer_logits` by the prompt's cache, expanded to a row an answer. Layers that checkpoint gradients take no cache.
-
-    `prefixes` remembers the prompts' caches for what else is asked of them.
-    """
+def tree_logits(vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Tensor]]:
+    """`answer_logits` by a tree over the prompt's cache. Layers that checkpoint gradients take no cache."""
     rows = [(prompt, answer) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
     # The last token of an answer predicts nothing that is asked for.
-    made = iter(Trees(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows], prefixes).path_logits())
+    made = iter(Trees(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows]).path_logits())
     return [[next(made) for _ in group] for group in answers]
+
+
+def remembered_logits(
+    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], prefixes: Prefixes
+) -> list[Tensor]:
+    """Logits [A, V] that predict one answer a prompt, in rows that `prefixes` remembers for what else is asked of the prompts."""
+    tails, longest = [a[:-1] for a in answers], max(map(len, answers))
+    rows = Rows(vlm, prompts, tails)
+    logits = rows.logits(longest)
+    if holds_trees(vlm):
+        prefixes.put(prompts, tails, rows.cache)
+    return [own[longest - len(a) :] for own, a in zip(logits, answers, strict=True)]
 
 
 def token_logprobs(logits: Tensor, ids: Sequence[int]) -> Tensor:

@@ -16,12 +16,12 @@ from hscr.config import PreferenceConfig
 from hscr.images import Images
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.perturb import perturbed
-from hscr.trees import Prefixes
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward
 from hscr.replacement import Candidate, Draft, graded_answers, hallucinated_token, replace_words
 from hscr.reward import contrast, coupled_words, random_words, token_rewards, word_rewards, words_of
 from hscr.similarity import Similarity, rerank
 from hscr.token_budget import TokenBudget, budget_batches
+from hscr.trees import Prefixes
 from hscr.visual_tokens import Prompt, derived_seed
 from hscr.words import normalized
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from hscr.config import PreferenceConfig
 from hscr.decode import decode
 from hscr.model import VLM, decode_text, encode_answer
-from hscr.trees import Prefixes
 from hscr.records import VQARecord
 from hscr.reward import Branches, contrastive_logprobs
+from hscr.trees import Prefixes
 from hscr.visual_tokens import Prompt
 from hscr.words import Word
 
@@ -111,16 +111,35 @@ def replace_words(vlm: VLM, drafts: Sequence[Draft], config: PreferenceConfig, k
     rows = [(d, w) for d in drafts for w in d.coupled]
     prefixes = [[*d.ids[: d.words[w].tokens[0]], d.first_token[w]] for d, w in rows]
     cuts = [d.cut for d, _ in rows]
-    tails = decode(vlm, cuts, prefixes, max_tokens=WORD_TOKENS, token_budget=config.token_budget, known=known)
-    for (draft, w), prefix, tail in zip(rows, prefixes, tails, strict=True):
-        text = vlm.tokenizer.decode([*prefix, *tail], skip_special_tokens=True)
+
+    def grown(row: int, tail: Sequence[int]) -> tuple[str | None, str]:
+        """The replacement word so far, and what stands behind it."""
+        draft, w = rows[row]
+        text = vlm.tokenizer.decode([*prefixes[row], *tail], skip_special_tokens=True)
         match = _REPLACEMENT.match(text, draft.words[w].start)
-        whole = match and (match.end() < len(text) or tail[-1] in vlm.eos_ids)
-        if match and whole and not same_word(match.group(), draft.words[w].text):
-            draft.replacement[w] = match.group()
+        return (match.group(), text[match.end() :]) if match else (None, "")
+
+    def whole(row: int, tail: Sequence[int]) -> bool:
+        """What follows begins with no hyphen, apostrophe or unfinished character, with which the word could go on."""
+        return grown(row, tail)[1][:1] not in ("", "-", "'", "\ufffd")
+
+    tails = decode(
+        vlm,
+        cuts,
+        prefixes,
+        max_tokens=WORD_TOKENS,
+        token_budget=config.token_budget,
+        known=known,
+        ended=whole,
+    )
+    for row, ((draft, w), tail) in enumerate(zip(rows, tails, strict=True)):
+        word, rest = grown(row, tail)
+        is_whole = word is not None and (rest or tail[-1] in vlm.eos_ids)
+        if word is not None and is_whole and not same_word(word, draft.words[w].text):
+            draft.replacement[w] = word
         else:
             draft.coupled.remove(w)
-            draft.dropped["replacement_is_the_word" if whole else "replacement_is_no_word"] += 1
+            draft.dropped["replacement_is_the_word" if is_whole else "replacement_is_no_word"] += 1
 
 
 def _splice(draft: Draft, chosen: Sequence[int]) -> tuple[str, int]:

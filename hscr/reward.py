@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hscr.config import REWARDS
 from hscr.model import VLM
-from hscr.packing import packed_logits, prefix_logits
+from hscr.packing import packed_logits, remembered_logits
 from hscr.trees import Prefixes
 from hscr.visual_tokens import Prompt, dropped
 from hscr.words import Word, words_at
@@ -113,10 +113,11 @@ def contrast(
     """
 
     def scored(prompts: Sequence[Prompt], keep: bool) -> list[Tensor]:
-        grouped = [[a] for a in answers]
-        kept = prefixes if keep else None
-        logits = packed_logits(vlm, prompts, grouped) if kept is None else prefix_logits(vlm, prompts, grouped, kept)
-        return [row.float().log_softmax(-1) for (row,) in logits]
+        if keep and prefixes is not None:
+            logits = remembered_logits(vlm, prompts, answers, prefixes)
+        else:
+            logits = [row for (row,) in packed_logits(vlm, prompts, [[a] for a in answers])]
+        return [row.float().log_softmax(-1) for row in logits]
 
     full = scored(prompts, True)
     total: list[Tensor] = []

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from hscr.inputs import attention
 from hscr.model import VLM
@@ -25,25 +26,11 @@ from hscr.visual_tokens import Prompt
 
 @dataclass(frozen=True)
 class Known:
-    """A row that was computed: the first T tokens of [prompt | tail], at least all of the prompt but its last, with their keys and
-    values [heads, T, d] by layer."""
+    """A row [prompt | tail] that was computed: its keys and values [heads, T, d] by layer."""
 
     prompt: Prompt
     tail: Sequence[int]
     layers: list[tuple[Tensor, Tensor]]
-
-    @property
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Ids [T] and positions [T] ([3, T] under M-RoPE)."""
-        ids, positions = tokens_of(self.prompt, 0, self.tail)
-        t = self.layers[0][0].shape[1]
-        return ids[:t], positions[..., :t]
-
-    @property
-    def chain(self) -> list[int]:
-        """Ids of what stands in it from the prompt's last token on; may be empty."""
-        chain: list[int] = self.tokens[0][len(self.prompt.input_ids) - 1 :].tolist()
-        return chain
 
 
 class Prefixes:
@@ -55,8 +42,13 @@ class Prefixes:
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
 
-    def put(self, known: Known) -> None:
-        self._known[id(known.prompt)] = known  # it holds the prompt: its id must not be another's
+    def put(self, prompts: Sequence[Prompt], tails: Sequence[Sequence[int]], cache: DynamicCache) -> None:
+        """Remember rows [prompt | tail] of a left-padded cache, which must hold every token of them."""
+        layers: list[Any] = cache.layers
+        for row, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
+            t = len(prompt.input_ids) + len(tail)
+            held = [(layer.keys[row, :, -t:], layer.values[row, :, -t:]) for layer in layers]
+            self._known[id(prompt)] = Known(prompt, tail, held)  # it holds the prompt: its id must not be another's
 
     def get(self, prompts: Sequence[Prompt]) -> list[Known]:
         """Empty unless all are known."""
@@ -83,7 +75,7 @@ class Column:
 def branches(chain: Sequence[int], tails: Sequence[Sequence[int]]) -> tuple[list[Column], list[list[int]]]:
     """The columns that tails need beside a known chain, and the columns of each tail; its last token always has one.
 
-    Chain and tails begin with the prompt's last token. The first tail's columns come first.
+    Chain and tails begin with the prompt's last token.
     """
     columns: list[Column] = []
     number: dict[tuple[int, int | None, int], int] = {}
@@ -119,26 +111,27 @@ class Trees:
         *,
         room: int = 0,
     ) -> None:
-        """Prompts are computed unless `prefixes` knows them all; then it is told of them, each with its first tail."""
+        """Prompts are computed unless `prefixes` knows them all."""
         self.vlm = vlm
         self.prompts = list({id(p): p for p in prompts}.values())
         number = {id(p): row for row, p in enumerate(self.prompts)}
         self._place([number[id(p)] for p in prompts])
-        self.tails = tails
+        last = [int(p.input_ids[-1]) for p in self.prompts]
+        sequences = [[last[row], *tail] for row, tail in zip(self.row.tolist(), tails, strict=True)]
         known = prefixes.get(self.prompts) if prefixes is not None else []
-        self._untold = None if known else prefixes
         if known:
             self.cache = empty_cache(vlm)
             fill(self.cache, [k.layers for k in known])
-            held = [k.tokens for k in known]
+            held = [tokens_of(k.prompt, 0, k.tail) for k in known]
+            chains = [[start, *k.tail] for start, k in zip(last, known, strict=True)]
         else:
             heads = [_without_last(p) for p in self.prompts]
             rows = Rows(vlm, heads, [()] * len(heads))
             rows.logits()
             self.cache = rows.cache
             held = [(p.input_ids, p.position_ids) for p in heads]
-        self._held = [len(ids) for ids, _ in held]
-        self._lay_out(held, [k.chain for k in known] or [[]] * len(held), room)
+            chains = [[] for _ in heads]
+        self._lay_out(held, chains, sequences, room)
 
     def _place(self, rows: Sequence[int]) -> None:
         """Give every continuation a slot in its row."""
@@ -150,13 +143,17 @@ class Trees:
         self.slots = max(taken.values())
         self.row, self.slot = torch.tensor([rows, slots], device=self.vlm.device)
 
-    def _lay_out(self, held: Sequence[tuple[Tensor, Tensor]], chains: Sequence[Sequence[int]], room: int) -> None:
-        """[held, left-padded | the tails' columns, right-padded | `room` steps]."""
-        n, start = len(self.prompts), max(self._held)
-        last = [int(p.input_ids[-1]) for p in self.prompts]
-        rows = self.row.tolist()
+    def _lay_out(
+        self,
+        held: Sequence[tuple[Tensor, Tensor]],
+        chains: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]],
+        room: int,
+    ) -> None:
+        """[held, left-padded | the sequences' columns, right-padded | `room` steps]."""
+        n, start, rows = len(self.prompts), max(len(ids) for ids, _ in held), self.row.tolist()
         made = [
-            branches(chain, [[last[at], *tail] for row, tail in zip(rows, self.tails, strict=True) if row == at])
+            branches(chain, [own for row, own in zip(rows, sequences, strict=True) if row == at])
             for at, chain in enumerate(chains)
         ]
         paths = [iter(own) for _, own in made]
@@ -169,7 +166,7 @@ class Trees:
         mask = np.zeros((n, self.new, self.width), dtype=bool)
         mask[:, :, start:] = np.eye(self.new, dtype=bool)  # padding sees itself, or its softmax would be none
         for row, (columns, _) in enumerate(made):
-            first, end = start - self._held[row], start - len(chains[row])
+            first, end = start - len(held[row][0]), start - len(chains[row])
             ids[row, first:start], positions[..., row, first:start] = held[row]
             own = slice(start, start + len(columns))
             ids[row, own] = torch.tensor([c.token for c in columns])
@@ -210,19 +207,7 @@ class Trees:
             use_cache=True,
             logits_to_keep=keep,
         ).logits
-        if self._untold is not None:
-            self._tell(self._untold)
-            self._untold = None
         return logits
-
-    def _tell(self, prefixes: Prefixes) -> None:
-        """Every prompt with its first tail, whose columns stand next to it."""
-        layers: list[Any] = self.cache.layers
-        start, rows = self.width - self.new, self.row.tolist()
-        for row, prompt in enumerate(self.prompts):
-            tail = self.tails[rows.index(row)]
-            own = slice(start - self._held[row], start + 1 + len(tail))
-            prefixes.put(Known(prompt, tail, [(x.keys[row, :, own], x.values[row, :, own]) for x in layers]))
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with these continuations, after `logits` and before `append`; prompts that none of them continues leave the cache."""
