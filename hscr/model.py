@@ -28,6 +28,7 @@ from hscr.chat import Asked, Turn, plain, prompt_text, templated, turns_of
 from hscr.config import OptimizationConfig
 from hscr.families import Family, family_of, makes_features
 from hscr.feature_cache import DiskFeatures, FeatureCache
+from hscr.grouped_attention import group_heads
 from hscr.images import Images, as_images
 from hscr.processor import load_processor
 from hscr.visual_tokens import Prompt
@@ -133,6 +134,7 @@ def load_model(
     if quantize is None:  # 4-bit weights are made on their device and stay there
         torch.nn.Module.to(model, where)
     model.eval()
+    group_heads(next(m for n, m in model.named_modules() if n.split(".")[-1] == family.language_model))
     if Path(name).is_dir():
         # Cards and reports leave the machine, so a folder is named without its path.
         source, digest = Path(name).resolve().name, folder_digest(Path(name))
