@@ -23,7 +23,7 @@ from hscr.config import OptimizationConfig
 from hscr.images import Images
 from hscr.losses import RecordLogProbs, record_loss
 from hscr.model import VLM, checkpoint_gradients, encode_answer, encode_prompts, reference_policy
-from hscr.packing import answer_logits, shares_prefix, token_logprobs
+from hscr.packing import answer_logits, token_logprobs
 from hscr.processes import add_up, gathered, own_share, rank, told
 from hscr.records import PreferenceRecord, VQARecord
 from hscr.token_budget import TokenBudget, budget_batches
@@ -181,20 +181,16 @@ def answer_logprobs(
     """
     prompts = encode_prompts(vlm, [open_image(i.record) for i in items], [i.record.question for i in items])
     lengths = [len(p.input_ids) + sum(map(len, i.answers)) for p, i in zip(prompts, items, strict=True)]
-    shared = [not checkpointing and shares_prefix(p, i.answers) for p, i in zip(prompts, items, strict=True)]
-    for route in (False, True):
-        chosen = [i for i in range(len(items)) if shared[i] is route]
-        for batch in budget_batches([lengths[i] for i in chosen], budget):
-            part = [chosen[at] for at in batch]
-            answers = [items[i].answers for i in part]
-            logits = answer_logits(vlm, [prompts[i] for i in part], answers, shared_prefix=route)
-            yield (
-                part,
-                [
-                    torch.stack([token_logprobs(row, ids).sum() for row, ids in zip(rows, own, strict=True)])
-                    for rows, own in zip(logits, answers, strict=True)
-                ],
-            )
+    for part in budget_batches(lengths, budget):
+        answers = [items[i].answers for i in part]
+        logits = answer_logits(vlm, [prompts[i] for i in part], answers, checkpointing=checkpointing)
+        yield (
+            part,
+            [
+                torch.stack([token_logprobs(row, ids).sum() for row, ids in zip(rows, own, strict=True)])
+                for rows, own in zip(logits, answers, strict=True)
+            ],
+        )
 
 
 def _kept(path: Path) -> list[list[float]]:

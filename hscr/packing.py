@@ -1,8 +1,8 @@
 """Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Two routes to the same numbers (tested).
 
-Packed: one row a record, [prompt | y_1 | y_2 | …], with a tree mask and positions that restart after the prompt: each answer sees the
-prompt and itself, never another answer. Shared prefix: the prompt's key-value cache expanded to rows of the answers. The language-model
-head runs on answer positions only.
+A row a record, [prompt | y_1 | y_2 | …], with a tree mask and positions that restart after the prompt: each answer sees the prompt and
+itself, never another answer. Packed: in one forward pass. Tree: the prompt first, under the plain causal mask, then the answers over its
+cache (hscr/trees.py), which spares the mask of prompt × prompt. The language-model head runs on answer positions only.
 """
 
 from __future__ import annotations
@@ -19,23 +19,15 @@ from hscr.trees import Prefixes, Trees, holds_trees
 from hscr.visual_tokens import Prompt
 
 
-def shares_prefix(prompt: Prompt, answers: Sequence[Sequence[int]]) -> bool:
-    """Which route is the better one for a record, gradients not checkpointed: True where its answers are long beside its prompt.
-
-    Attention under the tree mask costs (prompt + all answers)², most of it hidden; the expanded cache costs memory, prompt × answers.
-    Measured: docs/performance.md.
-    """
-    return len(answers) > 1 and 4 * sum(map(len, answers)) >= len(prompt.input_ids)
-
-
 def answer_logits(
-    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]], *, shared_prefix: bool = False
+    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]], *, checkpointing: bool = False
 ) -> list[list[Tensor]]:
     """Logits that predict each answer's tokens, teacher-forced: for record b and its answer j a tensor [A_bj, V].
 
-    `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights.
+    `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights. The tree is faster and smaller; layers
+    that checkpoint gradients take no cache.
     """
-    return (tree_logits if shared_prefix else packed_logits)(vlm, prompts, answers)
+    return (tree_logits if holds_trees(vlm) and not checkpointing else packed_logits)(vlm, prompts, answers)
 
 
 def packed_logits(
@@ -83,7 +75,7 @@ def packed_logits(
 
 
 def tree_logits(vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Tensor]]:
-    """`answer_logits` by a tree over the prompt's cache. Layers that checkpoint gradients take no cache."""
+    """`answer_logits` by a tree over the prompt's cache."""
     rows = [(prompt, answer) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
     # The last token of an answer predicts nothing that is asked for.
     made = iter(Trees(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows]).path_logits())

@@ -1,6 +1,7 @@
 """The decoding loop against stock `generate`, and what it promises about rows of a batch."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_rows_end_with_end_of_sequence_or_at_their_limit(vlm: VLM) -> None:
 
 
 def test_rows_of_one_prompt_share_its_prefill(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten rows over two prompts, prefixes of several lengths: the tokens of rows decoded alone, each prompt computed once."""
+    """Ten rows over two prompts, each prefix the beginning of the longest: the tokens of rows decoded alone, no column computed twice."""
     prompts, prefix = prompts_of(vlm), encode_answer(vlm, QUESTIONS[0], "There is a large lesion")[:-1]
     first, second = prompts[0], dropped(prompts[1], 0.7, 1, 0)
     rows = [(p, prefix[:n]) for p in (first, second) for n in (0, 3, 1, 5, 2)]
@@ -127,7 +128,7 @@ def test_rows_of_one_prompt_share_its_prefill(vlm: VLM, monkeypatch: pytest.Monk
     monkeypatch.setattr(vlm.model, "forward", counted)
     assert decode(vlm, [p for p, _ in rows], [x for _, x in rows], max_tokens=8) == alone
     assert computed[0] == 2 * (len(first.input_ids) - 1)
-    assert computed[1] == 10 * (1 + 5)
+    assert computed[1] == 2 * (1 + 5)
     assert all(n <= 10 for n in computed[2:])
 
 
@@ -138,11 +139,16 @@ def test_a_token_budget_bounds_the_cache_and_changes_no_row(vlm: VLM, monkeypatc
     stock, sizes = vlm.model.forward, []
 
     def counted(*args: object, **kwargs: object) -> object:
-        sizes.append(kwargs["attention_mask"].numel())  # type: ignore[attr-defined]
-        return stock(*args, **kwargs)
+        made = stock(*args, **kwargs)
+        sizes.append(kwargs["past_key_values"].layers[0].keys[:, 0, :, 0].numel())  # type: ignore[attr-defined]
+        return made
 
     monkeypatch.setattr(vlm.model, "forward", counted)
-    assert decode(vlm, prompts, max_tokens=6, token_budget=3 * (width + 6)) == expected
+    budget = 2 * (width + 2 * 6)  # two prompts, each with two answers
+    assert decode(vlm, prompts, max_tokens=6, token_budget=budget) == expected
+    assert budget / 2 < max(sizes) <= budget
+    sizes.clear()
+    assert decode(vlm, prompts[:4], max_tokens=6, token_budget=3 * (width + 6)) == expected[:4]
     assert max(sizes) <= 3 * (width + 6)
     assert decode(vlm, prompts, max_tokens=6, token_budget=1) == expected
 
@@ -159,3 +165,16 @@ def test_finished_rows_leave_the_batch(vlm: VLM, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(vlm.model, "forward", counted)
     assert decode(vlm, prompts, max_tokens=[2, 12, 3, 2]) == expected
     assert rows == [4, 4, 2] + [1] * 9
+
+
+def test_a_row_ends_where_its_caller_says(vlm: VLM) -> None:
+    """Each row after a number of tokens of its own; the others' tokens stay."""
+    prompts = prompts_of(vlm)
+    whole, asked = decode(vlm, prompts, max_tokens=8), []
+
+    def ended(row: int, ids: Sequence[int]) -> bool:
+        asked.append(row)
+        return len(ids) == row + 2
+
+    assert decode(vlm, prompts, max_tokens=8, ended=ended) == [ids[: row + 2] for row, ids in enumerate(whole)]
+    assert len(asked) == 2 + 3 + 4 + 5

@@ -109,7 +109,7 @@ def test_accumulated_batches_are_one_batch(trainer: Trainer, tmp_path: Path, mon
         )
         results.append(step.metrics)
     assert cuts[0] == [1] * 14  # reference and policy
-    assert cuts[2] == [1, 6] * 2  # the record without levels takes the packed route
+    assert cuts[2] == [7] * 2
     assert len(cuts[2]) < len(cuts[1]) < len(cuts[0])
     for other in results[1:]:
         assert other["loss"] == pytest.approx(results[0]["loss"], abs=1e-5)
