@@ -24,6 +24,9 @@ from hscr.prefix import Rows, empty_cache, fill, joinable, tokens_of
 from hscr.visual_tokens import Prompt
 
 
+MOST_ROOM = 512  # columns that a cache's buffers are made larger by at a time: long answers may end early
+
+
 @dataclass(frozen=True)
 class Known:
     """A row [prompt | tail] that was computed: its keys and values [heads, T, d] by layer."""
@@ -186,7 +189,7 @@ class Trees:
         self._keep: int | Tensor = last_columns  # columns whose logits are asked for; 0: all
         layers: list[Any] = self.cache.layers
         for layer in layers:
-            layer.room = room * self.slots
+            layer.room = min(room * self.slots, MOST_ROOM)
 
     def logits(self) -> Tensor:
         """Logits [n, V] of what follows each continuation."""
