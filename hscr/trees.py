@@ -23,7 +23,6 @@ from hscr.model import VLM
 from hscr.prefix import Rows, empty_cache, fill, joinable, tokens_of
 from hscr.visual_tokens import Prompt
 
-
 MOST_ROOM = 512  # columns that a cache's buffers are made larger by at a time: long answers may end early
 
 
