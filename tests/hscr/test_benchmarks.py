@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("tokens", [3, 20])  # packed; shared prefix
+@pytest.mark.parametrize("tokens", [3, 20])  # short and long beside the prompt
 def test_ours_and_the_naive_route_have_the_same_loss_and_gradients(folder: Path, tokens: int) -> None:
     data = folder / f"gradients{tokens}"
     save_data(data, 2, tokens, 3)

@@ -420,3 +420,28 @@ def test_shards_by_hand() -> None:
     for part in (0, 4):
         with pytest.raises(ValueError, match="shard: must be 1/3 to 3/3"):
             shard_bounds(7, 2, part, 3)
+
+
+def test_a_replacement_word_is_decoded_until_it_is_whole(
+    vlm: VLM, records: list[VQARecord], open_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same candidates as with eight tokens for every word, from far fewer."""
+    stock, counts = hscr.replacement.decode, []
+
+    def counted(keep: bool) -> Callable[..., Any]:
+        def decode(*args: Any, **kwargs: Any) -> Any:
+            ended = kwargs.pop("ended")
+            tails = stock(*args, **kwargs, **({"ended": ended} if keep else {}))
+            counts[-1] += sum(map(len, tails))
+            return tails
+
+        return decode
+
+    results = []
+    for keep in (False, True):
+        counts.append(0)
+        monkeypatch.setattr(hscr.replacement, "decode", counted(keep))
+        results.append(made(vlm, records, open_image, OPEN))
+    assert results[0] == results[1]
+    assert any(level.replaced for p in results[0] for level in p.levels)
+    assert counts[1] < 0.7 * counts[0]
