@@ -21,12 +21,11 @@ from hscr.decode import decode
 from hscr.families import FAMILIES, LLAVA_MED, VICUNA, VICUNA_SYSTEM, handed_with_deepstack, makes_features
 from hscr.families import plain_positions as counted_through
 from hscr.feature_cache import FeatureCache
-from hscr.inputs import image_inputs
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, load_model
 from hscr.packing import packed_logits, tree_logits
 from hscr.visual_tokens import Prompt, drop_visual_tokens, dropout_mask, dropped
 from tests.hscr.tiny import picture
-from tests.hscr.tiny_families import MADE, NAMES, save_tiny
+from tests.hscr.tiny_families import MADE, NAMES, save_tiny, stock_row
 
 QUESTION = "Where is the lesion?"
 ANSWER = "There is a large bright lesion in the left frontal lobe."
@@ -56,26 +55,6 @@ def prompts_of(vlm: VLM) -> list[Prompt]:
     """Two prompts of different length; the second has two images where the family takes several."""
     second = [picture(1, TALL), picture(2, WIDE)] if vlm.family.several_images else picture(1, TALL)
     return encode_prompts(vlm, [picture(0, WIDE), second], [QUESTION, "Which plane is shown, and what is it?"])
-
-
-def stock_row(vlm: VLM, prompt: Prompt, answer: list[int], kept: Tensor | None = None, **changes: Any) -> Tensor:
-    """Logits [A, V] of an answer by the stock forward: one whole row, the family's own masks, `kept` [N] as holes in a 2-D mask."""
-    n = len(prompt.input_ids)
-    ids = torch.cat([prompt.input_ids, torch.tensor(answer)])[None]
-    after = (prompt.next_position + torch.arange(len(answer))).expand(*prompt.position_ids.shape[:-1], -1)
-    mask = torch.ones_like(ids)
-    if kept is not None:
-        mask[0, :n][prompt.input_ids == vlm.image_token_id] = kept.long()
-    inputs = {
-        "input_ids": ids,
-        "position_ids": torch.cat([prompt.position_ids, after], -1)[..., None, :],
-        "attention_mask": mask,
-        **image_inputs(vlm, [prompt]),
-        **({"token_type_ids": (ids == vlm.image_token_id).long()} if vlm.family.name == "gemma3" else {}),
-        **changes,
-    }
-    with torch.no_grad():
-        return vlm.model(**inputs).logits[0, n - 1 : -1]
 
 
 def stock_inputs(vlm: VLM, images: list[Image.Image], question: str) -> Any:

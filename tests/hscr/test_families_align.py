@@ -17,11 +17,13 @@ from hscr.config import AlignConfig
 from hscr.data_set import DataSet
 from hscr.families import FAMILIES
 from hscr.images import as_images
-from hscr.model import load_model
+from hscr.model import encode_prompts, load_model
+from hscr.packing import token_logprobs
 from hscr.records import read_preferences
 from hscr.reward import words_of
+from hscr.visual_tokens import derived_seed, dropout_mask
 from tests.hscr.tiny import picture, save_records
-from tests.hscr.tiny_families import NAMES, save_tiny
+from tests.hscr.tiny_families import NAMES, save_tiny, stock_row
 
 CONFIG = AlignConfig.from_dict(
     {
@@ -88,6 +90,7 @@ def test_the_recipe_gives_an_adapter_that_stock_peft_loads_and_that_changes_answ
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_and_their_grounding_rest_on_every_image(name: str, tmp_path: Path) -> None:
+    """A token's values are those of the stock forward, with the whole image and with a mask that has holes."""
     answerer = Answerer(load_model(save_tiny(name, tmp_path), device="cpu"))
     one, two, three = (picture(i, (40, 56)) for i in range(3))
     asked: list[Any] = [one, [one, two], [one, three], [two, one]]
@@ -100,6 +103,14 @@ def test_answers_and_their_grounding_rest_on_every_image(name: str, tmp_path: Pa
         assert {i for i, t in enumerate(answer.tokens) if t.is_content} == {i for word in words for i in word.tokens}
         rewards = [sum(answer.tokens[i].reward for i in word.tokens) for word in words]
         assert answer.score == pytest.approx(min(rewards, default=0.0), abs=1e-5)
+        (prompt,) = encode_prompts(answerer.vlm, [images], [QUESTIONS[0]])
+        n_visual = int((prompt.input_ids == answerer.vlm.image_token_id).sum())
+        kept = dropout_mask(n_visual, 0.7, derived_seed(prompt.image, 0))
+        seen, hidden = (
+            token_logprobs(stock_row(answerer.vlm, prompt, answer.token_ids, k), answer.token_ids) for k in (None, kept)
+        )
+        assert [t.logprob for t in answer.tokens] == pytest.approx(seen.tolist(), abs=1e-4)
+        assert [t.reward for t in answer.tokens] == pytest.approx((seen - hidden).tolist(), abs=1e-4)
         assert max(abs(t.reward) for t in answer.tokens) > 1e-3
         alone = answerer.answer([AnswerRequest(as_images(images), QUESTIONS[0], max_tokens=6, grounding="tokens")])[0]
         assert alone.token_ids == answer.token_ids

@@ -1,4 +1,7 @@
-"""A tiny random model with its real processor for every family, made from configuration classes; the templates copy the real ones."""
+"""A tiny random model with its real processor for every family, made from configuration classes; the templates copy the real ones.
+
+`stock_row` is the oracle of their tests: the stock forward on one whole row.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -36,7 +40,10 @@ from transformers import (
     SmolVLMVisionConfig,
 )
 
+from hscr.inputs import image_inputs
+from hscr.model import VLM
 from hscr.processor import images_only
+from hscr.visual_tokens import Prompt
 from tests.hscr.tiny import save_tiny_llava, tiny_tokenizer
 
 TEXT: dict[str, Any] = {
@@ -273,3 +280,23 @@ def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def stock_row(vlm: VLM, prompt: Prompt, answer: list[int], kept: Tensor | None = None, **changes: Any) -> Tensor:
+    """Logits [A, V] of an answer by the stock forward: one whole row, the family's own masks, `kept` [N] as holes in a 2-D mask."""
+    n = len(prompt.input_ids)
+    ids = torch.cat([prompt.input_ids, torch.tensor(answer)])[None]
+    after = (prompt.next_position + torch.arange(len(answer))).expand(*prompt.position_ids.shape[:-1], -1)
+    mask = torch.ones_like(ids)
+    if kept is not None:
+        mask[0, :n][prompt.input_ids == vlm.image_token_id] = kept.long()
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.cat([prompt.position_ids, after], -1)[..., None, :],
+        "attention_mask": mask,
+        **image_inputs(vlm, [prompt]),
+        **({"token_type_ids": (ids == vlm.image_token_id).long()} if vlm.family.name == "gemma3" else {}),
+        **changes,
+    }
+    with torch.no_grad():
+        return vlm.model(**inputs).logits[0, n - 1 : -1]
