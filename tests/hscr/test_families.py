@@ -18,7 +18,15 @@ from torch import Tensor
 import hscr.model
 from hscr.config import OptimizationConfig
 from hscr.decode import decode
-from hscr.families import FAMILIES, LLAVA_MED, VICUNA, VICUNA_SYSTEM, handed_with_deepstack, makes_features
+from hscr.families import (
+    FAMILIES,
+    LLAVA_MED,
+    VICUNA,
+    VICUNA_SYSTEM,
+    Family,
+    handed_with_deepstack,
+    makes_features,
+)
 from hscr.families import plain_positions as counted_through
 from hscr.feature_cache import FeatureCache
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, load_model
@@ -131,21 +139,30 @@ def without_deepstack(features: Any, config: Any) -> Any:
     return out
 
 
+def counted_by_two(family: Family) -> dict[str, Any]:
+    return {"positions": lambda *a: 2 * family.positions(*a)}
+
+
+def in_another_order(family: Family) -> dict[str, Any]:
+    return {"hand_over": lambda features, config: family.hand_over([x.flip(0) for x in features], config)}
+
+
 @pytest.mark.parametrize(
     ("name", "trap"),
     [
+        *((name, trap) for name in NAMES for trap in (counted_by_two, in_another_order)),
         ("gemma3", {"masks": None}),  # token types forgotten: no bidirectional image attention
         ("qwen2_5_vl", {"positions": lambda *a: counted_through(*a).expand(3, -1)}),  # no M-RoPE
         ("qwen3_vl", {"positions": lambda *a: counted_through(*a).expand(3, -1)}),
         ("qwen3_vl", {"hand_over": without_deepstack}),
     ],
 )
-def test_a_family_described_wrongly_is_noticed(name: str, trap: dict[str, Any], folder: Callable[[str], Path]) -> None:
+def test_a_family_described_wrongly_is_noticed(name: str, trap: Any, folder: Callable[[str], Path]) -> None:
     vlm = load_model(folder(name), device="cpu")
     batch = stock_inputs(vlm, [picture(0, WIDE)], QUESTION)
     with torch.no_grad():
         stock = vlm.model(**batch).logits[0, -1]
-    vlm.family = dataclasses.replace(vlm.family, **trap)
+    vlm.family = dataclasses.replace(vlm.family, **(trap(vlm.family) if callable(trap) else trap))
     (prompt,) = encode_prompts(vlm, [picture(0, WIDE)], [QUESTION])
     assert difference(packed_logits(vlm, [prompt], [[[vlm.eos_id]]])[0][0][0], stock) > 1e-2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from hscr.align import align
@@ -21,7 +23,7 @@ from hscr.model import encode_prompts, load_model
 from hscr.packing import token_logprobs
 from hscr.records import read_preferences
 from hscr.reward import words_of
-from hscr.visual_tokens import derived_seed, dropout_mask
+from hscr.visual_tokens import Prompt, derived_seed, drop_visual_tokens, dropout_mask
 from tests.hscr.tiny import picture, save_records
 from tests.hscr.tiny_families import NAMES, save_tiny, stock_row
 
@@ -88,8 +90,15 @@ def test_the_recipe_gives_an_adapter_that_stock_peft_loads_and_that_changes_answ
     assert differs
 
 
+def compacted(prompt: Prompt, keep: Tensor) -> Prompt:
+    cut = drop_visual_tokens(prompt, keep)
+    return dataclasses.replace(cut, position_ids=torch.arange(len(cut.input_ids)).expand(*cut.position_ids.shape))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_and_their_grounding_rest_on_every_image(name: str, tmp_path: Path) -> None:
+def test_answers_and_their_grounding_rest_on_every_image(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A token's values are those of the stock forward, with the whole image and with a mask that has holes."""
     answerer = Answerer(load_model(save_tiny(name, tmp_path), device="cpu"))
     one, two, three = (picture(i, (40, 56)) for i in range(3))
@@ -115,6 +124,11 @@ def test_answers_and_their_grounding_rest_on_every_image(name: str, tmp_path: Pa
         alone = answerer.answer([AnswerRequest(as_images(images), QUESTIONS[0], max_tokens=6, grounding="tokens")])[0]
         assert alone.token_ids == answer.token_ids
         assert alone.score == pytest.approx(answer.score, abs=1e-4)
+    with monkeypatch.context() as patch:  # the trap: what is left after dropping is counted through
+        patch.setattr("hscr.visual_tokens.drop_visual_tokens", compacted)
+        moved = answerer.answer([AnswerRequest(as_images(images), QUESTIONS[0], max_tokens=6, grounding="tokens")])[0]
+    assert moved.tokens is not None
+    assert max(abs(t.reward - r) for t, r in zip(moved.tokens, (seen - hidden).tolist(), strict=True)) > 1e-3
     first = [a.tokens[0].logprob for a in answers if a.tokens]
     assert len({round(x, 4) for x in first}) == len(asked)  # no image, and no order of them, is overlooked
     assert len({a.prompt_tokens for a in answers}) == (2 if FAMILIES[name].several_images else 1)

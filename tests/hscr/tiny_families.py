@@ -285,8 +285,9 @@ def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
 def stock_row(vlm: VLM, prompt: Prompt, answer: list[int], kept: Tensor | None = None, **changes: Any) -> Tensor:
     """Logits [A, V] of an answer by the stock forward: one whole row, the family's own masks, `kept` [N] as holes in a 2-D mask."""
     n = len(prompt.input_ids)
+    first = int(prompt.position_ids.max()) + 1  # the oracle's own count: a prompt ends with text
     ids = torch.cat([prompt.input_ids, torch.tensor(answer)])[None]
-    after = (prompt.next_position + torch.arange(len(answer))).expand(*prompt.position_ids.shape[:-1], -1)
+    after = (first + torch.arange(len(answer))).expand(*prompt.position_ids.shape[:-1], -1)
     mask = torch.ones_like(ids)
     if kept is not None:
         mask[0, :n][prompt.input_ids == vlm.image_token_id] = kept.long()
