@@ -1,7 +1,7 @@
 """BLEU of a whole set of captions, with bootstrap intervals. It is what papers print.
 
 Counts are added over the set before they are divided, so it is no mean over captions: a resample adds the counts of the captions drawn. The
-numbers are sacrebleu's (`corpus_bleu` in hscr/scoring.py is the same one without an interval).
+numbers are those of sacrebleu's corpus BLEU.
 """
 
 from __future__ import annotations

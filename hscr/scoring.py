@@ -110,28 +110,14 @@ def grounded_words(prediction: str, grounded: Sequence[GroundedWord]) -> list[bo
 def caption_scores(prediction: str, reference: str) -> dict[str, float]:
     """BLEU-4 (sacrebleu's sentence BLEU, effective order) and ROUGE-L (F1, stemmed), both in [0, 1].
 
-    One caption's: their mean is not the set's BLEU, which hscr/caption_sets.py brings into the tables. Raises ValueError where the
-    extra is missing.
+    One caption's: their mean is not the set's BLEU, which hscr/caption_sets.py brings into the tables. There is no METEOR: nltk's needs
+    WordNet, which is a download. Raises ValueError where the extra is missing.
     """
     bleu, rouge = _caption_libraries()
     return {
         "caption/bleu": bleu.sentence_score(prediction, [reference]).score / 100,
         "caption/rouge_l": rouge.score(reference, prediction)["rougeL"].fmeasure,
     }
-
-
-def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU-4 of a whole set of captions (sacrebleu's corpus BLEU: counts are added before they are divided), in [0, 1].
-
-    It is what papers print; hscr/caption_sets.py has it with intervals. There is no METEOR: nltk's needs WordNet,
-    which is a download. Raises ValueError where the extra is missing, or for no or unpaired captions.
-    """
-    if not predictions or len(predictions) != len(references):
-        raise ValueError("captions: must be one or more, each with its reference")
-    _caption_libraries()
-    from sacrebleu.metrics import BLEU
-
-    return float(BLEU().corpus_score(list(predictions), [list(references)]).score) / 100
 
 
 @functools.cache

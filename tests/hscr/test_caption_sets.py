@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 from rich.console import Console
+from sacrebleu.metrics import BLEU
 
 from hscr import figures
 from hscr.caption_sets import METRIC, bleu_interval, caption_counts
@@ -14,7 +15,7 @@ from hscr.config import EvaluationConfig
 from hscr.predictions import Prediction
 from hscr.progress import evaluation_table
 from hscr.report import render
-from hscr.scoring import caption_scores, corpus_bleu
+from hscr.scoring import caption_scores
 from hscr.tables import summarize
 
 CONFIG = EvaluationConfig(n_bootstrap=200)
@@ -25,6 +26,11 @@ REFERENCES = [
     "",
 ]
 SAID = ["a large bright lesion in the left frontal lobe", "the spot is dark and small", "no lesion", "nothing at all"]
+
+
+def corpus_bleu(said: list[str], references: list[str]) -> float:
+    """The oracle: sacrebleu itself, on the whole set."""
+    return BLEU().corpus_score(said, [references]).score / 100
 
 
 def test_a_captions_counts_are_its_n_grams_and_lengths() -> None:
@@ -39,6 +45,16 @@ def test_a_sets_bleu_is_sacrebleus(n: int) -> None:
     assert found["mean"] == pytest.approx(corpus_bleu(SAID[:n], REFERENCES[:n]), abs=1e-12)
     assert found["n"] == n
     assert found["low"] <= found["high"]
+
+
+def test_a_sets_bleu_adds_counts_before_dividing() -> None:
+    """Eight words of one caption right, none of the other's five; shorter or equal lengths, so no brevity penalty.
+
+    n-gram hits and totals over both: 8/13, 7/11, 6/9, 5/7; the fourth root of their product, 0.657…, is not the mean of 1 and 0.
+    """
+    right, wrong = "a large lesion in the left frontal lobe", "nothing at all is seen"
+    sides = [caption_counts(right, right), caption_counts(wrong, "small dark spot lies right")]
+    assert bleu_interval(sides, 100)["mean"] == pytest.approx((8 / 13 * 7 / 11 * 6 / 9 * 5 / 7) ** 0.25)
 
 
 def test_intervals_resample_captions_and_whole_clusters() -> None:

@@ -8,7 +8,6 @@ from hscr import scoring
 from hscr.records import GroundedWord, VQARecord
 from hscr.scoring import (
     check_scorable,
-    corpus_bleu,
     grounded_words,
     is_right,
     llava_med_closed,
@@ -207,16 +206,3 @@ def test_a_missing_caption_library_is_named_before_anything_is_asked(monkeypatch
 )
 def test_right_means_the_strict_score_or_every_grounded_word(scores: dict[str, float], right: bool | None) -> None:
     assert is_right(scores) is right
-
-
-def test_corpus_bleu_adds_counts_before_dividing() -> None:
-    """Eight words of one caption right, none of the other's five; shorter or equal lengths, so no brevity penalty.
-
-    n-gram hits and totals over both: 8/13, 7/11, 6/9, 5/7; the fourth root of their product, 0.657…, is not the mean of 1 and 0.
-    """
-    right, wrong = "a large lesion in the left frontal lobe", "nothing at all is seen"
-    value = corpus_bleu([right, wrong], [right, "small dark spot lies right"])
-    assert value == pytest.approx((8 / 13 * 7 / 11 * 6 / 9 * 5 / 7) ** 0.25)
-    assert corpus_bleu([right], [right]) == pytest.approx(1)
-    with pytest.raises(ValueError, match="each with its reference"):
-        corpus_bleu([right], [])
