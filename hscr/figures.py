@@ -73,16 +73,22 @@ class Panel:
         # Fixed: panels side by side line up, and a layout that measures every label takes half as long again as all the rest.
         self._figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
         axes.set_title(self.title, loc="left")
+        # An exponent or offset stands at the right: at the left it would push the title out of the fixed margin.
+        axes.yaxis.set_offset_position("right")  # type: ignore[attr-defined]
         axes.set_xlabel(self.xlabel)
         axes.set_ylabel(self.ylabel)
         return axes
 
     def __exit__(self, kind: object, *rest: object) -> None:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.ticker import EngFormatter
 
         try:
             if kind is None:
                 out = io.StringIO()
+                for axes in self._figure.axes:
+                    if max(map(abs, axes.get_ylim())) >= 10_000:
+                        axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # 30k
                 self._figure.patch.set_alpha(0)
                 for axes in self._figure.axes:
                     axes.patch.set_alpha(0)

@@ -169,7 +169,7 @@ def figures(summary: dict[str, Any]) -> dict[str, list[str]]:
 
 def _forest(title: str, rows: list[dict[str, Any]], metric: str) -> str:
     names = [row["arm"] for row in reversed(rows)]
-    left = 0.15 + 0.065 * max(map(len, names))
+    left = 0.2 + 0.07 * max(map(len, names))
     panel = Panel(title, "points over the base", width=left + 3, height=0.7 + 0.24 * len(rows), left=left)
     with panel as axes:
         for y, row in enumerate(reversed(rows)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,6 +16,8 @@ from hscr.config import AlignConfig, EvaluationConfig
 from hscr.predictions import Prediction
 from hscr.records import Level, PreferenceRecord, VQARecord, WordReward, write_jsonl
 from hscr.report import displaced, distributions, write_report
+from hscr.reproduction.plan import FULL
+from hscr.reproduction.table import figures as reproduction_figures
 from hscr.tables import summarize
 
 LONG = "<script>alert(1)</script> " + "word " * 3500
@@ -119,3 +123,48 @@ def test_figures_are_svg_that_takes_the_pages_colour() -> None:
         assert ET.fromstring(svg).attrib["aria-label"] == "loss"
         assert "currentColor" in svg
         assert "#010203" not in svg
+
+
+def arm_row(name: str) -> dict[str, Any]:
+    return {"arm": name, "diverged": [], "entries": 320} | {"gain": {"grounded": SPAN, "closed": SPAN}}
+
+
+SPAN = {"mean": 0.01, "low": -0.05, "high": 0.06}
+
+
+def counted(most: int) -> list[str]:
+    return [figures.histogram("Similarity of the levels", "similarity", [0.1, 0.2, 0.3], {"level 1": [most, 1]})]
+
+
+def trained(**values: float) -> list[str]:
+    return figures.training_curves([{"step": n, **{k: v * n for k, v in values.items()}} for n in (1, 2, 20_000)])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: counted(350_000),  # words of a large data set
+        lambda: counted(6_500_000),
+        lambda: trained(**{"rewards/margins": 3e-7, "rewards/chosen": -1.2e-9}),  # the paper's rate moves little
+        lambda: figures.training_curves([{"step": n, "loss": 0.69314718 + 1e-7 * n} for n in range(9)]),
+        lambda: trained(**{"logps/chosen": -7.5, "logps/rejected": -21.0}),
+        lambda: reproduction_figures({"rows": {"b": [{}, *(arm_row(a.name) for a in FULL.arms["habit"])]}})["b"],
+    ],
+)
+def test_no_label_leaves_its_figure(draw: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As matplotlib measures them, with room to spare for a browser's other font."""
+    drawn: list[Any] = []
+    end = figures.Panel.__exit__
+
+    def noted(self: Any, *raised: Any) -> None:
+        end(self, *raised)
+        drawn.append(self._figure)
+
+    monkeypatch.setattr(figures.Panel, "__exit__", noted)
+    assert draw()
+    for figure in drawn:
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert box.x0 > 0.02, figure.axes[0].get_title("left")
+        assert box.y0 > 0.02
+        assert box.x1 < width - 0.02
+        assert box.y1 < height - 0.02
