@@ -74,7 +74,7 @@ class Panel:
         self._figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
         axes.set_title(self.title, loc="left")
         # An exponent or offset stands at the right: at the left it would push the title out of the fixed margin.
-        axes.yaxis.set_offset_position("right")  # type: ignore[attr-defined]
+        axes.yaxis.set_offset_position("right")
         axes.set_xlabel(self.xlabel)
         axes.set_ylabel(self.ylabel)
         return axes

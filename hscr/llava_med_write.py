@@ -44,12 +44,11 @@ def write_import(plan: Plan, out: Path, shard_bytes: int = SHARD_BYTES) -> Itera
         shards = _shards(plan.moves, shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         for name, moves in zip(names, shards, strict=True):
-            tensors = {}
+            tensors = {}  # lets go of the last shard's before the next is gathered
             for move in moves:
                 tensors[move.target] = _tensor(move)
                 yield move
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            del tensors  # before the next shard is gathered, not after
         where = {m.target: n for n, moves in zip(names, shards, strict=True) for m in moves}
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
         write_json(folder / REPORT, report(plan, where))
