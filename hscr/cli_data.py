@@ -17,7 +17,7 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Folder or file of a public layout, a CSV or JSONL with its images.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the data set to.")],
     form: Annotated[
-        str, typer.Option("--format", help="auto, vqa-rad, slake, pathvqa, llava, trl, hf-parquet or table.")
+        str, typer.Option("--format", help="auto, vqa-rad, slake, pathvqa, llava, openai, trl, hf-parquet or table.")
     ] = "auto",
     split: Annotated[
         str | None, typer.Option(help="Only this split: train, valid or test.", show_default="all")

@@ -120,7 +120,8 @@ def load_model(
     """
     where, kind = device_and_dtype(device, dtype)
     source = str(name)
-    config = _config_json(source, revision)
+    config, commit = _config_json(source, revision)
+    revision = commit or revision  # all of it from one commit, whatever a branch's name comes to mean meanwhile
     family = family_of(config.get("model_type"), source)
     options = {} if quantize is None else _quantized(quantize, where, kind, family)
     try:
@@ -135,14 +136,15 @@ def load_model(
         torch.nn.Module.to(model, where)
     model.eval()
     group_heads(next(m for n, m in model.named_modules() if n.split(".")[-1] == family.language_model))
-    if Path(name).is_dir():
+    local = Path(name).is_dir()
+    if local:
         # Cards and reports leave the machine, so a folder is named without its path.
         source, digest = Path(name).resolve().name, folder_digest(Path(name))
     else:
-        digest = f"hub:{getattr(model.config, '_commit_hash', None)}"
+        digest = f"hub:{source}@{commit}"
     digest = digest if quantize is None else f"{digest}+{quantize}"
     disk = None
-    if feature_cache is not None and digest != "hub:None":
+    if feature_cache is not None and (local or commit):
         identity = [digest, str(kind).removeprefix("torch."), where.type, torch.__version__, transformers.__version__]
         disk = DiskFeatures(feature_cache, identity=identity, device=where, max_bytes=feature_cache_bytes)
     return VLM(model, processor, family, where, source, digest, features=FeatureCache(disk=disk))
@@ -164,9 +166,10 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     return where, kinds[dtype]
 
 
-def _config_json(source: str, revision: str | None) -> dict[str, Any]:
-    """Read config.json alone, so that an unknown architecture is refused before gigabytes are read."""
+def _config_json(source: str, revision: str | None) -> tuple[dict[str, Any], str | None]:
+    """Read config.json alone, so that an unknown architecture is refused before gigabytes are read; the commit that a name stands for."""
     from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
 
     try:
         path = cached_file(source, "config.json", revision=revision)
@@ -177,7 +180,7 @@ def _config_json(source: str, revision: str | None) -> dict[str, Any]:
     if path is None:  # a folder without the file, where transformers raises nothing
         raise ValueError(f"model {source!r}: no config.json there")
     config: dict[str, Any] = json.loads(Path(str(path)).read_text())
-    return config
+    return config, None if Path(source).is_dir() else extract_commit_hash(str(path), None)
 
 
 def _quantized(kind: str, where: torch.device, dtype: torch.dtype, family: Family) -> dict[str, Any]:

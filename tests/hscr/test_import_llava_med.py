@@ -297,6 +297,8 @@ def test_every_tensor_is_moved_bit_by_bit_and_reported(checkpoint: Path, convert
         with safe_open(checkpoint / row["shard"], "pt") as file:
             assert name in file.keys()  # noqa: SIM118
     assert rows["model.mm_projector.2.weight"]["target"] == "multi_modal_projector.linear_2.weight"
+    assert report["source"] == checkpoint.name  # and no path of this machine
+    assert json.loads((converted / "generation_config.json").read_text())["eos_token_id"] == 2
     # Whatever of config.json was neither carried over nor checked is listed: here nothing that a forward reads.
     assert report["config_left"].keys() == {
         "mm_use_im_patch_token", "tokenizer_padding_side", "tokenizer_model_max_length", "use_mm_proj"
@@ -380,6 +382,9 @@ def test_shards_and_half_precision(tmp_path: Path) -> None:
     assert len(list(each.glob("model-*.safetensors"))) == len(moved)
     model, info = LlavaForConditionalGeneration.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert model.dtype == torch.bfloat16
+    assert (
+        json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    )  # other readers do not look at the weights
     assert not any(info.values()), info
     assert os.listdir(tmp_path).count(".out.importing") == 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hscr.config import OptimizationConfig
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, folder_digest, load_model
@@ -37,6 +38,43 @@ def test_an_unknown_model_architecture_dtype_or_device_is_a_clear_error(tiny_fol
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: 'cuda' is not available"):
             load_model(tiny_folder, device="cuda")
+
+
+def test_a_model_by_name_is_known_by_the_commit_that_was_loaded(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commits in a hub cache, the branch at the second: each has its digest and its weights, and code beside them never runs."""
+    first, second, ran = "a" * 40, "b" * 40, tmp_path / "ran"
+    repository = tmp_path / "hub" / "models--org--tiny"
+    for commit in (first, second):
+        shutil.copytree(tiny_folder, repository / "snapshots" / commit)
+    weights = load_file(tiny_folder / "model.safetensors")
+    save_file(
+        {k: v + 1 for k, v in weights.items()}, repository / "snapshots" / first / "model.safetensors", {"format": "pt"}
+    )
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(second)
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}
+    (repository / "snapshots" / first / "config.json").write_text(json.dumps(config))
+    (repository / "snapshots" / first / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\n"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def told(revision: str | None) -> tuple[str, str, float]:
+        vlm = load_model("org/tiny", device="cpu", revision=revision, feature_cache=tmp_path / "features")
+        assert vlm.features.disk is not None
+        return vlm.name, vlm.digest, float(next(vlm.base.parameters()).double().sum())
+
+    branch, pinned, same = told(None), told(first), told(second)
+    assert branch == same
+    assert [pinned[:2], same[:2]] == [("org/tiny", f"hub:org/tiny@{commit}") for commit in (first, second)]
+    assert pinned[2] != same[2]
+    assert not ran.exists()
+    with pytest.raises(ValueError, match="no such folder or Hugging Face name at hand"):
+        load_model("org/tiny", device="cpu", revision="c" * 40)
 
 
 def test_a_folder_without_weights_and_pickled_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
