@@ -32,9 +32,8 @@ def estimate(settings: Settings, data: Path, evaluation: Path | None, config: di
 
 
 def _command(settings: Settings, data: Path, evaluation: Path | None, config: Path) -> list[str]:
-    command = [*settings.plan_command, str(data.resolve()), "--model", settings.model_path, "--json"]
+    command = [*settings.plan_command, str(data.resolve()), *settings.model_options, "--json"]
     command += ["--config", str(config), "--device", settings.device, "--dtype", settings.dtype]
-    command += ["--revision", settings.model_revision] if settings.model_revision else []
     return [*command, *(["--eval", str(evaluation.resolve())] if evaluation else [])]
 
 

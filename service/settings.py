@@ -182,6 +182,11 @@ class Settings(BaseSettings):
         return self.model or demo_model()
 
     @property
+    def model_options(self) -> list[str]:
+        """The model as the commands of `hscr` take it."""
+        return ["--model", self.model_path, *(["--revision", self.model_revision] if self.model_revision else [])]
+
+    @property
     def model_id(self) -> str:
         """The model's name for people: a hub name as it is, of a folder only its last part (a path says too much)."""
         return "hscr-demo" if not self.model else Path(self.model).name if Path(self.model).exists() else self.model

@@ -72,8 +72,7 @@ def order_of(
         write_json(folder / REVIEW, review)
     for_review = job.review and job.approved_at is None
     command = [*(settings.evaluate_command if evaluates else settings.run_command), str(at[sources.data])]
-    command += ["--model", settings.model_path, "--out", str(work.resolve())]
-    command += ["--revision", settings.model_revision] if settings.model_revision else []
+    command += [*settings.model_options, "--out", str(work.resolve())]
     command += ["--config", str((folder / CONFIG).resolve()), "--events", "json"]
     command += ["--eval", str(at[sources.evaluation])] if sources.evaluation else []
     if sources.version is not None:
