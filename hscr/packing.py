@@ -1,8 +1,9 @@
-"""Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Two routes to the same numbers (tested).
+"""Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Three routes, the same numbers.
 
 A row a record, [prompt | y_1 | y_2 | …], with a tree mask and positions that restart after the prompt: each answer sees the prompt and
 itself, never another answer. Packed: in one forward pass. Tree: the prompt first, under the plain causal mask, then the answers over its
-cache (hscr/trees.py), which spares the mask of prompt × prompt. The language-model head runs on answer positions only.
+cache (hscr/trees.py), which spares the mask of prompt × prompt. Rows: the same with the cache expanded to a row an answer, which spares the
+mask of answer × answer, for long ones. The language-model head runs on answer positions only.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
-from hscr.prefix import Rows
-from hscr.trees import Prefixes, Trees, holds_trees
+from hscr.prefix import Rows, tokens_of
+from hscr.trees import Prefixes, Trees, holds_trees, without_last
 from hscr.visual_tokens import Prompt
 
 
@@ -24,10 +25,19 @@ def answer_logits(
 ) -> list[list[Tensor]]:
     """Logits that predict each answer's tokens, teacher-forced: for record b and its answer j a tensor [A_bj, V].
 
-    `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights. The tree is faster and smaller; layers
-    that checkpoint gradients take no cache.
+    `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights. Layers that checkpoint gradients take no
+    cache.
     """
-    return (tree_logits if holds_trees(vlm) and not checkpointing else packed_logits)(vlm, prompts, answers)
+    if checkpointing or not holds_trees(vlm):
+        return packed_logits(vlm, prompts, answers)
+    return (row_logits if _long(prompts, answers) else tree_logits)(vlm, prompts, answers)
+
+
+def _long(prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]) -> bool:
+    """Whether answers beside an answer, which it must not see, have more tokens than its prompt, which it must: the expanded cache is
+    cheaper then (measured: docs/performance.md)."""
+    siblings = sum(sum(map(len, group)) - max(map(len, group)) for group in answers)
+    return siblings > sum(len(p.input_ids) for p in prompts)
 
 
 def packed_logits(
@@ -79,6 +89,17 @@ def tree_logits(vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[
     rows = [(prompt, answer) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
     # The last token of an answer predicts nothing that is asked for.
     made = iter(Trees(vlm, [p for p, _ in rows], [a[:-1] for _, a in rows]).path_logits())
+    return [[next(made) for _ in group] for group in answers]
+
+
+def row_logits(vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Tensor]]:
+    """`answer_logits` by the prompt's cache, expanded to a row an answer."""
+    rows = Rows(vlm, [without_last(p) for p in prompts], [()] * len(prompts))
+    rows.logits()
+    rows.keep([b for b, group in enumerate(answers) for _ in group])
+    tails = [(p, a[:-1]) for p, group in zip(prompts, answers, strict=True) for a in group]
+    logits = rows.extend([tokens_of(p, len(p.input_ids) - 1, tail) for p, tail in tails])
+    made = iter([own[-1 - len(tail) :] for own, (_, tail) in zip(logits, tails, strict=True)])
     return [[next(made) for _ in group] for group in answers]
 
 

@@ -192,6 +192,11 @@ class Rows:
         self._extra.clear()  # the features are in the cache now
         return logits
 
+    def extend(self, tails: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Append a block of columns, (ids [T], positions [..., T]) a row, left-padded; logits [n, longest T, V] of what follows each."""
+        self._columns(tails)
+        return self.logits(self.new)
+
     def append(self, chosen: Sequence[int]) -> None:
         """One token a row."""
         column = torch.tensor(chosen, device=self.vlm.device)[:, None]

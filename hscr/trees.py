@@ -127,7 +127,7 @@ class Trees:
             held = [tokens_of(k.prompt, 0, k.tail) for k in known]
             chains = [[start, *k.tail] for start, k in zip(last, known, strict=True)]
         else:
-            heads = [_without_last(p) for p in self.prompts]
+            heads = [without_last(p) for p in self.prompts]
             rows = Rows(vlm, heads, [()] * len(heads))
             rows.logits()
             self.cache = rows.cache
@@ -235,6 +235,6 @@ class Trees:
         self.new, self.width, self._keep = new, old + new, 0
 
 
-def _without_last(prompt: Prompt) -> Prompt:
+def without_last(prompt: Prompt) -> Prompt:
     """The last token (always text) goes with what continues a prompt, so that every continuation has a column, also without a tail."""
     return dataclasses.replace(prompt, input_ids=prompt.input_ids[:-1], position_ids=prompt.position_ids[..., :-1])

@@ -30,7 +30,7 @@ from hscr.families import (
 from hscr.families import plain_positions as counted_through
 from hscr.feature_cache import FeatureCache
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, load_model
-from hscr.packing import packed_logits, tree_logits
+from hscr.packing import packed_logits, row_logits, tree_logits
 from hscr.visual_tokens import Prompt, drop_visual_tokens, dropout_mask, dropped
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import MADE, NAMES, save_tiny, stock_row
@@ -242,7 +242,7 @@ def test_packed_answers_of_a_padded_batch_equal_separate_stock_rows(vlm: VLM, ho
         assert n > len(alone.features if alone.features is not None else ())
 
 
-def test_the_tree_equals_the_packed_row_in_logits_and_gradients(vlm: VLM) -> None:
+def test_tree_and_expanded_cache_equal_the_packed_row_in_logits_and_gradients(vlm: VLM) -> None:
     full = prompts_of(vlm)
     prompts = [*full, *(dropped(p, 0.7, i, 0) for i, p in enumerate(full))]
     groups = [[ANSWER, "no", "A small dark lesion."], ["axial", "This is a coronal slice."]] * len(full)
@@ -254,18 +254,19 @@ def test_the_tree_equals_the_packed_row_in_logits_and_gradients(vlm: VLM) -> Non
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     made = []
-    for route in (packed_logits, tree_logits):
+    for route in (packed_logits, tree_logits, row_logits):
         logits = route(vlm, prompts, ids)
         vlm.model.zero_grad()
         sum(row.float().log_softmax(-1)[:, 5].sum() for group in logits for row in group).backward()  # type: ignore[union-attr]
         assert weight.grad is not None
         made.append((logits, weight.grad.clone()))
-    (packed, by_packed), (tree, by_tree) = made
-    for a, b in zip(packed, tree, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert x.shape == y.shape
-            assert difference(x.detach(), y.detach()) < 5e-5
-    assert float((by_packed - by_tree).norm()) < 1e-4 * float(by_packed.norm())
+    (packed, by_packed), *others = made
+    for other, by_other in others:
+        for a, b in zip(packed, other, strict=True):
+            for x, y in zip(a, b, strict=True):
+                assert x.shape == y.shape
+                assert difference(x.detach(), y.detach()) < 5e-5
+        assert float((by_packed - by_other).norm()) < 1e-4 * float(by_packed.norm())
 
 
 def test_rows_of_one_prompt_decode_as_alone(vlm: VLM) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hscr.packing
 from hscr.config import OptimizationConfig
 from hscr.inputs import image_inputs, tree_mask
 from hscr.losses import RecordLogProbs, record_loss
@@ -151,3 +152,15 @@ def test_token_logprobs_by_hand() -> None:
     logits = torch.tensor([[0.0, 1.0986123], [0.0, 1.0986123]])
     assert token_logprobs(logits, [0, 1]).tolist() == pytest.approx([-1.3862944, -0.2876821], abs=1e-6)
     assert token_logprobs(logits.bfloat16(), [0, 1]).dtype == torch.float32
+
+
+def test_long_answers_get_a_row_each_and_short_ones_a_tree(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long: what an answer must not see, its siblings, has more tokens than the prompt, which it must."""
+    prompts, _ = batch(vlm)
+    n = len(prompts[0].input_ids)
+    took = []
+    for name in ("row_logits", "tree_logits", "packed_logits"):
+        monkeypatch.setattr(hscr.packing, name, lambda *given, name=name: took.append(name))
+    for siblings, checkpointing in ((n, False), (n + 1, False), (n + 1, True)):
+        hscr.packing.answer_logits(vlm, prompts[:1], [[[5] * siblings, [5] * 2 * n]], checkpointing=checkpointing)
+    assert took == ["tree_logits", "row_logits", "packed_logits"]
