@@ -31,7 +31,7 @@ from tests.worker.test_celery import ROOT, WORKER
 WORKERS = ("worker-a", "worker-b")
 CLIENTS = (*WORKERS, "sweep", "api")
 # The long one says nothing for longer than a claim takes: what would write in a removed folder would end before the next run begins.
-SHORT, LONG = {"steps": 12, "step_s": 0.05}, {"steps": 3, "step_s": 1.5}
+SHORT, LONG = {"steps": 12, "step_s": 0.05, "record_s": 0.08}, {"steps": 3, "step_s": 1.5, "record_s": 0.01}
 
 
 class Rig:
@@ -65,6 +65,8 @@ class Rig:
             "OMP_NUM_THREADS": "1",
             "HSCR_DATA_DIR": str(settings.data_dir),
             "HSCR_RUN_COMMAND": f"{sys.executable} -m tests.chaos.run",
+            "HSCR_GENERATE_COMMAND": f"{sys.executable} -m tests.chaos.run --generate",
+            "HSCR_SHARE_WORTH": "0.3",  # a start takes as long as the generation here
             "HSCR_ENGINE": "none",
             "HSCR_FEATURE_CACHE": "off",
             "HSCR_PORT": str(self.api_port),
