@@ -129,7 +129,7 @@ def reap(session: Session, seen: Claim, max_crashes: int) -> str | None:
 def counts(session: Session, job_id: str) -> Counter[str]:
     """How many of a job's shards are in which status."""
     query = select(GenerationShard.status, func.count()).where(GenerationShard.job_id == job_id)
-    return Counter(dict(session.execute(query.group_by(GenerationShard.status)).tuples().all()))
+    return Counter({row[0]: row[1] for row in session.execute(query.group_by(GenerationShard.status))})
 
 
 def jobs_wait(session: Session, running_max: int | None, since: datetime | None = None) -> bool:
