@@ -97,17 +97,21 @@ def workers(folder: Path, model: Path, n: int, worth: float) -> Iterator[None]:
             process.kill()
 
 
+def packed(data: Path) -> bytes:
+    """A data set's folder as it is uploaded."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in sorted(p for p in data.rglob("*") if p.is_file()):
+            archive.write(path, path.relative_to(data).as_posix())
+    return out.getvalue()
+
+
 def share(folder: Path, model: Path, data: Path, n: int, worth: float = 1.0) -> Shared:
     """One job, up to the end of its generation, on n workers."""
     folder.mkdir()
     database = Database(f"sqlite:///{folder / 'hscr.db'}")
     upgrade(f"sqlite:///{folder / 'hscr.db'}")
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for path in sorted(p for p in data.rglob("*") if p.is_file()):
-            archive.write(path, path.relative_to(data).as_posix())
-    packed.seek(0)
-    stored = import_upload(database, folder, packed, "bench", ArchiveLimits(2**30, 10_000), 10_000)[0]
+    stored = import_upload(database, folder, io.BytesIO(packed(data)), "bench", ArchiveLimits(2**30, 10_000), 10_000)[0]
     with workers(folder, model, n, worth):
         with database.write() as session:
             given = {"adapter_name": "bench", "model": "bench", "config": CONFIG.to_dict(), "review": True}

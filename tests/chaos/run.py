@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-LONG = 1
+LONG, SHARED = 1, 2  # seeds
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     if any(os.environ.get("CHAOS_REAL", "-") in argument for argument in sys.argv[1:3]):
         return real(helps)
     seed = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())["seed"]
-    os.environ["STAND_IN"] = os.environ["CHAOS_LONG" if seed == LONG else "CHAOS_SHORT"]
+    os.environ["STAND_IN"] = os.environ[{LONG: "CHAOS_LONG", SHARED: "CHAOS_SHARED"}.get(seed, "CHAOS_SHORT")]
     from tests.worker import stand_in
 
     try:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, strategies
 from hypothesis import settings as chaos_settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError
 
 from service import jobs, retention
 from service.archive import ArchiveLimits
@@ -33,7 +34,7 @@ from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import MODES
 from tests.chaos.rig import WORKERS, Rig, table
-from tests.chaos.run import LONG
+from tests.chaos.run import LONG, SHARED
 from tests.conftest import dataset_zip, wait_for
 from tests.small_disk import small_disk
 from tests.worker.test_celery import ROOT
@@ -42,8 +43,7 @@ STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "10"))
 ROUND = 5 if STEPS < 100 else 20
 # One job in so many is a real run: over a hundred in the long form.
 REAL_EVERY = 12 if STEPS < 100 else max(2, min(8, STEPS // 110))
-# Jobs of which a worker without a job may make parts: one in so many, with so many records.
-SHARED_EVERY, SHARED = 4, 16
+MANY = 16  # records of a job of which a worker without a job makes parts
 STILL_S = 60  # peace is broken where for so long nothing moves
 DISK_MB = 96
 REAL = {
@@ -116,6 +116,20 @@ class Chaos(RuleBasedStateMachine):
         self._submit(self._key(), long=True)
         self.rig.freeze_supervisors(self.rig.await_point(point, 3.0), 3.0)
 
+    @rule(how=strategies.sampled_from(["kill run", "kill supervisor", "freeze supervisor", "freeze", "kill all"]))
+    def lose_a_helper(self, how: str) -> None:
+        """A job that is worth sharing, where a worker has time for it; `kill all`: the job's own worker is lost with the helper."""
+        until = time.monotonic() + 3
+        while self._queued() and time.monotonic() < until:
+            time.sleep(0.1)
+        self._submit(self._key(), shared=True)
+        family = self.rig.await_helper(3.0)
+        if family and how == "kill all":
+            self.rig.kill_below(2)
+            self.rig.kill_below(1)
+        elif family:
+            self.rig.lose(family, how)
+
     @rule(which=pick, mode=strategies.sampled_from(MODES), seconds=strategies.sampled_from([0.3, 1.0, 3.0]), wait=soon)
     def spoil(self, which: int, mode: str, seconds: float, wait: float) -> None:
         """What follows happens while the network is bad."""
@@ -138,14 +152,20 @@ class Chaos(RuleBasedStateMachine):
         check(rig.database, data, rig.witness, self.accepted)
         self.checked.append(time.monotonic() - begin)
 
+    def _queued(self) -> bool:
+        """False too where the database does not answer."""
+        with contextlib.suppress(DBAPIError), self.rig.database.read() as session:
+            return session.scalar(select(Job.id).where(Job.status == "queued").limit(1)) is not None
+        return False
+
     def _key(self) -> str:
         return f"k{len(self.accepted)}"
 
-    def _submit(self, key: str, *, long: bool = False) -> None:
+    def _submit(self, key: str, *, long: bool = False, shared: bool = False) -> None:
         body: dict[str, Any] = {"dataset": self.stand_in[0], "adapter": "brain", "seed": LONG if long else 0}
-        if int(key[1:]) % SHARED_EVERY == 2:
-            body |= {"dataset": self.stand_in[1], "preference": {"batch_size": 1}}
-        if int(key[1:]) % REAL_EVERY == 1 and not long:
+        if shared:
+            body |= {"dataset": self.stand_in[1], "seed": SHARED, "preference": {"batch_size": 1}}
+        if int(key[1:]) % REAL_EVERY == 1 and not (long or shared):
             evaluation = {"dataset": self.real[1], "n_bootstrap": 100, "max_new_tokens": 2}
             body = {"dataset": self.real[0], "adapter": "real", **REAL, "evaluation": evaluation}
         answer = ask("POST", "/align", body, {"Idempotency-Key": key})
@@ -239,7 +259,7 @@ def test_nothing_is_lost_whatever_dies(kind: str, tmp_path: Path, real_runs: dic
         limits = ArchiveLimits(2**24, 100)
         made = (
             import_upload(database, settings.data_dir, io.BytesIO(dataset_zip(n)), f"of {n}", limits, 100)[0]
-            for n in (3, SHARED)
+            for n in (3, MANY)
         )
         Chaos.stand_in = next(made).id, next(made).id
         stored = [
