@@ -21,10 +21,10 @@ from hscr.artifacts import file_digest
 from hscr.config import AlignConfig
 from hscr.data_set import DataSet
 from hscr.events import Event, Part, Progress, Result, Stage, Stopped, Warning_
-from hscr.model import add_lora, load_model
+from hscr.model import VLM, add_lora, load_model
 from hscr.parts import part_name, shard_bounds
 from hscr.run_dir import PartialFile, RunDir
-from hscr.shard import generate_shard
+from hscr.shard import generate_shard, part_inputs
 from tests.hscr.test_cli import hscr as command  # noqa: F401 - a fixture
 from tests.hscr.tiny import save_records
 
@@ -40,8 +40,9 @@ N = 9  # five batches of two, the last of one
 
 @dataclass
 class Whole:
-    """What one worker makes by itself."""
+    """What one worker makes by itself. The model is loaded once: a generation leaves it as it was."""
 
+    vlm: VLM
     model: Path
     data: Path
     preferences: bytes
@@ -51,8 +52,8 @@ class Whole:
         self, out: Path, config: AlignConfig = CONFIG, seen: Callable[[Event], None] = lambda _: None, **options: Any
     ) -> tuple[bytes, list[Event]]:
         """A run up to the end of its generation: the preferences and the events; `seen` is called with each."""
-        vlm, events = load_model(self.model, device="cpu"), []
-        made = align(vlm, DataSet(self.data), out, config, parent=self.parent, stop_after="generating", **options)
+        events: list[Event] = []
+        made = align(self.vlm, DataSet(self.data), out, config, parent=self.parent, stop_after="generating", **options)
         with contextlib.suppress(Stopped):
             for event in made:
                 events.append(event)
@@ -63,8 +64,7 @@ class Whole:
         """Make one part by itself."""
         before = set(folder.glob("*.jsonl"))
         bounds = shard_bounds(N, config.preference.batch_size, which, of)
-        vlm = load_model(self.model, device="cpu")
-        list(generate_shard(vlm, DataSet(self.data), config, bounds, parts=folder, parent=self.parent))
+        list(generate_shard(self.vlm, DataSet(self.data), config, bounds, parts=folder, parent=self.parent))
         (made,) = set(folder.glob("*.jsonl")) - before
         assert set(folder.iterdir()) == before | {made}, "nothing half is left"
         return made
@@ -73,7 +73,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     root = tmp_path_factory.mktemp("whole")
-    made = Whole(tiny_folder, save_records(root / "data", N), b"")
+    made = Whole(load_model(tiny_folder, device="cpu"), tiny_folder, save_records(root / "data", N), b"")
     made.preferences, events = made.generate(root / "out")
     assert taken(events) == []
     return made
@@ -172,11 +172,12 @@ def test_a_part_made_from_something_else_is_left_alone(whole: Whole, tmp_path: P
 )
 def test_a_name_alone_makes_no_part(whole: Whole, tmp_path: Path, start: int, stop: int, lines: slice) -> None:
     folder = tmp_path / "out" / "parts"
-    part = whole.part(folder, 1, 1)
-    part.unlink()
+    folder.mkdir(parents=True)
     path = folder / "forged"
     path.write_bytes(b"".join(whole.preferences.splitlines(keepends=True)[lines]))
-    path.rename(folder / part_name(part.name.split(".")[0], start, stop, file_digest(path)))
+    path.rename(
+        folder / part_name(part_inputs(whole.vlm, DataSet(whole.data), CONFIG, None), start, stop, file_digest(path))
+    )
     made, events = whole.generate(tmp_path / "out")
     assert made == whole.preferences
     assert taken(events) == []
@@ -188,7 +189,7 @@ def test_a_run_that_was_stopped_after_a_part_goes_on_behind_it(whole: Whole, tmp
     with pytest.raises(Stopped):
         list(
             align(
-                load_model(whole.model, device="cpu"),
+                whole.vlm,
                 DataSet(whole.data),
                 tmp_path / "out",
                 CONFIG,
@@ -204,11 +205,11 @@ def test_a_run_that_was_stopped_after_a_part_goes_on_behind_it(whole: Whole, tmp
 
 def test_a_part_is_made_once(whole: Whole, tmp_path: Path) -> None:
     whole.part(tmp_path, 2, 3)
-    vlm, bounds = load_model(whole.model, device="cpu"), shard_bounds(N, 2, 2, 3)
-    events = list(generate_shard(vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
+    bounds = shard_bounds(N, 2, 2, 3)
+    events = list(generate_shard(whole.vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
     assert [(e.stage, e.status) for e in events if isinstance(e, Stage)] == [("generating", "skipped")]
     next(tmp_path.glob("*.jsonl")).write_bytes(b"damaged")
-    events = list(generate_shard(vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
+    events = list(generate_shard(whole.vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
     assert isinstance(events[-1], Result)
 
 
