@@ -19,9 +19,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, strategies
 from hypothesis import settings as chaos_settings
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from sqlalchemy import func, select
-from sqlalchemy.exc import DBAPIError
 
 from service import jobs, retention
 from service.archive import ArchiveLimits
@@ -63,6 +62,18 @@ class Chaos(RuleBasedStateMachine):
     real: ClassVar[tuple[str, str]]  # to align on, to evaluate on
     accepted: ClassVar[dict[str, str]]
     checked: ClassVar[list[float]]
+
+    @initialize(how=strategies.sampled_from(["kill run", "kill supervisor", "freeze supervisor", "freeze", "kill all"]))
+    def lose_a_helper(self, how: str) -> None:
+        """Each case begins with a job that both workers share, for later one is seldom idle; `kill all`: its own worker is lost too."""
+        self._submit(self._key(), shared=True)
+        family = self.rig.await_helper(6.0)
+        if family and how == "kill all":
+            self.rig.note("kill all of a helper")
+            self.rig.kill_below(2)
+            self.rig.kill_below(1)
+        elif family:
+            self.rig.lose(family, how)
 
     @rule(wait=soon, times=strategies.integers(1, 3))
     def submit(self, wait: float, times: int) -> None:
@@ -116,20 +127,6 @@ class Chaos(RuleBasedStateMachine):
         self._submit(self._key(), long=True)
         self.rig.freeze_supervisors(self.rig.await_point(point, 3.0), 3.0)
 
-    @rule(how=strategies.sampled_from(["kill run", "kill supervisor", "freeze supervisor", "freeze", "kill all"]))
-    def lose_a_helper(self, how: str) -> None:
-        """A job that is worth sharing, where a worker has time for it; `kill all`: the job's own worker is lost with the helper."""
-        until = time.monotonic() + 3
-        while self._queued() and time.monotonic() < until:
-            time.sleep(0.1)
-        self._submit(self._key(), shared=True)
-        family = self.rig.await_helper(3.0)
-        if family and how == "kill all":
-            self.rig.kill_below(2)
-            self.rig.kill_below(1)
-        elif family:
-            self.rig.lose(family, how)
-
     @rule(which=pick, mode=strategies.sampled_from(MODES), seconds=strategies.sampled_from([0.3, 1.0, 3.0]), wait=soon)
     def spoil(self, which: int, mode: str, seconds: float, wait: float) -> None:
         """What follows happens while the network is bad."""
@@ -151,12 +148,6 @@ class Chaos(RuleBasedStateMachine):
         retention.collect(rig.database, data)  # what a killed publisher left, as the sweep would
         check(rig.database, data, rig.witness, self.accepted)
         self.checked.append(time.monotonic() - begin)
-
-    def _queued(self) -> bool:
-        """False too where the database does not answer."""
-        with contextlib.suppress(DBAPIError), self.rig.database.read() as session:
-            return session.scalar(select(Job.id).where(Job.status == "queued").limit(1)) is not None
-        return False
 
     def _key(self) -> str:
         return f"k{len(self.accepted)}"
