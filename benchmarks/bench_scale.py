@@ -23,7 +23,8 @@ from hscr.config import preset
 from hscr.images import decode_image
 from hscr.model import add_lora, load_model
 from hscr.optimize import optimize
-from hscr.preferences import generate, shard_bounds
+from hscr.parts import shard_bounds
+from hscr.preferences import generate
 from hscr.records import read_preferences, read_records
 from hscr.similarity import load_similarity
 

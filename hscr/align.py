@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from hscr import __version__
@@ -21,20 +22,22 @@ from hscr.config import AlignConfig
 from hscr.costs import measured
 from hscr.data_set import DataSet, checked_preferences
 from hscr.evaluation import evaluation_inputs, evaluation_run, headline
-from hscr.events import Checkpoint, Event, Metrics, Rate, Result, Stage, Stopped, Warning_
+from hscr.events import Checkpoint, Event, Metrics, Part, Rate, Result, Stage, Stopped, Warning_
 from hscr.leaks import check_evaluation, refuse_own_data
 from hscr.model import VLM, add_lora, checkpoint_gradients, require_images
 from hscr.optimize import optimize
 from hscr.parent import as_parent, load_parent, parent_digest, with_parents_shape
+from hscr.parts import Parts
 from hscr.preferences import generate
 from hscr.processes import rank, told
-from hscr.records import read_preferences, write_jsonl
+from hscr.records import PreferenceRecord, read_preferences, write_jsonl
 from hscr.repeats import sentences
 from hscr.review import read_review, reviewed
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
+from hscr.shard import batch_lengths, generation_inputs, part_inputs
 from hscr.similarity import load_similarity
-from hscr.token_budget import TokenBudget
+from hscr.token_budget import TokenBudget, out_of_memory
 
 
 def align(
@@ -48,6 +51,7 @@ def align(
     review: Path | None = None,
     parent: Path | None = None,
     learnt: Sequence[DataSet] = (),
+    parts: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Run all stages in `out`; yields events, the last is a Result. ValueError for bad input.
@@ -57,6 +61,9 @@ def align(
 
     With `parent`, a PEFT folder, the run is on top of that adapter (hscr/parent.py); `learnt` are the data sets that it was aligned on,
     whose pictures the evaluation must not show either.
+
+    `parts` (default: `out`/parts) is where others may put preferences that they made of the same (hscr/parts.py): they are taken up
+    instead of being made here, and nothing is waited for.
 
     Afterwards `out` holds config.json, preferences.jsonl (reviewed.jsonl), adapter/ (a PEFT folder), predictions.jsonl, evaluation.json,
     report.html and report.json, costs.json (hscr/costs.py), repeats.json (hscr/repeats.py), and manifest.json with the digests of every
@@ -85,7 +92,7 @@ def align(
                 refuse_own_data(parent, evaluation_data.digest)
             for seen in (*learnt, data):
                 yield from check_evaluation(run, seen, evaluation_data, allow=config.evaluation.allow_leak)
-        generating = _generating(vlm, data, run, config, parent, should_stop)
+        generating = _generating(vlm, data, run, config, parent, parts or out / "parts", should_stop)
         yield from measured(out, "generating", generating, vlm)
         if stop_after == "generating":
             raise Stopped(stop_after)
@@ -117,10 +124,11 @@ def _generating(
     run: RunDir,
     config: AlignConfig,
     parent: Path | None,
+    parts: Path,
     should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
     stage, final = "generating", run.path / "preferences.jsonl"
-    inputs = json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed, *_on_top_of(parent)])
+    inputs = generation_inputs(vlm, data, config, parent)
     if run.is_done(stage, inputs):
         yield Stage(stage, "skipped")
         return
@@ -136,25 +144,42 @@ def _generating(
     yield Stage(stage, "started")
     size, n = config.preference.batch_size, len(data.records)
     resumed = run.start(stage, inputs)
-    partial = PartialFile(run.path / "preferences.partial.jsonl", _batches(n, size), resume=resumed)
-    done = partial.done * size
-    rate = Rate(stage, n, min(done, n))
-    yield rate.at(min(done, n))
+    partial = PartialFile(run.path / "preferences.partial.jsonl", batch_lengths(n, size), resume=resumed)
+    position = min(partial.done * size, n)
+    rate = Rate(stage, n, position)
+    yield rate.at(position)
     similarity = load_similarity(config.preference.similarity)
     budget = TokenBudget(config.preference.token_budget)
     tokens = budget.tokens
+    elsewhere = Parts(parts, part_inputs(vlm, data, config, parent), data.records, size)
+    made: Iterator[PreferenceRecord] | None = None
     with as_parent(vlm, parent):
-        made = generate(
-            vlm, data.records, data.open_images, config.preference, similarity, config.seed, start=done, budget=budget
-        )
-        for number, record in enumerate(made, done + 1):
-            partial.append([record])
-            if budget.tokens < tokens:
-                yield _out_of_memory("preference", tokens := budget.tokens)
-            if number % size == 0 or number == n:
-                yield rate.at(number)
-                if should_stop():
-                    raise Stopped(stage)
+        while position < n:
+            lines = elsewhere.at(position)
+            yield from elsewhere.warnings()
+            if lines:
+                partial.append_lines(lines)
+                yield Part(stage, position + 1, position + len(lines))
+                position, made = position + len(lines), None
+            else:
+                made = made or generate(
+                    vlm,
+                    data.records,
+                    data.open_images,
+                    config.preference,
+                    similarity,
+                    config.seed,
+                    start=position,
+                    budget=budget,
+                )
+                batch = list(islice(made, size))
+                partial.append(batch)
+                position += len(batch)
+                if budget.tokens < tokens:
+                    yield out_of_memory("preference", tokens := budget.tokens)
+            yield rate.at(position)
+            if should_stop():
+                raise Stopped(stage)
     partial.rename(final)
     run.finish(stage, [final.name])
     records = list(read_preferences(final))
@@ -166,17 +191,6 @@ def _generating(
             "few_levels", f"only {with_level} of {n} records got a graded wrong answer; the report lists the reasons"
         )
     yield Stage(stage, "completed")
-
-
-def _out_of_memory(section: str, tokens: int) -> Warning_:
-    return Warning_(
-        "out_of_memory",
-        f"the device ran out of memory; going on with {tokens} tokens a forward ({section}.token_budget={tokens} starts so)",
-    )
-
-
-def _batches(n: int, size: int) -> list[int]:
-    return [min(size, n - start) for start in range(0, n, size)]
 
 
 def _reviewing(run: RunDir, config: AlignConfig, review: Path | None) -> Path:
@@ -249,7 +263,7 @@ def _optimizing(
             chosen.append(step.metrics["rewards/chosen"])
             yield Metrics(stage, step.step, step.metrics)
             if step.token_budget < tokens:
-                yield _out_of_memory("optimization", tokens := step.token_budget)
+                yield out_of_memory("optimization", tokens := step.token_budget)
             yield rate.at(step.step)
             if step.checkpoint:
                 yield Checkpoint(stage, step.step, step.checkpoint)

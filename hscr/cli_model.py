@@ -1,4 +1,4 @@
-"""The commands that need a model: align, generate, evaluate, ask. `align` and `evaluate` are also what the service's worker runs."""
+"""The commands that need a model: align, generate, evaluate, ask. The first three are also what the service's workers run."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def align(
         list[Path] | None,
         typer.Option(help="A data set that PARENT was aligned on: not to be evaluated on. Repeatable."),
     ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which `hscr generate --parts` puts parts from elsewhere.", show_default="OUT/parts"
+        ),
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes (one a GPU) that share the steps of the optimisation on this machine.")
     ] = 1,
@@ -98,6 +104,7 @@ def align(
             review=review,
             parent=adapter_folder(parent, "--parent"),
             learnt=[DataSet(path) for path in trained_on or ()],
+            parts=parts,
             should_stop=stop.is_set,
         )
         show(made, events if first else "json")
@@ -169,7 +176,9 @@ def plan(
 
 def generate(
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file of preference records to write.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSONL file of preference records to write.", show_default=False)
+    ] = None,
     model: Model = str(DEMO_MODEL),
     preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
     config: ConfigFile = None,
@@ -179,37 +188,41 @@ def generate(
     device: Device = "auto",
     revision: Revision = None,
     quantize: Quantize = None,
+    parent: Annotated[
+        Path | None, typer.Option(help="PEFT folder: what it hallucinates, not the base (see align --parent).")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="I/N: only the Ith of N parts; all parts in order are the whole.", metavar="I/N")
     ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of --out: put the part into this folder (RUN/parts), where `hscr align` takes it up."
+        ),
+    ] = None,
+    events: Events = "progress",
 ) -> None:
-    """Only the graded wrong answers: preference records as JSONL, to look at or to train elsewhere (see export)."""
-    from rich.progress import track
+    """Only the graded wrong answers: preference records as JSONL, to look at or to train elsewhere (see export).
 
-    from hscr.artifacts import appearing
+    Stopped or killed, the same command goes on from its last batch.
+    """
     from hscr.data_set import DataSet
-    from hscr.preferences import generate as make
-    from hscr.preferences import shard_bounds
-    from hscr.records import write_jsonl
-    from hscr.similarity import load_similarity
+    from hscr.parts import shard_bounds
+    from hscr.shard import generate_shard
 
+    if (out is None) == (parts is None):
+        raise ValueError("generate: give either --out FILE or --parts FOLDER")
     settings, data_set = configuration(preset_name, config, set_, seed), DataSet(data)
-    start, stop = shard_bounds(len(data_set.records), settings.preference.batch_size, *_part_of(shard))
-    vlm, similarity = load(model, dtype, device, revision, quantize), load_similarity(settings.preference.similarity)
-    made = make(
-        vlm,
-        data_set.records,
-        data_set.open_images,
-        settings.preference,
-        similarity,
-        settings.seed,
-        start=start,
-        stop=stop,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(out) as partial:
-        write_jsonl(partial, track(made, "generating", total=stop - start, console=console))
-    tell(f"{stop - start} records", out)
+    bounds = shard_bounds(len(data_set.records), settings.preference.batch_size, *_part_of(shard))
+    parent = adapter_folder(parent, "--parent")
+    with stoppable() as stop:
+        vlm = load(model, dtype, device, revision, quantize)
+        made = generate_shard(
+            vlm, data_set, settings, bounds, out=out, parts=parts, parent=parent, should_stop=stop.is_set
+        )
+        show(made, events)
+    if events == "progress":
+        tell(f"{bounds[1] - bounds[0]} records", out or parts or Path())
 
 
 def _part_of(shard: str | None) -> tuple[int, int]:

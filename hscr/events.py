@@ -49,6 +49,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Records `first` to `last` (from 1) were made elsewhere and taken up by this run (hscr/parts.py)."""
+
+    stage: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Warning_:
     code: str
     message: str
@@ -58,7 +67,7 @@ class Warning_:
 class Result:
     """The run is done: the adapter's folder below the run directory, its manifest's digest, and the headline metrics.
 
-    An evaluation makes no adapter: then `digest` is evaluation.json's.
+    An evaluation makes no adapter: then `digest` is evaluation.json's; nor does a generation by itself, whose digest is its file's.
     """
 
     adapter: str | None
@@ -72,11 +81,11 @@ class Error:
     message: str
 
 
-Event = Stage | Progress | Metrics | Checkpoint | Warning_ | Result | Error
+Event = Stage | Progress | Metrics | Checkpoint | Part | Warning_ | Result | Error
 
 
 def to_line(event: Event) -> str:
-    """One JSON line, `type` first: stage, progress, metrics, checkpoint, warning, result or error."""
+    """One JSON line, `type` first: stage, progress, metrics, checkpoint, part, warning, result or error."""
     kind = type(event).__name__.rstrip("_").lower()
     return json.dumps({"type": kind, **asdict(event)})
 

@@ -42,7 +42,7 @@ def generate(
 ) -> Iterator[PreferenceRecord]:
     """Yield one preference record a VQA record, in order. A record without a usable level comes out with `levels` empty and reasons.
 
-    A resumed run gives all records again and `start`, the number already made; a shard (`shard_bounds`) gives `start` and `stop`: random
+    A resumed run gives all records again and `start`, the number already made; a shard (hscr/parts.py) gives `start` and `stop`: random
     words come from the whole data set's answers.
     `budget` (default: the configuration's) shrinks where the device runs out of memory; its owner sees it.
     """
@@ -59,18 +59,6 @@ def generate(
 
         for draft, candidates in budget.within(made):
             yield _rank(draft, candidates, config, similarity)
-
-
-def shard_bounds(n: int, batch_size: int, part: int, of: int) -> tuple[int, int]:
-    """Records [start, stop) of shard `part` (from 1) of `of`: whole batches, so that all shards in order are one worker's result.
-
-    ValueError where there is no such shard.
-    """
-    if not 1 <= part <= of:
-        raise ValueError(f"shard: must be 1/{of} to {of}/{of}")
-    batches = -(-n // batch_size)
-    start, stop = (batches * k // of * batch_size for k in (part - 1, part))
-    return min(start, n), min(stop, n)
 
 
 def _batch_made(

@@ -99,6 +99,8 @@ def draw(events: Iterable[e.Event], console: Console) -> None:
             elif isinstance(event, e.Metrics) and "loss" in event.values:
                 note = f"loss {event.values['loss']:.3f}  rewards/chosen {event.values['rewards/chosen']:+.3f}"
                 progress.update(task(event.stage), note=note)
+            elif isinstance(event, e.Part):
+                progress.console.print(f"records {event.first} to {event.last} were made elsewhere and are taken up")
             elif isinstance(event, e.Warning_):
                 progress.console.print(f"[yellow]warning:[/] {escape(event.message)}", soft_wrap=True)
 

@@ -92,6 +92,11 @@ class PartialFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(to_json(value), ensure_ascii=False) + "\n" for value in values)
 
+    def append_lines(self, lines: Iterable[bytes]) -> None:
+        """The same with lines as another process wrote them."""
+        with self.path.open("ab") as file:
+            file.writelines(lines)
+
     def rename(self, final: Path) -> None:
         with self.path.open("ab") as file:
             os.fsync(file.fileno())

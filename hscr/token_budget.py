@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from hscr.events import Warning_
+
 T = TypeVar("T")
 
 
@@ -48,3 +50,11 @@ class TokenBudget:
             self.tokens //= 2  # after the except block, which holds the failed attempt's tensors
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def out_of_memory(section: str, tokens: int) -> Warning_:
+    """What a run tells of a budget that has shrunk; `section` of the configuration holds the budget to start with."""
+    return Warning_(
+        "out_of_memory",
+        f"the device ran out of memory; going on with {tokens} tokens a forward ({section}.token_budget={tokens} starts so)",
+    )

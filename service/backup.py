@@ -173,5 +173,7 @@ def _copy_run(data_dir: Path, out: Path, job_id: str) -> bool:
     with (source / run_folders.LOCK).open("a") as file:
         if not run_folders.try_lock(file.fileno()):
             return False
-        shutil.copytree(source, run_folders.folder(out, job_id), ignore=shutil.ignore_patterns(run_folders.LOCK))
+        # Without parts: a helper may still be writing one, and what is missing of them the run makes itself.
+        left_out = shutil.ignore_patterns(run_folders.LOCK, run_folders.HELPERS, run_folders.PARTS)
+        shutil.copytree(source, run_folders.folder(out, job_id), ignore=left_out)
     return True

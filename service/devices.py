@@ -163,6 +163,17 @@ def for_run(settings: Settings) -> Iterator[RunTurn | None]:
         yield None if descriptor is None or turn.must_go() else turn
 
 
+@contextmanager
+def for_helper(settings: Settings) -> Iterator[RunTurn | None]:
+    """The same for a helper, which drives no engine away: None too while one has the device that it would leave to a run."""
+    device = Device.of(settings)
+    if device.policy == TRAIN_FIRST and device.is_up(SERVING):
+        yield None  # before the flag is raised, at which the engine would go
+        return
+    with for_run(settings) as turn:
+        yield None if turn is None or turn.must_wait() else turn
+
+
 def is_accelerator(settings: Settings) -> bool:
     """Whether runs use a device with a memory of its own, as far as can be told without torch."""
     if settings.device == "auto":

@@ -56,6 +56,13 @@ class CheckpointEvent(_Event):
     digest: Digest
 
 
+class PartEvent(_Event):
+    type: Literal["part"] = "part"
+    stage: StageName
+    first: Count
+    last: Count
+
+
 class WarningEvent(_Event):
     type: Literal["warning"] = "warning"
     code: Code
@@ -75,7 +82,9 @@ class ErrorEvent(_Event):
     message: Text
 
 
-RunEvent = StageEvent | ProgressEvent | MetricsEvent | CheckpointEvent | WarningEvent | ResultEvent | ErrorEvent
+RunEvent = (
+    StageEvent | ProgressEvent | MetricsEvent | CheckpointEvent | PartEvent | WarningEvent | ResultEvent | ErrorEvent
+)
 _READER: TypeAdapter[RunEvent] = TypeAdapter(Annotated[RunEvent, Field(discriminator="type")])
 
 

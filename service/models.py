@@ -178,6 +178,31 @@ class PreferenceEdit(Base):
     updated_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class GenerationShard(Base):
+    """One of the `parts` of a job's generation that an idle worker may make: part `number` from 1, records [start, stop).
+
+    `own`: given up, the job's run makes it itself. `fence` counts claims, as a job's does.
+    """
+
+    __tablename__ = "generation_shards"
+    __table_args__ = (
+        CheckConstraint("status IN ('open', 'running', 'done', 'own')", name="status_known"),
+        CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="lease_only_while_running"),
+        Index("ix_generation_shards_status_lease", "status", "lease_until"),
+    )
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    parts: Mapped[int]
+    start: Mapped[int]
+    stop: Mapped[int]
+    status: Mapped[str] = mapped_column(String(20), default="open")
+    fence: Mapped[int] = mapped_column(default=0)
+    lease_until: Mapped[datetime | None]
+    crashes: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Outbox(Base):
     """A bell that is still to be rung: written with the job's row, deleted by the relay once the broker has it."""
 

@@ -15,7 +15,7 @@ from service.settings import Settings
 TRANSPORT_ALIASES |= dict.fromkeys(("redis", "rediss"), "service.broker:Transport")
 TRANSPORT_ALIASES["sentinel"] = "service.broker:SentinelTransport"
 QUEUE = "hscr-align"
-TASK = "hscr.run_job"
+TASK, HELP_TASK = "hscr.run_job", "hscr.help_job"
 
 # A broker that accepts and never answers would else block a publisher for more than 40 s (measured on Celery 5.7).
 _SOCKETS = {"socket_timeout": 5, "socket_connect_timeout": 3, "socket_keepalive": True, "retry_on_timeout": False}
@@ -53,6 +53,11 @@ def make_celery(settings: Settings) -> Celery:
 def ring(app: Celery, job_id: str) -> None:
     """Put one bell into the queue. Raises kombu's OperationalError where the broker does not take it."""
     app.send_task(TASK, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
+
+
+def call_helper(app: Celery, job_id: str) -> None:
+    """The same for whoever is idle: this running job has shards to make. In the one queue, so that no worker listens twice."""
+    app.send_task(HELP_TASK, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
 
 
 def waiting_bells(app: Celery) -> int:

@@ -22,6 +22,7 @@ from service.errors import Problem
 from service.models import (
     AdapterVersion,
     Dataset,
+    GenerationShard,
     IdempotencyKey,
     Job,
     JobEvent,
@@ -49,7 +50,7 @@ def delete_job(session: Session, job_id: str) -> bool:
     if job.deleted_at is not None:
         return False
     job.deleted_at, job.meta, job.report, job.progress, job.webhook = now(), {}, None, None, None
-    for table in (JobEvent, IdempotencyKey, Outbox, PreferenceEdit, WebhookDelivery):
+    for table in (JobEvent, IdempotencyKey, Outbox, PreferenceEdit, WebhookDelivery, GenerationShard):
         session.execute(delete(table).where(table.job_id == job_id))
     session.flush()
     return True

@@ -95,6 +95,7 @@ class Settings(BaseSettings):
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
     evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
+    generate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "generate"]
     plan_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "plan"]
     plan_max_s: float = Field(default=180.0, gt=0)  # an estimate may take so long
     run_threads: int = Field(default=1, ge=1)
@@ -110,6 +111,8 @@ class Settings(BaseSettings):
     max_crashes: int = Field(default=3, ge=1)
     sweep_interval_s: float = Field(default=1.0, gt=0)
     ring_after_s: float = Field(default=5.0, gt=0)
+    share_generation: bool = True  # idle workers make parts of a running job's preferences
+    share_worth: float = Field(default=4.0, gt=0)  # such a part takes this many times as long as a run's start
     key_waiting_max: int | None = Field(
         default=1000, ge=0
     )  # jobs of one key that wait (queued, paused, awaiting review)
@@ -153,7 +156,7 @@ class Settings(BaseSettings):
     )  # remaps UIDs of uploaded DICOM files; None: a secret in the data folder
     import_max_s: float = Field(default=3600.0, gt=0)
 
-    @field_validator("run_command", "evaluate_command", "plan_command", mode="before")
+    @field_validator("run_command", "evaluate_command", "generate_command", "plan_command", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """A JSON list, or a command line as a shell would split it."""

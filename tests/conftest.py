@@ -223,6 +223,7 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
         engine="none",
         run_command=[sys.executable, str(STAND_IN)],
         evaluate_command=[sys.executable, str(STAND_IN), "--evaluate"],
+        generate_command=[sys.executable, str(STAND_IN), "--generate"],
         lease_s=10,
         stop_grace_s=2,
         lock_wait_s=5,

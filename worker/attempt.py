@@ -53,7 +53,7 @@ class JobFolder:
 
     def trim(self) -> None:
         """Keep of a job that will not go on what people look at: not its checkpoints, not a second copy of its adapter. Needs the lock."""
-        for leftover in self.path.glob(".attempt-*"):
+        for leftover in (*self.path.glob(".attempt-*"), self.path / run_folders.PARTS):
             shutil.rmtree(leftover, ignore_errors=True)
         for attempt in self.attempts():
             for folder in (p for p in attempt.iterdir() if p.is_dir()):

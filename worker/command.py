@@ -13,6 +13,7 @@ from service import adapters, artifact_store, datasets, gates, lineage, reviews
 from service.artifact_store import Artifact
 from service.evaluations import KIND
 from service.models import Dataset, Job
+from service.run_folders import PARTS
 from service.settings import Settings
 
 CONFIG, REVIEW = "config.json", "review.json"
@@ -27,6 +28,10 @@ class Sources:
     version: Artifact | None
     before: Artifact | None
     learnt_from: tuple[Artifact, ...]
+
+    def to_generate(self) -> list[Artifact]:
+        """Those that the generation reads."""
+        return [self.data, *([] if self.version is None else [self.version])]
 
     def all(self) -> list[Artifact]:
         named = (self.data, self.evaluation, self.version, self.before, *self.learnt_from)
@@ -82,6 +87,17 @@ def order_of(
             command += ["--trained-on", str(at[seen])]
     if evaluates:
         return Order(command, True, None, False)
+    command += ["--parts", str((folder / PARTS).resolve())]
     if review is not None:
         command += ["--review", str((folder / REVIEW).resolve())]
     return Order([*command, *(["--stop-after", "generating"] if for_review else [])], False, review, for_review)
+
+
+def part_command(
+    settings: Settings, folder: Path, sources: Sources, at: dict[Artifact, Path], number: int, parts: int
+) -> list[str]:
+    """The run that makes one part of an alignment's preferences, by the configuration that the job's own run has from `order_of`."""
+    command = [*settings.generate_command, str(at[sources.data]), *settings.model_options]
+    command += ["--config", str((folder / CONFIG).resolve()), "--shard", f"{number}/{parts}", "--events", "json"]
+    command += ["--parent", str(at[sources.version])] if sources.version is not None else []
+    return [*command, "--parts", str((folder / PARTS).resolve())]

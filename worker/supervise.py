@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.disk import is_full
-from service import adapters, devices, gates, jobs, logs, tracing
+from service import adapters, devices, gates, jobs, logs, shards, tracing
 from service.artifact_store import ADAPTERS, Artifact, ArtifactStore, open_store
 from service.db import Database, now
 from service.devices import RunTurn
@@ -32,6 +32,7 @@ from worker.attempt import JobFolder
 from worker.carry import Interrupted, carry
 from worker.command import Order, order_of, sources_of
 from worker.fits import check_fits
+from worker.offer import Offer
 from worker.publishing import AdapterDamaged, learnt, store_made
 from worker.room import CODE as DISK_FULL
 from worker.room import MESSAGE as DISK_FULL_MESSAGE
@@ -113,6 +114,7 @@ class _Attempt:
     order: Order = field(default_factory=lambda: Order([], False, None, False))
     stages: Stages = field(init=False)
     store: ArtifactStore = field(init=False)
+    offer: Offer | None = None  # of shards of the generation to idle workers
     ended: str | None = None  # how, in one word of a log or trace
     over: bool = False  # the job will not go on: succeeded or cancelled
     pending: list[RunEvent] = field(default_factory=list)
@@ -191,6 +193,9 @@ class _Attempt:
             job = session.get_one(Job, self.mine.job_id)
             self.order = order_of(session, self.settings, job, folder.path, work, sources, at)
         self.metrics, self.stages.seconds = dict(job.metrics), dict(job.stage_seconds)
+        batch_size = job.config.get("preference", {}).get("batch_size")
+        if self.settings.share_generation and not self.order.evaluates and isinstance(batch_size, int):
+            self.offer = Offer(batch_size, self.settings.share_worth)
         return self.order.command
 
     def _take_device(self, data: Path, evaluation: Path | None) -> None:
@@ -244,6 +249,8 @@ class _Attempt:
 
     def _take(self, events: list[RunEvent]) -> None:
         for event in events:
+            if self.offer is not None:
+                self.offer.take(event)
             if isinstance(event, ResultEvent):
                 self.result = event  # the terminal event tells of it, once it is published
             elif isinstance(event, ErrorEvent):
@@ -279,6 +286,8 @@ class _Attempt:
             return
         self.pending.clear()
         self._renewed = time.monotonic()
+        if self.offer is not None and self.offer.parts:
+            self.offer = None  # made
 
     def _store(self, session: Session) -> jobs.Pulse:
         stages = [
@@ -286,7 +295,7 @@ class _Attempt:
         ]
         shown = [e for e in self.pending if isinstance(e, ProgressEvent)]
         self.stages.book()
-        return jobs.heartbeat(
+        pulse = jobs.heartbeat(
             session,
             self.mine,
             self.settings.lease_s,
@@ -296,6 +305,9 @@ class _Attempt:
             metrics=self.metrics if any(isinstance(e, MetricsEvent) for e in self.pending) else None,
             stage_seconds=self.stages.seconds or None,
         )
+        if self.offer is not None and self.offer.parts:
+            shards.offer(session, self.mine.job_id, self.offer.parts, self.offer.bounds)
+        return pulse
 
     def _conclude(self, status: int | None, work: Path | None) -> None:
         """End this attempt in exactly one way, by what was asked and how the run ended."""

@@ -1,5 +1,5 @@
-"""The sweep: its own small process that rings the bells of new jobs, rings again for forgotten ones, takes jobs back from the dead, and
-removes what is no longer kept. A thread of it sends webhooks.
+"""The sweep: its own small process that rings the bells of new jobs, rings again for forgotten ones, takes jobs and shards back from the
+dead, calls helpers, and removes what is no longer kept. A thread of it sends webhooks.
 
 `python -m worker.sweep`. Everything it does may be done twice, so a second sweep is harmless. No torch.
 """
@@ -23,17 +23,17 @@ from redis.exceptions import RedisError
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.exc import DBAPIError
 
-from service import jobs, logs, retention
+from service import jobs, logs, retention, shards
 from service.db import Database, now
 from service.errors import Problem
 from service.lifeline import watch_parent
 from service.models import Job, Outbox
-from service.queue import make_celery, ring, waiting_bells
+from service.queue import call_helper, make_celery, ring, waiting_bells
 from service.settings import Settings
 from worker import webhooks
 
 log = logging.getLogger("hscr.sweep")
-BATCH = 100
+BATCH, AT_ONCE = 100, 4
 
 
 def relay(database: Database, celery: Celery) -> int:
@@ -87,6 +87,33 @@ def reap(database: Database, max_crashes: int) -> int:
     return len(lost) + len(late)
 
 
+def reap_shards(database: Database, max_crashes: int) -> int:
+    """Take back the shards of helpers that died; how many."""
+    with database.read() as session:
+        lost = shards.lost(session)
+    for claim in lost:
+        with database.write() as session:
+            status = shards.reap(session, claim, max_crashes)
+        log.warning("job %s: the lease of shard %d ran out, now %s", claim.job_id, claim.number, status)
+    return len(lost)
+
+
+def call_helpers(database: Database, celery: Celery, settings: Settings) -> int:
+    """Ring for idle workers where a running job has shards to make and no bell waits in the broker; how often.
+
+    A bell that stays there says that nobody is idle. At most AT_ONCE a round: who comes goes on by himself.
+    """
+    if not settings.share_generation:
+        return 0
+    with database.read() as session:
+        wanted = shards.wanted(session, settings.key_running_max)[:AT_ONCE]
+    if not wanted or waiting_bells(celery) > 0:
+        return 0
+    for job_id in wanted:
+        call_helper(celery, job_id)
+    return len(wanted)
+
+
 def sweep_once(database: Database, celery: Celery, settings: Settings, *, clean: bool = False) -> None:
     """One round, with `clean` a thorough one.
 
@@ -96,6 +123,8 @@ def sweep_once(database: Database, celery: Celery, settings: Settings, *, clean:
         lambda: reap(database, settings.max_crashes),
         lambda: relay(database, celery),
         lambda: ring_again(database, celery, settings.ring_after_s),
+        lambda: reap_shards(database, settings.max_crashes),
+        lambda: call_helpers(database, celery, settings),
     ]
     if clean:
         steps.append(lambda: retention.clean(database, settings))

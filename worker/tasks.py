@@ -1,4 +1,5 @@
-"""The Celery binding and nothing else: a bell comes in with a job's id, worker/supervise.py does the work.
+"""The Celery binding and nothing else: a bell comes in with a job's id, worker/supervise.py does the work, or worker/help.py where the bell
+calls for help with a job that runs.
 
 `celery -A worker.tasks worker` runs it. On SIGTERM Celery's main process waits for its child's task to end; a byte of shared memory tells
 the child to hand its job back now.
@@ -10,6 +11,7 @@ import mmap
 import os
 import re
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from celery.signals import setup_logging, worker_process_init, worker_shutting_down
@@ -17,8 +19,9 @@ from celery.signals import setup_logging, worker_process_init, worker_shutting_d
 from service import logs, tracing
 from service.db import Database
 from service.lifeline import die_with_parent, watch_parent
-from service.queue import QUEUE, TASK, make_celery
+from service.queue import HELP_TASK, QUEUE, TASK, make_celery
 from service.settings import Settings
+from worker import help as helping
 from worker import supervise
 
 settings = Settings()
@@ -33,13 +36,22 @@ watch_parent()
 
 @app.task(name=TASK, queue=QUEUE, ignore_result=True)
 def align(job_id: Any) -> None:
+    _answer(job_id, supervise.run_job)
+
+
+@app.task(name=HELP_TASK, queue=QUEUE, ignore_result=True)
+def help_align(job_id: Any) -> None:
+    _answer(job_id, helping.help_job)
+
+
+def _answer(job_id: Any, work: Callable[..., None]) -> None:
     if not (isinstance(job_id, str) and _JOB_ID.match(job_id)):
         return  # a forged bell
     parent = os.getppid()
     leaving = lambda: _child["told"] or os.getppid() != parent  # noqa: E731
     database = Database(settings.database)
     try:
-        supervise.run_job(database, settings, job_id, should_stop=lambda: _shutdown[0] != 0 or leaving())
+        work(database, settings, job_id, should_stop=lambda: _shutdown[0] != 0 or leaving())
     finally:
         database.close()
     if leaving():
@@ -67,5 +79,5 @@ def _prepare_child(**_: Any) -> None:
 
 def _on_sigterm(number: int, frame: Any) -> None:
     _child["told"] = True
-    if not supervise.busy:
+    if not (supervise.busy or helping.busy):
         os._exit(0)

@@ -140,6 +140,8 @@ def _words(row: JobEvent) -> tuple[Literal["info", "warn", "error"], str]:
             return "info", f"{data['stage']}: metrics of step {data['step']}"
         case "checkpoint":
             return "info", f"{data['stage']}: checkpoint after step {data['step']}"
+        case "part":
+            return "info", f"{data['stage']}: {data['first']} to {data['last']} were made by another worker"
         case "warning":
             return "warn", data["message"]
         case "error":

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
-from service import artifact_store, datasets, jobs
+from service import artifact_store, datasets, jobs, shards
 from service.errors import Problem
 from service.event_stream import TYPE, event_stream
 from service.models import AdapterVersion, Job, JobEvent
@@ -65,6 +65,12 @@ class QueueView(BaseModel):
     starts_in_s: Annotated[float | None, Field(description="An estimate from finished jobs; null: not known.")] = None
 
 
+class Sharing(BaseModel):
+    shards: int = Field(description="Parts of the generation that idle workers may make.")
+    made: int
+    working: int = Field(description="Workers that make one now.")
+
+
 class JobView(BaseModel):
     """Fields with a default came later than the first release: an answer stored for a replay may lack them."""
 
@@ -86,6 +92,9 @@ class JobView(BaseModel):
     config: dict[str, Any]
     metadata: dict[str, Any]
     progress: Progress | None
+    sharing: Sharing | None = Field(
+        None, description="Help with the generation. Only in GET /jobs/{id}; null: none was offered."
+    )
     metrics: dict[str, Any]
     stage_seconds: dict[str, float] = {}
     error: JobError | None
@@ -122,7 +131,10 @@ def index(
 @router.get("/{job_id}", summary="One job")
 def show(state: Service, job_id: JobId) -> JobView:
     with state.database.read() as session:
-        return job_view(session, jobs.get(session, job_id))
+        view, offered = job_view(session, jobs.get(session, job_id)), shards.counts(session, job_id)
+        if offered:
+            view.sharing = Sharing(shards=offered.total(), made=offered[shards.MADE], working=offered["running"])
+        return view
 
 
 @router.get(
@@ -187,6 +199,7 @@ def job_view(
         config=job.config,
         metadata=job.meta,
         progress=Progress(**job.progress) if job.progress else None,
+        sharing=None,
         metrics=job.metrics,
         stage_seconds=job.stage_seconds,
         error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,

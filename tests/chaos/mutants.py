@@ -50,6 +50,13 @@ MUTANTS = (
         "        while False:\n",
         ("two runs of one job at once",),
     ),
+    Mutant(
+        "without taking shards back",
+        "worker/sweep.py",
+        "        lambda: reap_shards(database, settings.max_crashes),\n",
+        "",
+        ("shards that nobody takes back",),
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.real_runs SOCKET ARGUMENTS…`: forks real `hscr align` runs for tests/chaos/run.py, with torch imported once.
+"""`python -m tests.chaos.real_runs SOCKET ARGUMENTS…`: forks real `hscr` runs for tests/chaos/run.py, with torch imported once.
 
 ARGUMENTS are those of a run that is done first, so that all that libraries load late is there too.
 A run is the command line's very own: model, data, run directory, all stages. Left out: the estimate before it and the report's figures,
@@ -75,7 +75,7 @@ def _run(asking: socket.socket, told: dict[str, Any], files: list[int], server: 
         os.environ.clear()
         os.environ.update(told["env"] | {"HSCR_PARENT_PID": str(server)})
         threading.Thread(target=_die_with, args=(asking,), daemon=True).start()
-        sys.argv = ["hscr", "align", *told["argv"]]
+        sys.argv = ["hscr", *told["argv"]]
         hscr.cli.main()
         code = 0
     except SystemExit as end:

@@ -32,6 +32,7 @@ WORKERS = ("worker-a", "worker-b")
 CLIENTS = (*WORKERS, "sweep", "api")
 # The long one says nothing for longer than a claim takes: what would write in a removed folder would end before the next run begins.
 SHORT, LONG = {"steps": 12, "step_s": 0.05}, {"steps": 3, "step_s": 1.5}
+SHARED = {"steps": 3, "step_s": 0.05, "record_s": 0.2}
 
 
 class Rig:
@@ -57,7 +58,7 @@ class Rig:
         self._points, self.witness = scratch / "points", scratch / "witness"
         for folder in (self._points, self.witness):
             folder.mkdir()
-        for name, told in (("short", SHORT), ("long", LONG)):
+        for name, told in (("short", SHORT), ("long", LONG), ("shared", SHARED)):
             (scratch / f"{name}.json").write_text(json.dumps(told))
         self._parts: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = dict(os.environ) | {
@@ -65,6 +66,8 @@ class Rig:
             "OMP_NUM_THREADS": "1",
             "HSCR_DATA_DIR": str(settings.data_dir),
             "HSCR_RUN_COMMAND": f"{sys.executable} -m tests.chaos.run",
+            "HSCR_GENERATE_COMMAND": f"{sys.executable} -m tests.chaos.run --generate",
+            "HSCR_SHARE_WORTH": "0.3",  # a start takes as long as the generation here
             "HSCR_ENGINE": "none",
             "HSCR_FEATURE_CACHE": "off",
             "HSCR_PORT": str(self.api_port),
@@ -78,6 +81,7 @@ class Rig:
             "CHAOS_WITNESS": str(self.witness),
             "CHAOS_SHORT": str(scratch / "short.json"),
             "CHAOS_LONG": str(scratch / "long.json"),
+            "CHAOS_SHARED": str(scratch / "shared.json"),
             **real,
         }
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.api_port}", timeout=10)
@@ -188,6 +192,26 @@ class Rig:
                 return found
             time.sleep(0.005)
         return []
+
+    def await_helper(self, seconds: float) -> list[psutil.Process]:
+        """Wait until a worker helps with another one's job: the helper's run, its supervisor, and Celery's main process."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for process in self._below(2):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "--generate" in process.cmdline():
+                        return [process, *process.parents()[:2]]
+            time.sleep(0.02)
+        return []
+
+    def lose(self, family: list[psutil.Process], how: str) -> None:
+        """kill -9 of a helper's run or supervisor, or STOP of both, then CONT, past a lease."""
+        self.note(f"{how} of a helper")
+        if how.startswith("kill"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family["supervisor" in how].kill()
+        else:
+            _hold(family[:2] if how == "freeze" else family[1:2], 3.0)
 
     def supervisors(self) -> dict[int, str]:
         """The living supervisors by process id, each with the write point that it passed last."""

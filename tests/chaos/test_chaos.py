@@ -19,21 +19,21 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, strategies
 from hypothesis import settings as chaos_settings
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from sqlalchemy import func, select
 
 from service import jobs, retention
 from service.archive import ArchiveLimits
 from service.datasets import import_upload
 from service.db import Database, upgrade
-from service.models import Job
+from service.models import GenerationShard, Job, JobEvent
 from service.settings import Settings
 from tests.chaos.invariants import check, orphans
 from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import MODES
 from tests.chaos.rig import WORKERS, Rig, table
-from tests.chaos.run import LONG
+from tests.chaos.run import LONG, SHARED
 from tests.conftest import dataset_zip, wait_for
 from tests.small_disk import small_disk
 from tests.worker.test_celery import ROOT
@@ -42,6 +42,7 @@ STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "10"))
 ROUND = 5 if STEPS < 100 else 20
 # One job in so many is a real run: over a hundred in the long form.
 REAL_EVERY = 12 if STEPS < 100 else max(2, min(8, STEPS // 110))
+MANY = 16  # records of a job of which a worker without a job makes parts
 STILL_S = 60  # peace is broken where for so long nothing moves
 DISK_MB = 96
 REAL = {
@@ -57,10 +58,22 @@ class Chaos(RuleBasedStateMachine):
     """One service under fire. A request that was not answered is sent again with its key, as a careful client would."""
 
     rig: ClassVar[Rig]
-    stand_in: ClassVar[str]
+    stand_in: ClassVar[tuple[str, str]]  # of three records, and of those that are worth sharing
     real: ClassVar[tuple[str, str]]  # to align on, to evaluate on
     accepted: ClassVar[dict[str, str]]
     checked: ClassVar[list[float]]
+
+    @initialize(how=strategies.sampled_from(["kill run", "kill supervisor", "freeze supervisor", "freeze", "kill all"]))
+    def lose_a_helper(self, how: str) -> None:
+        """Each case begins with a job that both workers share, for later one is seldom idle; `kill all`: its own worker is lost too."""
+        self._submit(self._key(), shared=True)
+        family = self.rig.await_helper(6.0)
+        if family and how == "kill all":
+            self.rig.note("kill all of a helper")
+            self.rig.kill_below(2)
+            self.rig.kill_below(1)
+        elif family:
+            self.rig.lose(family, how)
 
     @rule(wait=soon, times=strategies.integers(1, 3))
     def submit(self, wait: float, times: int) -> None:
@@ -131,6 +144,7 @@ class Chaos(RuleBasedStateMachine):
         peace(self.rig, self.accepted)
         rig, data = self.rig, self.rig.settings.data_dir
         wait_for(lambda: not orphans(data, rig.real_pid), 10, f"no run is left: {orphans(data, rig.real_pid)}")
+        wait_for(lambda: not claimed(rig.database), 10, "shards that nobody takes back")
         retention.collect(rig.database, data)  # what a killed publisher left, as the sweep would
         check(rig.database, data, rig.witness, self.accepted)
         self.checked.append(time.monotonic() - begin)
@@ -138,9 +152,11 @@ class Chaos(RuleBasedStateMachine):
     def _key(self) -> str:
         return f"k{len(self.accepted)}"
 
-    def _submit(self, key: str, *, long: bool = False) -> None:
-        body: dict[str, Any] = {"dataset": self.stand_in, "adapter": "brain", "seed": LONG if long else 0}
-        if int(key[1:]) % REAL_EVERY == 1 and not long:
+    def _submit(self, key: str, *, long: bool = False, shared: bool = False) -> None:
+        body: dict[str, Any] = {"dataset": self.stand_in[0], "adapter": "brain", "seed": LONG if long else 0}
+        if shared:
+            body |= {"dataset": self.stand_in[1], "seed": SHARED, "preference": {"batch_size": 1}}
+        if int(key[1:]) % REAL_EVERY == 1 and not (long or shared):
             evaluation = {"dataset": self.real[1], "n_bootstrap": 100, "max_new_tokens": 2}
             body = {"dataset": self.real[0], "adapter": "real", **REAL, "evaluation": evaluation}
         answer = ask("POST", "/align", body, {"Idempotency-Key": key})
@@ -190,6 +206,12 @@ def peace(rig: Rig, accepted: dict[str, str]) -> None:
         time.sleep(0.1)
 
 
+def claimed(database: Database) -> int:
+    """Shards that somebody has, or had when it died."""
+    with database.read() as session:
+        return session.scalar(select(func.count()).where(GenerationShard.status == "running")) or 0
+
+
 @pytest.fixture(scope="session")
 def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A tiny model, a tiny data set, and the process that forks real runs."""
@@ -226,9 +248,11 @@ def test_nothing_is_lost_whatever_dies(kind: str, tmp_path: Path, real_runs: dic
         database = Database(settings.database)
         stack.callback(database.close)
         limits = ArchiveLimits(2**24, 100)
-        Chaos.stand_in = import_upload(database, settings.data_dir, io.BytesIO(dataset_zip()), "three", limits, 100)[
-            0
-        ].id
+        made = (
+            import_upload(database, settings.data_dir, io.BytesIO(dataset_zip(n)), f"of {n}", limits, 100)[0]
+            for n in (3, MANY)
+        )
+        Chaos.stand_in = next(made).id, next(made).id
         stored = [
             import_upload(database, settings.data_dir, zipped(f), f.name, limits, 100)[0] for f in real_runs["folders"]
         ]
@@ -270,9 +294,15 @@ def summary(kind: str, seconds: float, disk: bool) -> str:
         real = session.execute(
             select(func.count(), func.sum(Job.attempts)).where(Job.adapter_name == "real", Job.status == "succeeded")
         ).one()
+        shards = dict(
+            session.execute(select(GenerationShard.status, func.count()).group_by(GenerationShard.status)).all()
+        )
+        claims = session.scalar(select(func.sum(GenerationShard.fence)))
+        taken = session.scalar(select(func.count()).where(JobEvent.type == "part"))
     lines = [
         f"{kind}: {len(Chaos.checked)} cases, {sum(Chaos.rig.faults.values())} faults, {seconds:.0f} s",
         f"  jobs by status {ended}, attempts {attempts}; real runs that succeeded {real[0]}, their attempts {real[1]}",
+        f"  shards by status {shards}, claimed {claims} times, parts taken up {taken}",
         "  disk: a tmpfs that was filled" if disk else "  no small disk could be mounted: it was never full",
     ]
     return "\n".join([*lines, table(Chaos.rig.faults)])

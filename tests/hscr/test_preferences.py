@@ -20,7 +20,8 @@ import hscr.replacement
 from hscr.config import PERTURBATIONS, REWARDS, PreferenceConfig
 from hscr.images import decode_image
 from hscr.model import VLM, encode_answer, encode_prompts
-from hscr.preferences import generate, shard_bounds
+from hscr.parts import shard_bounds
+from hscr.preferences import generate
 from hscr.records import PreferenceRecord, VQARecord, read_records
 from hscr.replacement import hallucinated_token, same_word
 from hscr.reward import Branches, words_of

@@ -79,6 +79,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"job_id": "job_2", "number": 1, "line": "sha256:l", "rejected": True, "levels": {"1": {"text": "x"}},
          "actor": "local", "updated_at": AT},
     ],
+    "generation_shards": [
+        {"job_id": "job_3", "number": 2, "parts": 3, "start": 4, "stop": 8, "status": "running", "fence": 2, "lease_until": AT,
+         "crashes": 1, "created_at": AT},
+    ],
     "evaluations": [
         {"job_id": "job_4", "adapter_name": "brain", "version": 1, "digest": "sha256:a", "before_version": 2,
          "dataset_id": "ds_1", "dataset_digest": "sha256:d", "result_digest": "sha256:e", "metrics": {"m": 1.0}, "created_at": AT},

@@ -3,7 +3,8 @@
 What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_at (step) and crashes (how often), exit (code at the
 start), ignore_term, checkpoints (tell of each step's), device (a file in the place of a device's memory: it must be the only one to make
 it), child (leave a grandchild), metrics (of the result), hold (wait while that file exists, after saying so in <file>.here), noise,
-secret (words that a careless run says on both outputs and in its events).
+secret (words that a careless run says on both outputs and in its events), record_s (the generation makes a line for each record of the data
+set, at this pace, and takes up parts), part_crash (a part's making dies at once). With --generate it makes a part, as `hscr generate`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from hscr.artifacts import file_digest, write_json, write_manifest
+from hscr.artifacts import file_digest, json_digest, write_json, write_manifest
 from hscr.disk import is_full
+from hscr.events import Rate
+from hscr.parts import Parts, part_name, shard_bounds
+from hscr.records import PreferenceRecord, VQARecord, read_records
+from hscr.run_dir import PartialFile, RunDir
 
 
 def say(kind: str, **values: object) -> None:
@@ -41,13 +47,18 @@ def main() -> int:
         "--adapter",
         "--before",
         "--parent",
+        "--parts",
+        "--shard",
     ):
         parser.add_argument(name)
     parser.add_argument("--trained-on", action="append", default=[])
     parser.add_argument("--evaluate", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--generate", action="store_true")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     told = json.loads(Path(os.environ["STAND_IN"]).read_text())
+    if arguments.generate:
+        return make_part(arguments, told)
     out: Path = arguments.out
     lock = (out / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +103,11 @@ def main() -> int:
                 (out / "reviewed.jsonl").write_bytes(Path(arguments.review).read_bytes())
             continue
         say("stage", stage=stage, status="started")
-        if stage == "generating":
+        if stage == "generating" and "record_s" in told:
+            if not generate(out, arguments, told, stopped):
+                return 75
+            state["weights"] = file_digest(out / "preferences.jsonl")
+        elif stage == "generating":
             partial = out / "preferences.partial.jsonl"
             done = len(partial.read_text().splitlines()) if partial.is_file() else 0
             for number in range(done, 3):
@@ -136,6 +151,70 @@ def main() -> int:
         return 75
     say("result", adapter="adapter", digest=digest, metrics=told.get("metrics", {"accuracy": 0.5}))
     return 0
+
+
+def generate(out: Path, arguments: argparse.Namespace, told: dict, stopped: list[int]) -> bool:
+    """Batch by batch, as hscr/align.py does; False where it was stopped."""
+    records, size, inputs = asked(arguments)
+    resumed = (out / "preferences.partial.jsonl").is_file()
+    partial = PartialFile(out / "preferences.partial.jsonl", lengths(len(records), size), resume=resumed)
+    parts, position = Parts(Path(arguments.parts), inputs, records, size), min(partial.done * size, len(records))
+    rate = Rate("generating", len(records), position)
+    while True:
+        now = rate.at(position)
+        say("progress", stage="generating", done=position, total=len(records), rate=now.rate, eta_s=now.eta_s)
+        if position == len(records):
+            break
+        if stopped:
+            return False
+        if lines := parts.at(position):
+            partial.append_lines(lines)
+            say("part", stage="generating", first=position + 1, last=position + len(lines))
+            position += len(lines)
+        else:
+            position += make_batch(partial, records[position : position + size], told)
+    hold(told, "generating")
+    partial.rename(out / "preferences.jsonl")
+    return True
+
+
+def make_batch(partial: PartialFile, records: list[VQARecord], told: dict) -> int:
+    time.sleep(told.get("record_s", 0) * len(records))
+    partial.append(PreferenceRecord(r, (), (), {}) for r in records)
+    return len(records)
+
+
+def lengths(n: int, size: int) -> list[int]:
+    return [min(size, n - at) for at in range(0, n, size)]
+
+
+def make_part(arguments: argparse.Namespace, told: dict) -> int:
+    """One part into the folder, as hscr/shard.py does."""
+    records, size, inputs = asked(arguments)
+    number, _, of = arguments.shard.partition("/")
+    start, stop = shard_bounds(len(records), size, int(number), int(of))
+    if told.get("part_crash"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    scratch = RunDir(Path(arguments.parts) / f".{inputs[7:23]}.{start}-{stop}.partial")
+    with scratch.locked():
+        resumed = scratch.start("generating", inputs)
+        partial = PartialFile(scratch.path / "lines", lengths(stop - start, size), resume=resumed)
+        position = min(start + partial.done * size, stop)
+        while position < stop:
+            say("progress", stage="generating", done=position - start, total=stop - start)
+            hold(told, "part")
+            position += make_batch(partial, records[position : min(position + size, stop)], told)
+        name = part_name(inputs, start, stop, file_digest(partial.path))
+        partial.rename(Path(arguments.parts) / name)
+        shutil.rmtree(scratch.path)
+    return 0
+
+
+def asked(arguments: argparse.Namespace) -> tuple[list[VQARecord], int, str]:
+    """The records, how many a batch has, and the digest of what is made from what."""
+    records, config = read_records(arguments.data)[0], json.loads(Path(arguments.config).read_text())
+    named = [str(arguments.data), config.get("seed"), Path(arguments.parent).name if arguments.parent else None]
+    return records, config.get("preference", {}).get("batch_size", 32), json_digest(named)
 
 
 def evaluate(out: Path, arguments: argparse.Namespace, told: dict) -> int:

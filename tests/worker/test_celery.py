@@ -43,6 +43,8 @@ class Processes:
             "REDIS_URL": settings.redis_url,
             "HSCR_DATA_DIR": str(settings.data_dir),
             "HSCR_RUN_COMMAND": f"{sys.executable} {STAND_IN}",
+            "HSCR_GENERATE_COMMAND": f"{sys.executable} {STAND_IN} --generate",
+            "HSCR_SHARE_WORTH": "0.5",
             "HSCR_LEASE_S": "1.5",
             "HSCR_STOP_GRACE_S": "2",
             "HSCR_RING_AFTER_S": "0.3",
@@ -57,8 +59,8 @@ class Processes:
         self.started.append(process)
         return process
 
-    def worker(self) -> subprocess.Popen[bytes]:
-        return self.start(WORKER)
+    def worker(self, *options: str) -> subprocess.Popen[bytes]:
+        return self.start([*WORKER, *options])
 
     def sweep(self) -> subprocess.Popen[bytes]:
         return self.start([sys.executable, "-m", "worker.sweep"])

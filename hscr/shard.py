@@ -1,0 +1,110 @@
+"""One part of a generation, or the whole, made by itself into a file: what `hscr generate` does. Stops between batches and goes on.
+
+What is half done lies in a hidden folder beside the result, and is gone when the result is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from hscr import __version__
+from hscr.artifacts import file_digest, json_digest
+from hscr.config import AlignConfig
+from hscr.data_set import DataSet
+from hscr.events import Event, Rate, Result, Stage, Stopped
+from hscr.model import VLM, require_images
+from hscr.parent import as_parent, parent_digest
+from hscr.parts import made_already, part_name
+from hscr.preferences import generate
+from hscr.run_dir import PartialFile, RunDir
+from hscr.similarity import load_similarity
+from hscr.token_budget import TokenBudget, out_of_memory
+
+STAGE = "generating"
+
+
+def generation_inputs(vlm: VLM, data: DataSet, config: AlignConfig, parent: Path | None) -> str:
+    """Digest of what preferences are made from. Without a parent it is what it was before there were parents."""
+    on_top = [] if parent is None else [parent_digest(parent)]
+    return json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed, *on_top])
+
+
+def part_inputs(vlm: VLM, data: DataSet, config: AlignConfig, parent: Path | None) -> str:
+    """The same, and what may round differently elsewhere: parts of one file must be one worker's, byte for byte."""
+    made_by = [__version__, str(vlm.base.dtype), vlm.device.type]
+    return json_digest([generation_inputs(vlm, data, config, parent), *made_by])
+
+
+def batch_lengths(n: int, size: int) -> list[int]:
+    """How many of n records each batch has."""
+    return [min(size, n - start) for start in range(0, n, size)]
+
+
+def generate_shard(
+    vlm: VLM,
+    data: DataSet,
+    config: AlignConfig,
+    bounds: tuple[int, int],
+    *,
+    out: Path | None = None,
+    parts: Path | None = None,
+    parent: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Make the preferences of records [start, stop) (`shard_bounds`) into the file `out`, or into the folder `parts` (hscr/parts.py).
+
+    Yields events; the last is a Result with the file's digest, or, where the part is there already, a skipped Stage. Raises Stopped
+    after `should_stop()`; ValueError for bad input, and where another process is making the same.
+    """
+    folder = out.parent if out is not None else parts
+    if folder is None:
+        raise ValueError("name the file or the folder of parts to write to")
+    require_images(vlm, max(len(r.images) for r in data.records))
+    (start, stop), size = bounds, config.preference.batch_size
+    inputs = part_inputs(vlm, data, config, parent)
+    if out is None and made_already(folder, inputs, start, stop):
+        yield Stage(STAGE, "skipped")
+        return
+    name = out.name if out is not None else f"{inputs.removeprefix('sha256:')[:16]}.{start}-{stop}"
+    scratch = RunDir(folder / f".{name}.partial")
+    with scratch.locked():
+        yield Stage(STAGE, "started")
+        resumed = scratch.start(STAGE, json_digest([inputs, start, stop]))
+        partial = PartialFile(
+            scratch.path / "preferences.partial.jsonl", batch_lengths(stop - start, size), resume=resumed
+        )
+        position = min(start + partial.done * size, stop)
+        rate = Rate(STAGE, stop - start, position - start)
+        yield rate.at(position - start)
+        similarity, budget = load_similarity(config.preference.similarity), TokenBudget(config.preference.token_budget)
+        with as_parent(vlm, parent):
+            made = generate(
+                vlm,
+                data.records,
+                data.open_images,
+                config.preference,
+                similarity,
+                config.seed,
+                start=position,
+                stop=stop,
+                budget=budget,
+            )
+            tokens = budget.tokens
+            while position < stop:
+                batch = list(islice(made, size))
+                partial.append(batch)
+                position += len(batch)
+                if budget.tokens < tokens:
+                    yield out_of_memory("preference", tokens := budget.tokens)
+                yield rate.at(position - start)
+                if position < stop and should_stop():
+                    raise Stopped(STAGE)
+        digest = file_digest(partial.path)
+        partial.rename(out if out is not None else folder / part_name(inputs, start, stop, digest))
+        shutil.rmtree(scratch.path)
+    yield Stage(STAGE, "completed")
+    yield Result(None, digest, {"records": stop - start})
