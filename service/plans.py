@@ -33,7 +33,7 @@ def estimate(settings: Settings, data: Path, evaluation: Path | None, config: di
 
 def _command(settings: Settings, data: Path, evaluation: Path | None, config: Path) -> list[str]:
     command = [*settings.plan_command, str(data.resolve()), *settings.model_options, "--json"]
-    command += ["--config", str(config), "--device", settings.device, "--dtype", settings.dtype]
+    command += ["--config", str(config)]
     return [*command, *(["--eval", str(evaluation.resolve())] if evaluation else [])]
 
 

@@ -186,8 +186,9 @@ class Settings(BaseSettings):
 
     @property
     def model_options(self) -> list[str]:
-        """The model as the commands of `hscr` take it."""
-        return ["--model", self.model_path, *(["--revision", self.model_revision] if self.model_revision else [])]
+        """The model, its device and precision as the commands of `hscr` take them."""
+        revision = ["--revision", self.model_revision] if self.model_revision else []
+        return ["--model", self.model_path, *revision, "--device", self.device, "--dtype", self.dtype]
 
     @property
     def model_id(self) -> str:

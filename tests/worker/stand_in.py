@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     for name in (
         "--model",
+        "--device",
+        "--dtype",
         "--config",
         "--eval",
         "--events",

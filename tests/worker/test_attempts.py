@@ -279,13 +279,14 @@ def test_run_without_a_result_or_with_a_damaged_adapter_is_a_crash(
     assert job_of(database, job_id).error_code == "no_result"
 
 
-def test_the_models_pinned_commit_reaches_the_run(
+def test_the_models_commit_device_and_precision_reach_the_run(
     database: Database, settings: Settings, new_job: NewJob, tmp_path: Path
 ) -> None:
     told, settings.model_revision, settings.max_crashes = tmp_path / "told", "a" * 40, 1
+    settings.device, settings.dtype = "cpu", "bfloat16"
     settings.run_command = [sys.executable, "-c", f"import sys; open({str(told)!r}, 'w').write(' '.join(sys.argv))"]
     run_job(database, settings, new_job(), never)
-    assert f" --revision {'a' * 40} " in told.read_text()
+    assert f" --revision {'a' * 40} --device cpu --dtype bfloat16 " in told.read_text()
 
 
 def test_noise_on_the_runs_output_is_not_stored(
