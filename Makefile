@@ -24,7 +24,7 @@ test-all: $(READY)  ## all tests, those that take longer too, and the demo model
 	@HSCR_REBUILT_MODEL=build/demo-model $(BIN)/python -m pytest tests/hscr/test_demo_model.py
 
 chaos: $(READY)  ## random faults against real processes, N steps (make chaos N=1000); the output counts them by stage
-	@HSCR_CHAOS_STEPS=$(or $(N),1000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s --timeout 0 tests/chaos $(ARGS)
+	@HSCR_THOROUGH=1 HSCR_CHAOS_STEPS=$(or $(N),1000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s --timeout 0 tests/chaos $(ARGS)
 
 chaos-mutants: $(READY)  ## the same without the fence, the second ringing, the run folder's lock: it must fail each time
 	@$(BIN)/python -m tests.chaos.mutants $(or $(N),60)
@@ -38,11 +38,12 @@ audit:  ## known vulnerabilities of the pinned versions (needs PyPI's advisories
 
 install: $(READY)
 
-# torch first and pinned by the constraints file: an open range would pull gigabytes of CUDA packages.
+# torch first and pinned by the constraints file: an open range would pull gigabytes of CUDA packages. Bytecode is made of what is imported,
+# when it is: to compile all that is installed takes longer than to install it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,service,dev]'
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,service,dev]'
 	@touch $(READY)
 
 clean:

@@ -101,7 +101,12 @@ def _suite(folder: Path, mutant: Mutant | None, steps: str) -> tuple[int, str]:
         "--timeout",
         "0",
     ]
-    environment = dict(os.environ) | {"PYTHONPATH": str(folder), "HSCR_CHAOS_STEPS": steps, "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ) | {
+        "PYTHONPATH": str(folder),
+        "HSCR_CHAOS_STEPS": steps,
+        "HSCR_THOROUGH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command += ["-p", "no:cacheprovider", "--basetemp", str(folder / "tmp")]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout

@@ -232,7 +232,7 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
     server.wait()
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", [pytest.param("sqlite", marks=pytest.mark.thorough), "postgresql"])
 def test_nothing_is_lost_whatever_dies(kind: str, tmp_path: Path, real_runs: dict[str, Any]) -> None:
     log = tmp_path / "processes.log"
     with contextlib.ExitStack() as stack:

@@ -60,6 +60,7 @@ def processor() -> object:
     return AutoProcessor.from_pretrained(MODEL_FOLDER)
 
 
+@pytest.mark.thorough
 def test_stock_classes_alone_load_it_and_it_reads_the_held_out_template(splits, base, processor) -> None:
     """Chance on grounded words is about .35; our own decoding loop says the same as generate."""
     test_split = splits["test"]

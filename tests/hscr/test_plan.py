@@ -67,6 +67,7 @@ def test_no_weight_is_read(model: Path, data: DataSet) -> None:
     assert all(p.is_meta for p in skeleton(str(model)).base.parameters())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", NAMES)
 def test_every_family_can_be_planned(family: str, tmp_path: Path, data: DataSet) -> None:
     plan = planned(save_tiny(family, tmp_path / family), data)

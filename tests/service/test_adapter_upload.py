@@ -276,6 +276,7 @@ def test_header_with_a_name_twice_or_tensors_that_share_bytes_is_refused(tmp_pat
         read_header(path)
 
 
+@pytest.mark.thorough
 def test_upload_answers_as_the_adapter_that_it_was(client: TestClient, settings: Settings, tmp_path: Path) -> None:
     """On the demo base: the child process tells its layers; stock PEFT's own folder and what was stored give the same logits."""
     import torch

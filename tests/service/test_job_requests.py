@@ -20,6 +20,8 @@ from service.models import Job, Outbox
 from service.settings import Settings
 from tests.service.test_align import read_stream
 
+pytestmark = pytest.mark.either_database
+
 NewJob = Callable[..., str]
 VERBS = ("cancel", "pause", "resume", "approve", "retry")
 

@@ -25,6 +25,8 @@ from service.models import ApiKey, AuditEntry
 from service.settings import Settings
 from tests.service.test_edge import KEY, every_route
 
+pytestmark = pytest.mark.either_database
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -243,6 +245,7 @@ def test_command_line_makes_lists_rotates_and_revokes(
     assert [tuple(t) for t in told] == [("cli", "key.create"), ("cli", "key.rotate"), ("cli", "key.revoke")]
 
 
+@pytest.mark.thorough
 def test_command_line_on_a_bare_folder_and_its_errors(tmp_path: Path) -> None:
     """The program itself: a key before the first `hscr up`, one clear line and exit code 2 for what is wrong."""
 

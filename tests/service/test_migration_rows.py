@@ -130,6 +130,7 @@ def test_every_revision_is_here_and_every_table_has_rows(database: Database) -> 
                             "number", "digest"}, table.name  # fmt: skip
 
 
+@pytest.mark.either_database
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_rows_of_a_revision_live_through_the_way_up_and_back(
     database_url: str, database: Database, revision: str

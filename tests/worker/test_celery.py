@@ -190,6 +190,7 @@ def test_running_job_is_cancelled_within_seconds(
     assert_succeeded_once(database, new_job())
 
 
+@pytest.mark.thorough
 def test_flushed_broker_loses_no_job(
     database: Database, settings: Settings, processes: Processes, new_job: NewJob
 ) -> None:
@@ -225,6 +226,7 @@ def test_forged_doubled_and_pickled_messages_do_no_harm(
     assert assert_succeeded_once(database, job_id).attempts == 1
 
 
+@pytest.mark.thorough
 def test_raw_bytes_in_the_broker_do_not_end_the_worker(
     database: Database, settings: Settings, processes: Processes, new_job: NewJob
 ) -> None:

@@ -102,6 +102,7 @@ def send(family: list[psutil.Process], number: int) -> None:
             process.send_signal(number)
 
 
+@pytest.mark.thorough
 def test_two_workers_make_together_what_one_makes(
     database: Database,
     settings: Settings,
