@@ -8,7 +8,7 @@ mask of answer × answer, for long ones. The language-model head runs on answer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,14 +30,26 @@ def answer_logits(
     """
     if checkpointing or not holds_trees(vlm):
         return packed_logits(vlm, prompts, answers)
-    return (row_logits if _long(prompts, answers) else tree_logits)(vlm, prompts, answers)
+    logits: list[list[Tensor]] = [[] for _ in prompts]
+    for route, records in _routes(prompts, answers):
+        found = route(vlm, [prompts[b] for b in records], [answers[b] for b in records])
+        for b, group in zip(records, found, strict=True):
+            logits[b] = group
+    return logits
 
 
-def _long(prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]) -> bool:
-    """Whether answers beside an answer, which it must not see, have more tokens than its prompt, which it must: the expanded cache is
-    cheaper then (measured: docs/performance.md)."""
-    siblings = sum(sum(map(len, group)) - max(map(len, group)) for group in answers)
-    return siblings > sum(len(p.input_ids) for p in prompts)
+def _routes(
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[tuple[Callable[..., list[list[Tensor]]], list[int]]]:
+    """Each record's route, whichever batch it is in, for routes differ in bfloat16: rows where a tree would compute and hide more pairs of
+    tokens than 64 for each token that expanding copies (they cost about the same, measured on a CPU: docs/performance.md)."""
+    by_rows = []
+    for b, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        hidden = sum(len(a) * (sum(map(len, group)) - len(a)) for a in group)
+        if hidden > 64 * len(group) * len(prompt.input_ids):
+            by_rows.append(b)
+    by_tree = [b for b in range(len(prompts)) if b not in by_rows]
+    return [(route, records) for route, records in ((row_logits, by_rows), (tree_logits, by_tree)) if records]
 
 
 def packed_logits(

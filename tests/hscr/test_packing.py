@@ -1,5 +1,9 @@
 """One packed row a record equals a row an answer, in logits and gradients."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -155,12 +159,23 @@ def test_token_logprobs_by_hand() -> None:
 
 
 def test_long_answers_get_a_row_each_and_short_ones_a_tree(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long: what an answer must not see, its siblings, has more tokens than the prompt, which it must."""
+    """Two answers of T tokens after n: a tree hides 2 T² pairs, expanding copies 2 n tokens; equal at T = 8 √n."""
     prompts, _ = batch(vlm)
-    n = len(prompts[0].input_ids)
-    took = []
+    most = [math.isqrt(64 * len(p.input_ids)) for p in prompts]
+    took: list[Any] = []
+
+    def noting(name: str) -> Callable[..., list[list[Tensor]]]:
+        def route(vlm: VLM, prompts: list[Prompt], answers: list[list[list[int]]]) -> list[list[Tensor]]:
+            took.append((name, [len(group[0]) for group in answers]))
+            return [[torch.tensor(len(a)) for a in group] for group in answers]
+
+        return route
+
     for name in ("row_logits", "tree_logits", "packed_logits"):
-        monkeypatch.setattr(hscr.packing, name, lambda *given, name=name: took.append(name))
-    for siblings, checkpointing in ((n, False), (n + 1, False), (n + 1, True)):
-        hscr.packing.answer_logits(vlm, prompts[:1], [[[5] * siblings, [5] * 2 * n]], checkpointing=checkpointing)
-    assert took == ["tree_logits", "row_logits", "packed_logits"]
+        monkeypatch.setattr(hscr.packing, name, noting(name))
+    answers = [[[5] * most[0]] * 2, [[5] * (most[1] + 1)] * 2]
+    found = hscr.packing.answer_logits(vlm, prompts[:2], answers)
+    assert took == [("row_logits", [most[1] + 1]), ("tree_logits", [most[0]])]
+    assert [[int(x) for x in group] for group in found] == [[len(a) for a in group] for group in answers]
+    hscr.packing.answer_logits(vlm, prompts[1:2], answers[1:], checkpointing=True)
+    assert took[2:] == [("packed_logits", [most[1] + 1])]
