@@ -38,12 +38,11 @@ audit:  ## known vulnerabilities of the pinned versions (needs PyPI's advisories
 
 install: $(READY)
 
-# torch first and pinned by the constraints file: an open range would pull gigabytes of CUDA packages. Bytecode is made of what is imported,
-# when it is: to compile all that is installed takes longer than to install it.
+# torch first and pinned by the constraints file: an open range would pull gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,service,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,service,dev]'
 	@touch $(READY)
 
 clean:
