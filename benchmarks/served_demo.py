@@ -40,7 +40,7 @@ def save_adapters(folder: Path, model: Path, n: int, strength: float = 0.02) -> 
 
 
 def demo_questions(data: Path, adapter: str) -> list[dict[str, Any]]:
-    """The bodies of the demo's requests, in its order."""
+    """The demo's questions, base and version asked by themselves, so that an answer is a request (the demo asks both in one)."""
     records, _ = read_records(data)
     files = [(data / record.image).read_bytes() for record in records]
     other, blank = derangement(len(records), 0), io.BytesIO()

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
 from hscr import __version__
@@ -26,16 +25,15 @@ from hscr.events import Checkpoint, Event, Metrics, Part, Rate, Result, Stage, S
 from hscr.leaks import check_evaluation, refuse_own_data
 from hscr.model import VLM, add_lora, checkpoint_gradients, require_images
 from hscr.optimize import optimize
-from hscr.parent import as_parent, load_parent, parent_digest, with_parents_shape
+from hscr.parent import as_parent, load_parent, on_top_of, parent_digest, with_parents_shape
 from hscr.parts import Parts
-from hscr.preferences import generate
 from hscr.processes import rank, told
 from hscr.records import PreferenceRecord, read_preferences, write_jsonl
 from hscr.repeats import sentences
 from hscr.review import read_review, reviewed
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
-from hscr.shard import batch_lengths, generation_inputs, part_inputs
+from hscr.shard import batch_lengths, batches_made, generation_inputs, part_inputs
 from hscr.similarity import load_similarity
 from hscr.token_budget import TokenBudget, out_of_memory
 
@@ -113,11 +111,6 @@ def _repeated(run: RunDir, data: DataSet) -> Iterator[Event]:
         yield Warning_(kind, sentence)
 
 
-def _on_top_of(parent: Path | None) -> list[str]:
-    """What a parent adds to a stage's inputs; without one nothing, so that their digests stay what they were."""
-    return [] if parent is None else [parent_digest(parent)]
-
-
 def _generating(
     vlm: VLM,
     data: DataSet,
@@ -152,7 +145,7 @@ def _generating(
     budget = TokenBudget(config.preference.token_budget)
     tokens = budget.tokens
     elsewhere = Parts(parts, part_inputs(vlm, data, config, parent), data.records, size)
-    made: Iterator[PreferenceRecord] | None = None
+    made: Iterator[list[PreferenceRecord]] | None = None
     with as_parent(vlm, parent):
         while position < n:
             lines = elsewhere.at(position)
@@ -162,17 +155,8 @@ def _generating(
                 yield Part(stage, position + 1, position + len(lines))
                 position, made = position + len(lines), None
             else:
-                made = made or generate(
-                    vlm,
-                    data.records,
-                    data.open_images,
-                    config.preference,
-                    similarity,
-                    config.seed,
-                    start=position,
-                    budget=budget,
-                )
-                batch = list(islice(made, size))
+                made = made or batches_made(vlm, data, config, similarity, budget, position, n)
+                batch = next(made)
                 partial.append(batch)
                 position += len(batch)
                 if budget.tokens < tokens:
@@ -227,7 +211,7 @@ def _optimizing(
 
     stage = "optimizing"
     asked = [file_digest(preferences), data.digest, vlm.digest, asdict(config.optimization), config.seed]
-    inputs = json_digest([*asked, *_on_top_of(parent)])
+    inputs = json_digest([*asked, *on_top_of(parent)])
     if run.is_done(stage, inputs):
         told("")  # nothing to follow
         yield Stage(stage, "skipped")

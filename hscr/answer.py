@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from hscr.answers import Answer, AnswerRequest, Delta, OnDelta, TokenGrounding, TokenLogprob
+from hscr.gathering import Gathering
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM, decode_text, encode_prompts
 from hscr.packing import token_logprobs
@@ -27,9 +28,6 @@ from hscr.saying import Saying
 from hscr.visual_tokens import Prompt, dropped
 
 __all__ = ["Answer", "AnswerRequest", "Answerer", "Delta", "OnDelta", "TokenGrounding", "TokenLogprob"]
-
-
-HELD_STEPS = 3
 
 
 class Answerer:
@@ -107,7 +105,7 @@ class AnswerBatch:
         self._running = Running(answerer.vlm, answerer.lora, answerer.prefixes)
         self._asked: dict[Row, tuple[AnswerRequest, OnDelta | None]] = {}
         self._ended: list[Row] = []
-        self._held = 0  # steps that ended rows have waited for each other
+        self._gathering = Gathering()
 
     def __len__(self) -> int:
         return len(self._asked)
@@ -146,7 +144,7 @@ class AnswerBatch:
                 self._tell(running)
             return self._finished(self._due())
         except Exception:
-            self._asked, self._ended, self._held = {}, [], 0
+            self._asked, self._ended, self._gathering = {}, [], Gathering()
             self._running.clear()
             raise
 
@@ -158,9 +156,8 @@ class AnswerBatch:
         ended = [row for row in self._ended if row in self._asked]
         held = [row for row in ended if row.scored]
         running = len(self._running.rows)
-        if not running or (not self.together and (4 * len(held) >= running or self._held == HELD_STEPS)):
+        if not self._gathering.holds(len(held), running) and not (self.together and running):
             held = []
-        self._held = self._held + 1 if held else 0
         self._ended = held
         return [row for row in ended if row not in held]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
 from hscr.prefix import Rows, tokens_of
-from hscr.trees import Prefixes, Trees, holds_trees, without_last
+from hscr.trees import Prefixes, Trees, but_last, holds_trees
 from hscr.visual_tokens import Prompt
 
 
@@ -106,8 +106,7 @@ def tree_logits(vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[
 
 def row_logits(vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Tensor]]:
     """`answer_logits` by the prompt's cache, expanded to a row an answer."""
-    rows = Rows(vlm, [without_last(p) for p in prompts], [()] * len(prompts))
-    rows.logits()
+    rows = but_last(vlm, prompts)
     rows.keep([b for b, group in enumerate(answers) for _ in group])
     tails = [(p, a[:-1]) for p, group in zip(prompts, answers, strict=True) for a in group]
     logits = rows.extend([tokens_of(p, len(p.input_ids) - 1, tail) for p, tail in tails])

@@ -42,6 +42,11 @@ def parent_digest(parent: Path) -> str:
     return file_digest(parent / WEIGHTS)
 
 
+def on_top_of(parent: Path | None) -> list[str]:
+    """What a parent adds to a stage's inputs; without one nothing, so that their digests stay what they were."""
+    return [] if parent is None else [parent_digest(parent)]
+
+
 def with_parents_shape(config: AlignConfig, parent: Path) -> AlignConfig:
     """The configuration with the LoRA's rank and scale as the parent has them. Raises ValueError where it is no LoRA."""
     found = read_adapter(parent)

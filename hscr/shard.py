@@ -17,20 +17,20 @@ from hscr.config import AlignConfig
 from hscr.data_set import DataSet
 from hscr.events import Event, Rate, Result, Stage, Stopped
 from hscr.model import VLM, require_images
-from hscr.parent import as_parent, parent_digest
+from hscr.parent import as_parent, on_top_of
 from hscr.parts import made_already, part_name
 from hscr.preferences import generate
+from hscr.records import PreferenceRecord
 from hscr.run_dir import PartialFile, RunDir
-from hscr.similarity import load_similarity
+from hscr.similarity import Similarity, load_similarity
 from hscr.token_budget import TokenBudget, out_of_memory
 
 STAGE = "generating"
 
 
 def generation_inputs(vlm: VLM, data: DataSet, config: AlignConfig, parent: Path | None) -> str:
-    """Digest of what preferences are made from. Without a parent it is what it was before there were parents."""
-    on_top = [] if parent is None else [parent_digest(parent)]
-    return json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed, *on_top])
+    """Digest of what preferences are made from."""
+    return json_digest([data.digest, vlm.digest, asdict(config.preference), config.seed, *on_top_of(parent)])
 
 
 def part_inputs(vlm: VLM, data: DataSet, config: AlignConfig, parent: Path | None) -> str:
@@ -42,6 +42,25 @@ def part_inputs(vlm: VLM, data: DataSet, config: AlignConfig, parent: Path | Non
 def batch_lengths(n: int, size: int) -> list[int]:
     """How many of n records each batch has."""
     return [min(size, n - start) for start in range(0, n, size)]
+
+
+def batches_made(
+    vlm: VLM, data: DataSet, config: AlignConfig, similarity: Similarity, budget: TokenBudget, start: int, stop: int
+) -> Iterator[list[PreferenceRecord]]:
+    """The preferences of records [start, stop), a batch at a time. `budget` shrinks where the device runs out of memory."""
+    made = generate(
+        vlm,
+        data.records,
+        data.open_images,
+        config.preference,
+        similarity,
+        config.seed,
+        start=start,
+        stop=stop,
+        budget=budget,
+    )
+    while batch := list(islice(made, config.preference.batch_size)):
+        yield batch
 
 
 def generate_shard(
@@ -82,20 +101,8 @@ def generate_shard(
         yield rate.at(position - start)
         similarity, budget = load_similarity(config.preference.similarity), TokenBudget(config.preference.token_budget)
         with as_parent(vlm, parent):
-            made = generate(
-                vlm,
-                data.records,
-                data.open_images,
-                config.preference,
-                similarity,
-                config.seed,
-                start=position,
-                stop=stop,
-                budget=budget,
-            )
             tokens = budget.tokens
-            while position < stop:
-                batch = list(islice(made, size))
+            for batch in batches_made(vlm, data, config, similarity, budget, position, stop):
                 partial.append(batch)
                 position += len(batch)
                 if budget.tokens < tokens:

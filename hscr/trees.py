@@ -127,12 +127,9 @@ class Trees:
             held = [tokens_of(k.prompt, 0, k.tail) for k in known]
             chains = [[start, *k.tail] for start, k in zip(last, known, strict=True)]
         else:
-            heads = [without_last(p) for p in self.prompts]
-            rows = Rows(vlm, heads, [()] * len(heads))
-            rows.logits()
-            self.cache = rows.cache
-            held = [(p.input_ids, p.position_ids) for p in heads]
-            chains = [[] for _ in heads]
+            self.cache = but_last(vlm, self.prompts).cache
+            held = [(p.input_ids[:-1], p.position_ids[..., :-1]) for p in self.prompts]
+            chains = [[] for _ in self.prompts]
         self._lay_out(held, chains, sequences, room)
 
     def _place(self, rows: Sequence[int]) -> None:
@@ -235,6 +232,10 @@ class Trees:
         self.new, self.width, self._keep = new, old + new, 0
 
 
-def without_last(prompt: Prompt) -> Prompt:
-    """The last token (always text) goes with what continues a prompt, so that every continuation has a column, also without a tail."""
-    return dataclasses.replace(prompt, input_ids=prompt.input_ids[:-1], position_ids=prompt.position_ids[..., :-1])
+def but_last(vlm: VLM, prompts: Sequence[Prompt]) -> Rows:
+    """Prompts computed but their last token (always text): it goes with what continues them, so that every continuation has a column, also
+    without a tail."""
+    heads = [dataclasses.replace(p, input_ids=p.input_ids[:-1], position_ids=p.position_ids[..., :-1]) for p in prompts]
+    rows = Rows(vlm, heads, [()] * len(heads))
+    rows.logits()
+    return rows

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from hscr.answers import Answer, Delta, OnDelta
+from hscr.gathering import Gathering
 
 log = logging.getLogger("hscr.batcher")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-HELD_STEPS = 3
 
 
 class Full(Exception):
@@ -209,7 +209,7 @@ class Batcher(Generic[Item, Result]):
         self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._item_s = 0.5  # a running mean of the time an item takes, for Retry-After
         self._marked = 0.0  # when the last item ended, or work began
-        self._held = 0  # steps that newcomers have waited for more of them
+        self._gathering = Gathering()  # of newcomers
         self._closing = threading.Event()
         self.ready = threading.Event()
         self.failure: Exception | None = None
@@ -316,11 +316,9 @@ class Batcher(Generic[Item, Result]):
         """
         with self._came:
             new = self._taken(beside=self._running)
-            if 4 * len(new) < len(self._running) and self._held < HELD_STEPS:
+            if self._gathering.holds(len(new), len(self._running)):
                 self._waiting.extendleft(reversed(new))
-                self._held += bool(new)
                 return []
-        self._held = 0
         return new
 
     def _taken(self, beside: Sequence[Entry[Item, Result]]) -> list[Entry[Item, Result]]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hscr.answer import HELD_STEPS, AnswerBatch, Answerer, AnswerRequest
+from hscr.answer import AnswerBatch, Answerer, AnswerRequest
 from hscr.config import OptimizationConfig
 from hscr.decode import decode
+from hscr.gathering import STEPS
 from hscr.model import VLM, add_lora, encode_prompts, load_model
 from hscr.reward import words_of
 from hscr.running import Running
@@ -257,7 +258,7 @@ def test_answers_that_end_soon_after_each_other_are_grounded_together(
         step += 1
         came |= {rows.index(row): step for row in batch.step()}
     assert came[12] == 2  # who asks for no grounding waits for nobody
-    assert [came[i] for i in range(4)] == [3, 3, 3, 4 + HELD_STEPS]
+    assert [came[i] for i in range(4)] == [3, 3, 3, 4 + STEPS]
     assert [came[i] for i in range(4, 12)] == [20] * 8
     assert passes == [3, 1, 8]
     passes.clear()

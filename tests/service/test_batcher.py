@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from hscr.answers import Delta
-from service.batcher import HELD_STEPS, Batcher, Closed, Entry, Full, Whole
+from hscr.gathering import STEPS
+from service.batcher import Batcher, Closed, Entry, Full, Whole
 from tests.conftest import wait_for
 
 
@@ -241,9 +242,9 @@ def test_few_newcomers_wait_a_few_steps_for_more_where_many_run(steps: Steps, st
     many_run(batcher, steps, 9)
     late, begun = [Job(), Job()], len(steps.shared)
     futures = [batcher.submit(job) for job in late]
-    stepped(steps, HELD_STEPS + 2)  # the one under way, those they wait, their own
+    stepped(steps, STEPS + 2)  # the one under way, those they wait, their own
     assert [f.result(5) for f in futures] == ["done"] * 2
-    assert [late[0] in shared for shared in steps.shared[begun:]] == [False] * (1 + HELD_STEPS) + [True]
+    assert [late[0] in shared for shared in steps.shared[begun:]] == [False] * (1 + STEPS) + [True]
     assert steps.shared[-1][9:] == late  # in the order they came
 
 
@@ -266,11 +267,11 @@ def test_places_that_become_free_are_filled_together(steps: Steps, stepping: Any
         batcher.submit(job)
     wait_for(lambda: batcher.depth == 4, 5)
     begun = len(steps.shared)
-    stepped(steps, 2 + HELD_STEPS + 1)
+    stepped(steps, 2 + STEPS + 1)
     sizes = [len(shared) for shared in steps.shared[begun:]]
     assert jobs[0].steps == 0
     assert sizes[-1] == 8
-    assert sizes.count(7) == HELD_STEPS
+    assert sizes.count(7) == STEPS
     assert waiting[0] in steps.shared[-1]
     assert waiting[1] not in steps.shared[-1]
 
