@@ -108,7 +108,6 @@ def main() -> int:
         if stage == "generating" and "record_s" in told:
             if not generate(out, arguments, told, stopped):
                 return 75
-            state["weights"] = file_digest(out / "preferences.jsonl")
         elif stage == "generating":
             partial = out / "preferences.partial.jsonl"
             done = len(partial.read_text().splitlines()) if partial.is_file() else 0
@@ -120,6 +119,8 @@ def main() -> int:
             partial.rename(out / "preferences.jsonl")
         else:
             hold(told, stage)
+            if "record_s" in told and state["step"] == 0:  # here: a run may be killed between the two stages
+                state["weights"] = file_digest(out / "preferences.jsonl")
             while state["step"] < told.get("steps", 5):
                 time.sleep(told.get("step_s", 0.02))
                 if stopped:
