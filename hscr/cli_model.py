@@ -143,6 +143,7 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(help="GiB that the run may have.", show_default="what the device has free", min=0)
     ] = None,
+    evaluates: Annotated[bool, typer.Option("--evaluate", help="Estimate `evaluate` of an adapter on DATA.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Estimate time and memory of `align`, and settings that fit the device. Reads no weights; times two random layers."""
@@ -165,6 +166,7 @@ def plan(
         device=where,
         dtype=kind,
         available=None if memory is None else round(memory * 2**30),
+        evaluates=evaluates,
     )
     if json_:
         typer.echo(json.dumps(expected.to_dict()))

@@ -96,20 +96,22 @@ def estimate(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     available: int | None = None,
+    evaluates: bool = False,
 ) -> Plan:
     """Estimate `align` on `device` and `dtype` (default: the loaded model's) with `available` bytes (default: what is free there).
 
-    Of a loaded model the weights count as free: they are there already.
+    Of a loaded model the weights count as free: they are there already. `evaluates`: of `evaluate` on `data` instead, an adapter beside
+    the base.
     """
     device, dtype = device or vlm.device, dtype or vlm.base.dtype
-    counted = _Counted(vlm, data, config, evaluation_data, device, dtype)
+    counted = _Counted(vlm, data, config, data if evaluates else evaluation_data, device, dtype, evaluates)
     if available is None:
         loaded = not any(p.is_meta for p in vlm.base.parameters())
         available = free_bytes(device) + (counted.weights if loaded else 0)
     allowed = int(SHARE * available)
     settings: dict[str, Any] = {}
     stages = counted.stages(config)
-    for change in _lighter(config, counted.longest_row):
+    for change in _fewer_at_once(config) if evaluates else _lighter(config, counted.longest_row):
         if max(s.bytes for s in stages) <= allowed:
             break
         settings |= change
@@ -160,6 +162,15 @@ def _lighter(config: AlignConfig, longest: int) -> list[dict[str, Any]]:
     return [*changes, {"optimization.gradient_checkpointing": True}]
 
 
+def _fewer_at_once(config: AlignConfig) -> list[dict[str, Any]]:
+    """The same for an evaluation: batches of half the size, down to one answer."""
+    changes, size = [], config.evaluation.batch_size
+    while size > 1:
+        size //= 2
+        changes.append({"evaluation.batch_size": size})
+    return changes
+
+
 def _with(config: AlignConfig, settings: dict[str, Any]) -> AlignConfig:
     for name, value in settings.items():
         section, key = name.split(".")
@@ -178,8 +189,9 @@ class _Counted:
         evaluation_data: DataSet | None,
         device: torch.device,
         dtype: torch.dtype,
+        evaluates: bool = False,
     ) -> None:
-        self.vlm, self.device = vlm, device
+        self.vlm, self.device, self.evaluates = vlm, device, evaluates
         self.tokens = _tokens(vlm, data)
         self.n, self.n_images = len(data.records), len({i for r in data.records for i in r.images})
         self.given = data.given is not None
@@ -201,6 +213,8 @@ class _Counted:
         self._known: dict[tuple[Any, ...], float] = {}
 
     def stages(self, config: AlignConfig) -> tuple[StagePlan, ...]:
+        if self.evaluates:
+            return (self._evaluating(config),)
         return (self._generating(config), self._optimizing(config), self._evaluating(config))
 
     def _layers_s(self, what: str, rows: int, tokens: int) -> float:
@@ -307,7 +321,7 @@ class _Counted:
             "evaluating",
             2 * conditions * questions,
             2 * questions * (conditions * answer + grounding) + self._images_s(images),
-            int(self.weights + memory),
+            int(self.weights + self.lora * 4 + memory),
         )
 
 

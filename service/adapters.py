@@ -7,6 +7,7 @@ No torch and no web framework here.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,12 @@ def publish(
     report: str | None,
     preferences_digest: str | None = None,
     review: dict[str, Any] | None = None,
+    then: Callable[[Session, Job, AdapterVersion], dict[str, Any]] = lambda *_: {},
 ) -> AdapterVersion:
-    """In one transaction: the job succeeds, its version exists, its last event says so. Raises jobs.Superseded."""
+    """In one transaction: the job succeeds, its version exists, its last event says so. Raises jobs.Superseded.
+
+    `then` is done in it too, and what it returns stands in that event.
+    """
     seq = jobs.succeed(session, mine, metrics=metrics, report=report, stage="publishing")
     job = session.get_one(Job, mine.job_id, populate_existing=True)
     dataset = session.get_one(Dataset, job.dataset_id)
@@ -73,8 +78,9 @@ def publish(
     )
     session.add(version)
     what = {"name": version.adapter_name, "version": version.version, "digest": digest}
-    jobs.add_event(session, job.id, seq, mine.fence, "status", {"status": "succeeded", "adapter": what})
     audit.record(session, "worker", "version.publish", f"{what['name']}:{what['version']}", digest=digest, job=job.id)
+    data = {"status": "succeeded", "adapter": what} | then(session, job, version)
+    jobs.add_event(session, job.id, seq, mine.fence, "status", data)
     return version
 
 

@@ -77,6 +77,7 @@ def create(
     owner: str = LOCAL,
     webhook: str | None = None,
     meta: dict[str, Any] | None = None,
+    promote: dict[str, Any] | None = None,
     kind: str = "align",
     source: tuple[str, int, str] | None = None,
 ) -> Job:
@@ -100,6 +101,7 @@ def create(
         review=review,
         owner=owner,
         webhook=webhook,
+        promote=promote,
         queued_at=now(),
         last_seq=1,
         fence=0,

@@ -122,6 +122,7 @@ class Job(Base):
     config: Mapped[dict[str, Any]]
     meta: Mapped[dict[str, Any]]
     webhook: Mapped[str | None] = mapped_column(Text)  # told when the job ends or awaits review
+    promote: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # what becomes of its version (service/promotion.py)
     deadline_s: Mapped[float | None]
     deadline_at: Mapped[datetime | None]
 

@@ -50,6 +50,7 @@ def delete_job(session: Session, job_id: str) -> bool:
     if job.deleted_at is not None:
         return False
     job.deleted_at, job.meta, job.report, job.progress, job.webhook = now(), {}, None, None, None
+    job.promote = None
     for table in (JobEvent, IdempotencyKey, Outbox, PreferenceEdit, WebhookDelivery, GenerationShard):
         session.execute(delete(table).where(table.job_id == job_id))
     session.flush()

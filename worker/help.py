@@ -115,10 +115,10 @@ class _Helping:
         store, at = open_store(self.settings), dict[Artifact, Path]()
         for artifact in sources.to_generate():
             check = artifact.kind == ADAPTERS
-            held = self._carry(lambda a=artifact, c=check: lent.enter_context(store.lent(a, check=c)))
+            held = self._carry(lambda a=artifact, c=check: lent.enter_context(store.lent(a, check=c)))  # type: ignore[misc]
             at[artifact] = held.resolve()
         if devices.is_accelerator(self.settings) and self.turn.must_fit():
-            self._carry(lambda: check_fits(self.settings, at[sources.data], None, job.config))
+            check_fits(self.settings, at[sources.data], None, job.config, tend=self._must_go)
         folder = run_folders.folder(self.settings.data_dir, self.mine.job_id)
         command = part_command(self.settings, folder, sources, at, self.mine.number, self.mine.parts)
         device = [] if self.turn.descriptor is None else [self.turn.descriptor]
@@ -170,9 +170,9 @@ class _Helping:
             return
         self._renewed = time.monotonic()
 
-    def _carry(self, work: Callable[[], Path] | Callable[[], None]) -> Path:
+    def _carry(self, work: Callable[[], Path]) -> Path:
         """Work of the store's, with a lease that goes on. Raises Problem, Interrupted."""
-        return carry(work, self._must_go, wait_s=0, grace_s=0)  # type: ignore[return-value]
+        return carry(work, self._must_go, wait_s=0, grace_s=0)
 
     def _finish(self) -> None:
         """The last write of this claim; tried again while the lease lasts, then the sweep takes the shard back."""

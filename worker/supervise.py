@@ -18,11 +18,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from hscr.disk import is_full
-from service import adapters, devices, gates, jobs, logs, shards, tracing
+from service import devices, gates, jobs, logs, promotion, shards, tracing
 from service.artifact_store import ADAPTERS, Artifact, ArtifactStore, open_store
 from service.db import Database, now
 from service.devices import RunTurn
 from service.errors import Problem
+from service.evaluations import KIND
 from service.events import CheckpointEvent, ErrorEvent, MetricsEvent, ProgressEvent, ResultEvent, RunEvent, StageEvent
 from service.models import Job
 from service.retention import artifacts_held
@@ -209,8 +210,9 @@ class _Attempt:
             time.sleep(TICK_S)
         with self.database.read() as session:
             job = session.get_one(Job, self.mine.job_id)
-        if job.kind == "align" and devices.is_accelerator(self.settings) and self.turn.must_fit():
-            self._carry(lambda: check_fits(self.settings, data, evaluation, job.config))
+        if devices.is_accelerator(self.settings) and self.turn.must_fit():
+            evaluates = job.kind == KIND
+            check_fits(self.settings, data, evaluation, job.config, evaluates=evaluates, tend=self._tend)
 
     def _follow(self, run: Run) -> int:
         """Relay the run's events until it has ended; its exit status."""
@@ -352,7 +354,7 @@ class _Attempt:
                 return
             if not self.order.evaluates:
                 made |= learnt(work, self.order.review)
-            publish: Callable[..., Any] = gates.publish if self.order.evaluates else adapters.publish
+            publish: Callable[..., Any] = gates.publish if self.order.evaluates else promotion.publish
             self._finish(lambda s: publish(s, self.mine, metrics=self.metrics, **made))
         self.over = True
         log.info("job %s: published", self.mine.job_id)

@@ -14,11 +14,10 @@ from service.models import AliasMove
 from service.pages import AfterNumber, Limit, Page, page
 from service.routes.adapters import AliasName, AliasView, Name, alias_view
 from service.routes.evaluate import check_served, evaluation_config
-from service.routes.gates import GateRequest, GateView, gate_view
+from service.routes.gates import GateRequest, GateView, Reason, gate_view
 from service.state import Service, Who
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
-Reason = Annotated[str | None, Field(max_length=500, description="Why; kept in the history.")]
 
 
 class AliasRequest(BaseModel):
@@ -75,8 +74,8 @@ def move(
             alias,
             request.version,
             dataset_id=wish.dataset,
-            rule=gates.Rule(wish.metric, wish.rule, wish.tolerance, wish.min_questions),
-            config=evaluation_config(version, wish.evaluation, None),
+            rule=wish.stated(),
+            config=evaluation_config(version.config, wish.evaluation, None),
             reason=request.reason,
         )
         response.status_code = 202

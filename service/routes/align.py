@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Query, Response
@@ -11,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
 from hscr.config import AlignConfig, preset
-from service import adapters, audit, datasets, evaluations, job_requests, jobs, plans, webhooks
+from service import adapters, audit, datasets, evaluations, job_requests, jobs, plans, promotion, webhooks
 from service.adapters import NAME
 from service.errors import Problem
 from service.idempotency import once
 from service.keys import Caller
 from service.routes.datasets import RepeatsView
-from service.routes.evaluate import Metadata, check_served
+from service.routes.evaluate import Metadata, check_served, evaluation_config
+from service.routes.gates import GateRequest, Reason
 from service.routes.jobs import JobView, job_view
 from service.state import Service, State, Who
 
@@ -40,6 +42,16 @@ EXAMPLES = {
         },
     },
 }
+
+
+class PromoteRequest(BaseModel):
+    """What becomes of the version: the alias is pointed at it, with a gate only where its evaluation allows it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    alias: Annotated[str, StringConstraints(pattern=NAME)] = "champion"
+    reason: Reason = None
+    gate: GateRequest | None = Field(None, description="As in PUT /adapters/{name}/aliases/{alias}.")
 
 
 class AlignRequest(BaseModel):
@@ -75,6 +87,9 @@ class AlignRequest(BaseModel):
     webhook: Annotated[str, StringConstraints(max_length=webhooks.URL_MAX)] | None = Field(
         None,
         description="Told (signed, Standard Webhooks) when the job ends or awaits review. An operator allows its host.",
+    )
+    promote: PromoteRequest | None = Field(
+        None, description="Once the version exists: point an alias at it, or let a gate decide. The last event tells."
     )
     metadata: Metadata = Field(default_factory=dict, max_length=32)
 
@@ -147,7 +162,7 @@ def start(state: State, who: Caller, request: AlignRequest, idempotency_key: str
     checked, evaluation_dataset = _checks(state, request)
 
     def make(session: Session) -> tuple[str, dict[str, Any]]:
-        values, source = checked(session)
+        values, source, promote = checked(session)
         job_requests.check_room(session, who.id, state.settings.key_waiting_max)
         job = jobs.create(
             session,
@@ -162,6 +177,7 @@ def start(state: State, who: Caller, request: AlignRequest, idempotency_key: str
             owner=who.id,
             webhook=request.webhook,
             meta=request.metadata,
+            promote=promote,
         )
         told = {"parent": f"{source[0]}:{source[1]}"} if source else {}
         audit.record(session, who.id, "job.create", job.id, dataset=request.dataset, adapter=request.adapter, **told)
@@ -173,9 +189,10 @@ def start(state: State, who: Caller, request: AlignRequest, idempotency_key: str
     return JobView.model_validate(body), replayed
 
 
-def _checks(
-    state: State, request: AlignRequest
-) -> tuple[Callable[[Session], tuple[dict[str, Any], tuple[str, int, str] | None]], str | None]:
+Checked = tuple[dict[str, Any], tuple[str, int, str] | None, dict[str, Any] | None]
+
+
+def _checks(state: State, request: AlignRequest) -> tuple[Callable[[Session], Checked], str | None]:
     """What must hold of a request: a function that looks into the database, and the evaluation's data set. Raises Problem."""
     config, evaluation_dataset = _configuration(request)
     if request.model not in (None, state.settings.model_id):
@@ -185,21 +202,24 @@ def _checks(
     if request.webhook is not None:
         webhooks.check_url(request.webhook, state.settings)
 
-    def checked(session: Session) -> tuple[dict[str, Any], tuple[str, int, str] | None]:
-        """The configuration and the version to align on top of."""
+    wish = _promotion(request.promote, config)
+
+    def checked(session: Session) -> Checked:
+        """The configuration, the version to align on top of, and what becomes of the new one."""
         for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
             if dataset_id is not None and datasets.get(session, dataset_id, hold=True).n_records == 0:
                 raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
         values = config.to_dict()
         if request.parent is None:
-            return values, None
+            return values, None, promotion.check(session, wish, request.dataset, None)
         found = adapters.resolve(session, request.parent)
         parent = adapters.get_version(session, found.name, found.version)
         check_served(state, parent)
         values["optimization"] |= adapters.lora_shape(parent)
         if evaluation_dataset is not None:
             evaluations.check_unseen(session, parent, datasets.get(session, evaluation_dataset), values)
-        return values, (parent.adapter_name, parent.version, parent.digest)
+        source = (parent.adapter_name, parent.version, parent.digest)
+        return values, source, promotion.check(session, wish, request.dataset, parent)
 
     return checked, evaluation_dataset
 
@@ -207,7 +227,7 @@ def _checks(
 def _planned(state: State, request: AlignRequest) -> DryRun:
     checked, evaluation_dataset = _checks(state, request)
     with state.database.read() as session:
-        values, _ = checked(session)
+        values, _, _ = checked(session)
         data = datasets.get(session, request.dataset)
         other = None if evaluation_dataset is None else datasets.get(session, evaluation_dataset)
         repeats = None if data.repeats is None else RepeatsView.model_validate(data.repeats)
@@ -220,6 +240,17 @@ def _planned(state: State, request: AlignRequest) -> DryRun:
         expected = plans.estimate(state.settings, folder, second, values)
     plan = PlanView.model_validate(expected)
     return DryRun(records=n, evaluation_records=n_evaluated, repeats=repeats, config=values, plan=plan)
+
+
+def _promotion(wish: PromoteRequest | None, config: AlignConfig) -> dict[str, Any] | None:
+    """The wish as the job's row keeps it. Raises Problem."""
+    if wish is None:
+        return None
+    gate = None
+    if wish.gate is not None:
+        asked = evaluation_config(config.to_dict(), wish.gate.evaluation, None)
+        gate = {"dataset_id": wish.gate.dataset, "rule": asdict(wish.gate.stated()), "config": asked}
+    return {"alias": wish.alias, "reason": wish.reason, "gate": gate}
 
 
 def _configuration(request: AlignRequest) -> tuple[AlignConfig, str | None]:

@@ -83,7 +83,7 @@ def evaluate(
         found = adapters.resolve(session, request.adapter)
         version = adapters.get_version(session, found.name, found.version)
         check_served(state, version)
-        config = evaluation_config(version, request.evaluation, request.seed)
+        config = evaluation_config(version.config, request.evaluation, request.seed)
         job_requests.check_room(session, who.id, state.settings.key_waiting_max)
         more = {"deadline_s": request.deadline_s, "webhook": request.webhook, "meta": request.metadata}
         job = evaluations.ask(session, version, request.dataset, config, owner=who.id, **more)
@@ -112,9 +112,12 @@ def check_served(state: State, version: AdapterVersion) -> None:
         raise Problem("adapter_for_other_model", detail)
 
 
-def evaluation_config(version: AdapterVersion, values: dict[str, Any], seed: int | None) -> dict[str, Any]:
-    """The version's own preference settings (the grounding score's masks) with the evaluation asked for. Raises Problem."""
-    asked: dict[str, Any] = {"preference": version.config.get("preference", {}), "evaluation": values}
+def evaluation_config(aligned: dict[str, Any], values: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """The preference settings of a version's own configuration (the grounding score's masks) with the evaluation asked for.
+
+    Raises Problem.
+    """
+    asked: dict[str, Any] = {"preference": aligned.get("preference", {}), "evaluation": values}
     if seed is not None:
         asked["seed"] = seed
     try:

@@ -22,6 +22,9 @@ Metric = Literal[
 ]  # fmt: skip
 
 
+Reason = Annotated[str | None, Field(max_length=500, description="Why; kept in the history.")]
+
+
 class GateRequest(BaseModel):
     """Move only where an evaluation of candidate and champion on `dataset` allows it."""
 
@@ -38,6 +41,9 @@ class GateRequest(BaseModel):
     )
     min_questions: int = Field(30, ge=2, le=1_000_000, description="On fewer nothing is decided in its favour.")
     evaluation: dict[str, Any] = Field(default_factory=dict, description="As in POST /evaluate.")
+
+    def stated(self) -> gates.Rule:
+        return gates.Rule(self.metric, self.rule, self.tolerance, self.min_questions)
 
 
 class GateView(BaseModel):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from service import adapters
 from service.artifact_store import LocalStore
 from service.events import CheckpointEvent, StageEvent
 from worker import publishing, supervise
@@ -74,6 +75,6 @@ _marked(supervise._Attempt, "_publish", before="publishing")
 _marked(supervise._Attempt, "_finish", after="committed")
 _marked(LocalStore, "put", after="artifact stored")
 _marked(publishing, "store_report", after="report stored")
-_marked(supervise.adapters, "publish", after="row written")
+_marked(adapters, "publish", after="row written")
 supervise._Attempt._take = _read_on(supervise._Attempt._take)  # type: ignore[method-assign]
 supervise._Attempt.run = _to_its_end(supervise._Attempt.run)  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from hscr.cli import app
 from hscr.config import AlignConfig, preset
 from hscr.data_set import DataSet
 from hscr.model import add_lora, load_model
-from hscr.plan import Plan, estimate, skeleton
+from hscr.plan import SHARE, Plan, estimate, skeleton
 from hscr.probe import Probe
 from hscr.records import to_json
 from tests.hscr.tiny_families import NAMES, save_tiny
@@ -136,6 +136,22 @@ def test_too_small_a_device_gets_settings_that_fit_it(model: Path, data: DataSet
     assert planned(model, data, AlignConfig.from_dict(config), available=tight).fits
     hopeless = planned(model, data, available=plan.weights_bytes // 2)
     assert (hopeless.fits, hopeless.settings) == (False, {})
+
+
+@pytest.mark.usefixtures("steady")
+def test_an_evaluation_is_planned_alone_and_fits_with_smaller_batches(model: Path, data: DataSet) -> None:
+    def plan(available: int | None = None, **evaluation: object) -> Plan:
+        config = AlignConfig.from_dict({"evaluation": evaluation})
+        vlm = skeleton(str(model))
+        return estimate(vlm, data, config, device=CPU, dtype=torch.float32, available=available, evaluates=True)
+
+    whole, single = plan(batch_size=64), plan(batch_size=1)
+    assert [(s.stage, s.units) for s in whole.stages] == [("evaluating", 36)]
+    assert whole.bytes > single.bytes > whole.weights_bytes
+    tight = plan(available=int((whole.bytes + single.bytes) / 2 / SHARE), batch_size=64)
+    assert (tight.fits, tight.settings) == (False, {"evaluation.batch_size": 16})
+    assert plan(available=int((whole.bytes + single.bytes) / 2 / SHARE), batch_size=16).fits
+    assert plan(available=single.weights_bytes // 2).settings == {}
 
 
 @pytest.mark.usefixtures("steady")

@@ -18,13 +18,13 @@ from typing import Any
 import httpx
 import pytest
 
-from service import devices, jobs
+from service import adapters, devices, evaluations, jobs
 from service.batcher import Batcher, Whole, Yielded
 from service.db import Database
 from service.devices import SERVING, TRAINING, Device
 from service.settings import Settings
 from service.up import _free_port
-from tests.conftest import wait_for
+from tests.conftest import alive, wait_for
 from tests.service.test_vqa import body
 from worker.supervise import run_job
 
@@ -219,6 +219,47 @@ def test_share_looks_for_room_beside_the_engine_first(
     assert job.error_code == "device_too_small"
     assert "3.0 GB" in (job.error_message or "")
     assert "optimization.token_budget=512" in (job.error_message or "")
+
+
+def test_share_looks_for_room_for_an_evaluation_too(
+    settings: Settings, database: Database, dataset: Any, new_job: Callable[..., str], stand_in: Any, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.py"
+    plan.write_text(
+        "import json, sys; print(json.dumps({'fits': sys.argv[-1] != '--evaluate', 'bytes': 3 * 2**30,"
+        " 'available_bytes': 2**30, 'settings': {'evaluation.batch_size': 4}}))"
+    )
+    settings.plan_command, settings.device = [sys.executable, str(plan)], "cuda:7"
+    run_job(database, settings, new_job(), lambda: False)
+    with database.write() as session:
+        version = adapters.get_version(session, "brain", 1)
+        config: dict[str, Any] = {"preference": {}, "evaluation": {"allow_leak": True}}
+        asked = evaluations.ask(session, version, dataset.id, config, owner="local")
+    with Device.of(settings).flag(SERVING):
+        run_job(database, settings, asked.id, lambda: False)
+    with database.read() as session:
+        job = jobs.get(session, asked.id)
+    assert (job.status, job.error_code) == ("failed", "device_too_small")
+    assert "evaluate with evaluation.batch_size=4" in (job.error_message or "")
+
+
+def test_cancel_ends_an_estimate_under_way_and_its_process(
+    settings: Settings, database: Database, new_job: Callable[..., str], tmp_path: Path
+) -> None:
+    from service import job_requests
+
+    here = tmp_path / "here"
+    text = f"import os, time; open({str(here)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    settings.plan_command, settings.device, settings.lease_s = [sys.executable, "-c", text], "cuda:7", 1.0
+    job_id = new_job()
+    with Device.of(settings).flag(SERVING):
+        worker = working(database, settings, job_id)
+        estimate = int(wait_for(lambda: here.is_file() and here.read_text(), 20))
+        with database.write() as session:
+            job_requests.cancel(session, job_id)
+        worker.join(5)
+    assert status(database, job_id) == "cancelled"
+    assert not alive(estimate), "it would hold memory of the device"
 
 
 def test_one_run_at_a_time_where_one_of_them_goes_first(

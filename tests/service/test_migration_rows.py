@@ -28,7 +28,7 @@ JOB = {
     "adapter_name": "brain", "model": "m", "config": {"a": [1, "é"]}, "meta": {"k": "v"}, "fence": 3, "attempts": 2,
     "crashes": 1, "high_water": 2**40, "crash_water": 5, "last_seq": 4, "progress": {"done": 1}, "metrics": {"x": 0.5},
     "created_at": AT, "owner": "key_1", "review": True, "approved_at": AT, "queued_at": AT, "pause_requested": True,
-    "stage_seconds": {"generating": 1.5}, "deadline_s": 9.5, "webhook": "https://h", "kind": "align",
+    "stage_seconds": {"generating": 1.5}, "deadline_s": 9.5, "webhook": "https://h", "promote": {"alias": "champion"}, "kind": "align",
     "source_name": "brain", "source_version": 1, "source_digest": "sha256:s",
 }  # fmt: skip
 VERSION = {

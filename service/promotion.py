@@ -1,0 +1,73 @@
+"""What `promote` of POST /align asks for: once the job's version exists an alias is pointed at it, or a gate decides about it.
+
+In the transaction that publishes. A wish that cannot be carried out any more (the gate's data set is gone, the alias stands at these very
+weights) does not cost the version: the job's last event says why. No torch and no web framework here.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service import adapters, aliases, datasets, gates, jobs, lineage
+from service.errors import Problem
+from service.models import AdapterVersion, Job
+
+
+def check(
+    session: Session, wish: dict[str, Any] | None, learnt: str, parent: AdapterVersion | None
+) -> dict[str, Any] | None:
+    """The wish of a job that will learn from the data set `learnt`, on top of `parent`: what a gate would refuse later. Raises Problem."""
+    if wish is None or wish["gate"] is None:
+        return wish
+    tested = datasets.get(session, wish["gate"]["dataset_id"], hold=True)
+    if tested.n_records == 0:
+        raise Problem("dataset_empty", "The data set named by `promote.gate.dataset` has no record.")
+    digests = [datasets.get(session, learnt).digest, *(lineage.learnt_from(session, parent) if parent else ())]
+    if tested.digest in digests and not wish["gate"]["config"]["evaluation"]["allow_leak"]:
+        detail = "The job learns from the data set of its gate. Take other data, or say evaluation.allow_leak: true in the gate."
+        raise Problem("leak", detail)
+    return wish
+
+
+def publish(session: Session, mine: jobs.Claim, **made: Any) -> AdapterVersion:
+    """Publish a job's version, and carry out what was asked for then. Raises jobs.Superseded."""
+    wish = session.get_one(Job, mine.job_id).promote
+    if wish is not None and wish["gate"] is not None:  # before the audit's head is held, as who deletes a data set does
+        with suppress(Problem):  # gone: told below
+            datasets.get(session, wish["gate"]["dataset_id"], hold=True)
+    return adapters.publish(session, mine, then=_promoted, **made)
+
+
+def _promoted(session: Session, job: Job, version: AdapterVersion) -> dict[str, Any]:
+    """What the job's last event says of it."""
+    if job.promote is None:
+        return {}
+    try:
+        with session.begin_nested():
+            done = _carry_out(session, job, version, job.promote)
+    except Problem as problem:
+        done = {"decision": "impossible", "code": problem.code, "message": problem.detail}
+    return {"promotion": {"alias": job.promote["alias"], **done}}
+
+
+def _carry_out(session: Session, job: Job, version: AdapterVersion, wish: dict[str, Any]) -> dict[str, Any]:
+    name, alias, gate = version.adapter_name, wish["alias"], wish["gate"]
+    if gate is None:
+        aliases.move(session, job.owner, name, alias, version.version, wish["reason"])
+        return {"decision": "moved"}
+    gates.check_not_there(session, name, alias, version.version)
+    asked = gates.ask(
+        session,
+        job.owner,
+        name,
+        alias,
+        version.version,
+        dataset_id=gate["dataset_id"],
+        rule=gates.Rule(**gate["rule"]),
+        config=gate["config"],
+        reason=wish["reason"],
+    )
+    return {"decision": "pending", "job_id": asked.job_id}
