@@ -70,8 +70,8 @@ def check(folder: Path, linear: dict[str, tuple[int, int]]) -> ForeignAdapter:
     return ForeignAdapter(folder, rank, alpha, rslora, tensors, modules, start)
 
 
-def write_plain(adapter: ForeignAdapter, out: Path) -> None:
-    """Write the adapter anew into the new folder `out`: its numbers as they are, header and configuration ours."""
+def write_plain(adapter: ForeignAdapter, out: Path, base: str) -> None:
+    """Write the adapter anew into the new folder `out`: its numbers as they are; header, configuration and model card ours."""
     out.mkdir()
     config = {
         "peft_type": "LORA",
@@ -85,6 +85,7 @@ def write_plain(adapter: ForeignAdapter, out: Path) -> None:
         "target_modules": list(adapter.modules),
     }
     write_json(out / CONFIG, config)
+    (out / "README.md").write_text(_card(adapter, base), encoding="utf-8")
     entries = {
         name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.begin, t.end]}
         for name, t in sorted(adapter.tensors.items(), key=lambda item: item[1].begin)
@@ -95,6 +96,22 @@ def write_plain(adapter: ForeignAdapter, out: Path) -> None:
         target.write(len(header).to_bytes(8, "little") + header)
         source.seek(adapter.data_start)
         shutil.copyfileobj(source, target, 2**20)
+
+
+def _card(adapter: ForeignAdapter, base: str) -> str:
+    """The model card. It says what was checked and nothing of what was sent: equal weights have one digest."""
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [lora]
+---
+# Uploaded adapter
+LoRA of rank {adapter.rank} (α {adapter.alpha}{", scaled by √r" if adapter.rslora else ""}) on {len(adapter.modules)} linear layers of the
+language model of `{base}`. It was trained elsewhere and uploaded to HSCR, which checked its shapes against that base and its numbers to be
+finite, and kept nothing else. What it was trained on is not known here.
+
+Not a medical device; not for diagnosis.
+"""
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Tensor]]:

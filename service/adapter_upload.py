@@ -48,7 +48,7 @@ def upload(
         except ValueError as error:
             raise Problem("invalid_adapter", f"{error}.") from None
         plain = incoming / "plain"
-        foreign_adapter.write_plain(found, plain)
+        foreign_adapter.write_plain(found, plain, settings.model_id)
         digest = write_manifest(plain)
         with artifacts_held(settings.data_dir, database):
             store.put(artifact_store.adapter(digest), plain, give=True)

@@ -149,8 +149,8 @@ def test_an_evaluation_is_planned_alone_and_fits_with_smaller_batches(model: Pat
     assert [(s.stage, s.units) for s in whole.stages] == [("evaluating", 36)]
     assert whole.bytes > single.bytes > whole.weights_bytes
     tight = plan(available=int((whole.bytes + single.bytes) / 2 / SHARE), batch_size=64)
-    assert (tight.fits, tight.settings) == (False, {"evaluation.batch_size": 16})
-    assert plan(available=int((whole.bytes + single.bytes) / 2 / SHARE), batch_size=16).fits
+    assert (tight.fits, tight.settings) == (False, {"evaluation.batch_size": 32})
+    assert plan(available=int((whole.bytes + single.bytes) / 2 / SHARE), batch_size=32).fits
     assert plan(available=single.weights_bytes // 2).settings == {}
 
 

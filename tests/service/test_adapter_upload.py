@@ -91,11 +91,13 @@ def test_good_adapter_becomes_a_version_of_checked_numbers_only(
     folder = adapters.folder(settings.data_dir, version["digest"])
     assert verify_manifest(folder) == version["digest"]
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     assert not any(b"canary" in p.read_bytes() for p in folder.iterdir())
+    assert "LoRA of rank 4 (α 8) on 1 linear layers" in (folder / "README.md").read_text(encoding="utf-8")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"], config["lora_dropout"]) == (4, 8, [Q], 0.0)
     again = send(client, pack())
