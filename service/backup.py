@@ -28,6 +28,7 @@ from service.settings import Settings
 ABOUT, DATABASE, DATA = "backup.json", "database", "data"
 FORMAT = 1
 _STILL = "SELECT id FROM jobs WHERE status NOT IN ('queued', 'running') AND files_removed_at IS NULL"
+_BEGUN = "SELECT id FROM jobs WHERE status = 'running' OR (status = 'queued' AND attempts > 0) ORDER BY id"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def backup(settings: Settings, out: Path) -> Report:
         with _held(settings), snapshot.take(settings.database, incoming / DATABASE) as taken:
             damaged = _copy_artifacts(open_store(settings), incoming / DATA, taken)
             still = taken.rows(_STILL)
-            busy = [job for job in still if not _copy_run(settings.data_dir, incoming / DATA, job)]
+            busy = taken.rows(_BEGUN)
+            busy += [job for job in still if not _copy_run(settings.data_dir, incoming / DATA, job)]
             counts = {name: taken.rows(f'SELECT count(*) FROM "{name}"')[0] for name in taken.tables}
             end = [taken.rows(f"SELECT {column} FROM audit_head")[0] for column in ("number", "digest")]
             report = Report(counts, f"{end[0]}:{end[1]}", damaged, busy)

@@ -24,7 +24,7 @@ def backup(
     report = make(Settings(data_dir=data) if data else Settings(), out)
     _tell(report)
     for job in report.busy:
-        typer.secho(f"{job}: was being worked on; in the backup it begins anew", err=True)
+        typer.secho(f"{job}: was under way; in the backup it begins anew", err=True)
     for digest in report.damaged:
         typer.secho(f"{digest}: is missing or not what it was, and is not in the backup whole", err=True, fg="red")
     raise typer.Exit(1 if report.damaged else 0)

@@ -82,7 +82,7 @@ def test_service_is_backed_up_while_it_works_and_goes_on_elsewhere(
         gate.unlink()
         uploader.join()
         worker.join()
-    assert (report.damaged, report.busy) == ([], [])
+    assert (report.damaged, report.busy) == ([], [running])
     verify_manifest(tmp_path / "saved")
     assert restore(elsewhere, tmp_path / "saved").audit == report.audit
 
