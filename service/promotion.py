@@ -42,12 +42,11 @@ def publish(session: Session, mine: jobs.Claim, **made: Any) -> AdapterVersion:
 
 
 def _promoted(session: Session, job: Job, version: AdapterVersion) -> dict[str, Any]:
-    """What the job's last event says of it."""
+    """What the job's last event says of it. What raises Problem in here has written nothing yet."""
     if job.promote is None:
         return {}
     try:
-        with session.begin_nested():
-            done = _carry_out(session, job, version, job.promote)
+        done = _carry_out(session, job, version, job.promote)
     except Problem as problem:
         done = {"decision": "impossible", "code": problem.code, "message": problem.detail}
     return {"promotion": {"alias": job.promote["alias"], **done}}
