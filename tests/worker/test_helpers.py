@@ -74,7 +74,9 @@ class Two:
 
     def __init__(self, processes: Processes, job_id: str) -> None:  # noqa: F811
         self.workers = [processes.worker("-n", f"w{n}@here") for n in (1, 2)]
-        for worker in self.workers:  # before a bell is rung: on busy cores the first would be done before the second is there
+        for (
+            worker
+        ) in self.workers:  # before a bell is rung: on busy cores the first would be done before the second is there
             wait_for(psutil.Process(worker.pid).children, 60, "the worker is up")
         self.sweep = processes.sweep()
         self.job_id = job_id
