@@ -22,7 +22,9 @@ Metric = Literal[
 ]  # fmt: skip
 
 
-Reason = Annotated[str | None, Field(max_length=500, description="Why; kept in the history.")]
+Reason = Annotated[  # no NUL: PostgreSQL stores none, and a `promote` is written only when its job ends
+    str | None, Field(max_length=500, pattern=r"^[^\x00]*$", description="Why; kept in the history.")
+]
 
 
 class GateRequest(BaseModel):

@@ -99,6 +99,7 @@ def test_wishes_that_make_no_sense_are_refused_before_anything_is_queued(
     for promote, status, code in (
         ({"alias": "../x"}, 422, "invalid_request"),
         ({"to": "champion"}, 422, "invalid_request"),
+        ({"reason": "a\0b"}, 422, "invalid_request"),
         ({"gate": gate | {"dataset": "ds_none"}}, 404, "dataset_not_found"),
         ({"gate": gate | {"dataset": dataset.id}}, 422, "leak"),
         ({"gate": gate | {"metric": "open/best"}}, 422, "invalid_request"),
