@@ -120,10 +120,12 @@ def _frame(dataset: Dataset, frame: int) -> NDArray[Any]:
     plugin = "pylibjpeg" if dataset.file_meta.TransferSyntaxUID.is_compressed else ""
     try:
         return pixel_array(dataset, index=frame, decoding_plugin=plugin)
-    except (NotImplementedError, RuntimeError) as error:
-        if isinstance(error, RecursionError):
-            raise
-        raise ImageError("the DICOM image is damaged or in a transfer syntax that is not read here") from None
+    except RecursionError:
+        raise
+    except NotImplementedError:
+        raise ImageError("the DICOM image is in a transfer syntax that is not read here") from None
+    except RuntimeError:  # no plugin could unpack it
+        raise ImageError("the DICOM image's compressed data are damaged, or not as their standard wants them") from None
 
 
 def _monochrome(dataset: Dataset, values: NDArray[Any], frame: int, view: View) -> NDArray[np.uint8]:

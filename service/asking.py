@@ -37,6 +37,12 @@ GONE_S = 0.25  # how often a waiting request looks whether its client is still t
 
 def ready(state: State) -> Asked:
     """What answers here. Raises Problem where nothing does, not yet, or not another question now: before its images are decoded."""
+    if state.draining.is_set():  # a question that came before is still taken into the queue
+        raise _draining()
+    return _taking(state)
+
+
+def _taking(state: State) -> Asked:
     here = state.answering
     if here is None:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
@@ -50,6 +56,10 @@ def ready(state: State) -> Asked:
     if (wait_s := here.asked.full_for_s) is not None:
         raise _overloaded(state, wait_s)
     return here.asked
+
+
+def _draining() -> Problem:
+    return Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"})
 
 
 def _yielded(back_in_s: int) -> Problem:
@@ -162,13 +172,13 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     if state.settings.prefix_cache_per_key:
         question = replace(question, salt=key)
     try:
-        submitted: Future[Answer] = ready(state).submit(question, on_delta)
+        submitted: Future[Answer] = _taking(state).submit(question, on_delta)
     except Full as error:
         raise _overloaded(state, error.retry_after_s) from None
     except Yielded as error:
         raise _yielded(error.retry_after_s) from None
     except Closed:
-        raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
+        raise _draining() from None
     future = asyncio.wrap_future(submitted)
     state.asked[key] += 1
     begun = time.perf_counter()
@@ -204,7 +214,7 @@ def _result(future: asyncio.Future[Answer]) -> Answer:
     try:
         return future.result()
     except asyncio.CancelledError:
-        raise Problem("draining", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
+        raise _draining() from None
     except Problem:  # of another server (service/upstream.py)
         raise
     except ConversationError as error:

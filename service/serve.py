@@ -1,12 +1,16 @@
 """`python -m service.serve`: the API under uvicorn, with an orderly end.
 
-At SIGTERM it says that it is not ready, streams end, waiting questions are answered.
+At SIGTERM it says that it is not ready, streams end, and no further question is taken. Its port stays open until those that were taken are
+answered: a probe meanwhile finds a process that lives, and a client one that tells it to come again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -20,9 +24,11 @@ from service.settings import Settings
 from service.state import State
 from service.timely import timely
 
+DRAIN_S = 15  # for all that was taken when the signal came
 
-class _Server(uvicorn.Server):
-    """uvicorn's server that tells the application at once when a signal asks for the end."""
+
+class Server(uvicorn.Server):
+    """uvicorn's server that tells the application at once when a signal asks for the end, and closes its port last."""
 
     def __init__(self, config: uvicorn.Config, state: State) -> None:
         super().__init__(config)
@@ -33,6 +39,14 @@ class _Server(uvicorn.Server):
         self._state.draining.set()
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own begins with closing the port."""
+        until = time.monotonic() + DRAIN_S
+        while self._state.asked and not self.force_exit and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        self.config.timeout_graceful_shutdown = max(1, round(until - time.monotonic()))
+        await super().shutdown(sockets)
 
 
 def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
@@ -54,11 +68,10 @@ def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
         server_header=False,
         http=timely(settings.head_max_s, settings.connections_max),
         ws="none",
-        timeout_graceful_shutdown=15,
         timeout_keep_alive=15,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = _Server(config, app.state.hscr)
+    server = Server(config, app.state.hscr)
     server.run()
     return 0 if server.started else 1
 
