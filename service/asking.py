@@ -35,14 +35,16 @@ log = logging.getLogger("hscr.asking")
 GONE_S = 0.25  # how often a waiting request looks whether its client is still there
 
 
-def ready(state: State) -> Asked:
-    """What answers here. Raises Problem where nothing does, not yet, or not another question now: before its images are decoded."""
+def ready(state: State, request: Request) -> None:
+    """Raises Problem where nothing answers, not yet, or not another question of this caller now: before its images are decoded."""
     if state.draining.is_set():  # a question that came before is still taken into the queue
         raise _draining()
-    return _taking(state)
+    _taking(state)
+    _within_limit(state, request)
 
 
 def _taking(state: State) -> Asked:
+    """What answers here. Raises Problem."""
     here = state.answering
     if here is None:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
@@ -162,13 +164,8 @@ async def stream(state: State, question: Question, request: Request) -> AsyncGen
 
 def _submit(state: State, question: Question, request: Request, on_delta: OnDelta | None = None) -> asyncio.Future[Any]:
     """Queue a question of this request's caller. Raises Problem."""
-    key, most = request.state.caller.id, state.settings.key_questions_max
-    if most is not None and state.asked[key] >= most:
-        raise Problem(
-            "too_many_questions",
-            f"At most {most} questions of one key are taken at once; ask again when one of them is answered.",
-            headers={"Retry-After": "1"},
-        )
+    _within_limit(state, request)
+    key = request.state.caller.id
     if state.settings.prefix_cache_per_key:
         question = replace(question, salt=key)
     try:
@@ -185,6 +182,13 @@ def _submit(state: State, question: Question, request: Request, on_delta: OnDelt
     future.add_done_callback(lambda _: _answered(state, key))
     future.add_done_callback(lambda done: _traced(done, question, begun))
     return future
+
+
+def _within_limit(state: State, request: Request) -> None:
+    most = state.settings.key_questions_max
+    if most is not None and state.asked[request.state.caller.id] >= most:
+        detail = f"At most {most} questions of one key are taken at once; ask again when one of them is answered."
+        raise Problem("too_many_questions", detail, headers={"Retry-After": "1"})
 
 
 def _overloaded(state: State, wait_s: int) -> Problem:

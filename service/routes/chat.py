@@ -121,7 +121,7 @@ class _Told:
 )
 async def chat(state: Service, request: Request) -> ChatCompletion | StreamingResponse:
     """Several turns; images as data URLs, placed before the text of their turn. `stream: true` answers with server-sent events."""
-    asking.ready(state)
+    asking.ready(state, request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Problem("unsupported_media_type", "Send application/json.")
     wish = read(await request.body())

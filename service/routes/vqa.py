@@ -176,7 +176,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 async def vqa(state: Service, request: Request) -> Any:
     """Base and adapters are served together. When too many questions wait, 503 at once with Retry-After."""
     begin = time.perf_counter()
-    asking.ready(state)
+    asking.ready(state, request)
     parameters, data, views = await _read(request)
     asking.require_images(state, len(data))
     decoded = await asyncio.to_thread(asking.decode, state, data, views)

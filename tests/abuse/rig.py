@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Rig:
         self.logs.mkdir()
         self.tell()
         self.hook = _free_port()  # nobody listens there unless a test does
+        self.collector = Collector()
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HSCR_", "DATABASE_", "REDIS_"))}
         url = f"sqlite:///{self.data / 'hscr.db'}"
         self.environment = environment | {
@@ -62,6 +64,8 @@ class Rig:
             "HSCR_WEBHOOK_HOSTS": f"http://127.0.0.1:{self.hook}",
             "HSCR_WEBHOOK_SECRET": "whsec_" + "A" * 32,
             "HSCR_WEBHOOK_TIMEOUT_S": "2",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.collector.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
             "STAND_IN": str(self.told),
             PARENT_VARIABLE: str(os.getpid()),  # they die with the tests, however those end
             "PYTHONPATH": str(ROOT),
@@ -128,6 +132,7 @@ class Rig:
                     child.kill()
             process.wait()
         self.database.close()
+        self.collector.close()
 
     def _start(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         with (self.logs / name).open("ab") as out:
@@ -141,6 +146,31 @@ class Rig:
         with contextlib.suppress(httpx.HTTPError):
             return self.http.get("/readyz").status_code == 200
         return False
+
+
+class Collector:
+    """What the processes tell of themselves as OpenTelemetry traces: the protobuf as it came, in which texts stand as they are."""
+
+    def __init__(self) -> None:
+        heard = self.heard = list[bytes]()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                heard.append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class Ear:

@@ -28,6 +28,7 @@ WORD = "Zqxcanary"
 KEPT_ON_PURPOSE = {
     "dataset_records.record",  # the records themselves
     "dataset_records.record_id",
+    "datasets.name",  # `name`; under /v1/files the name of the file
     "jobs.meta",  # `metadata`, which is the caller's own
     "idempotency_keys.response",  # the job as answered, its metadata with it
     "api_keys.name",
@@ -55,7 +56,7 @@ class Canaries:
 
 
 def dataset(c: Canaries) -> bytes:
-    """Good rows and bad ones, each field with a word; the images carry words too."""
+    """Good rows and bad ones, each field with a word; the DICOM files' headers carry words too."""
     rows: list[Any] = [
         record(
             0, id=c("id"), question=c("question"), answer=c("answer"), group=c("group"), image=f"images/{c('file')}.png"
@@ -64,11 +65,19 @@ def dataset(c: Canaries) -> bytes:
         record(2, image=c("missing image"), question=c("question of a bad row")),
         record(3, **{c("unknown field"): c("unknown value")}),
         record(4, answer_type=c("answer type")),
+        record(5, image="images/scan.dcm"),
+        record(6, image="images/damaged.dcm"),
     ]
     named = rows[0]["image"]
     lines = "\n".join(json.dumps(r) for r in rows) + f'\n{{"id": "{c("broken JSON")}\n'
     return zip_of(
-        {"records.jsonl": lines.encode(), named: png(), f"{c('another file')}.txt": c("a text file").encode()}
+        {
+            "records.jsonl": lines.encode(),
+            named: png(),
+            f"{c('another file')}.txt": c("a text file").encode(),
+            "images/scan.dcm": dicom_of(c),
+            "images/damaged.dcm": dicom_of(c)[:-60],
+        }
     )
 
 
@@ -105,6 +114,45 @@ def chat(system: str, text: str, image: dict[str, str]) -> dict[str, Any]:
     url = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image['base64']}"}}
     words = [{"role": "system", "content": system}, {"role": "user", "content": [url, {"type": "text", "text": text}]}]
     return {"model": "hscr-demo", "messages": words}
+
+
+def openais(rig: Rig, c: Canaries) -> list[httpx.Response]:
+    """Files and fine-tuning in OpenAI's words: lines with words in every field, good and bad, and jobs that cannot be."""
+    image = "data:image/png;base64," + base64.b64encode(png()).decode()
+    shown = {"type": "image_url", "image_url": {"url": image}}
+    lines = [
+        [
+            {"role": "system", "content": c("file system")},
+            {
+                "role": "user",
+                "name": c("file name of a user"),
+                "content": [{"type": "text", "text": c("file q")}, shown],
+            },
+            {"role": "assistant", "content": c("file a")},
+        ],
+        [{"role": c("file role"), "content": c("file content of no role")}],
+        [
+            {"role": "user", "content": c("file question without an image")},
+            {"role": "assistant", "content": c("file b")},
+        ],
+    ]
+    sent = "\n".join(json.dumps({"messages": m}) for m in lines) + f'\n{{"{c("file broken")}'
+    form = {"purpose": "fine-tune"}
+    made = rig.http.post("/v1/files", files={"file": (f"{c('v1 file')}.jsonl", sent.encode())}, data=form)
+    assert made.status_code == 200, made.text
+    job = {"training_file": made.json()["id"], "model": "hscr-demo", "method": {"type": "dpo"}}
+    return [
+        made,
+        rig.http.post(
+            "/v1/files", files={"file": (c("v1 bad"), c("v1 no zip").encode())}, data={"purpose": c("purpose")}
+        ),
+        rig.http.post("/v1/fine_tuning/jobs", json=job | {"suffix": c("v1 suffix") + " /"}),
+        rig.http.post("/v1/fine_tuning/jobs", json=job | {"model": c("v1 model").lower()}),
+        rig.http.post("/v1/fine_tuning/jobs", json=job | {"method": {"type": c("v1 method")}}),
+        rig.http.get("/v1/fine_tuning/jobs", params={f"metadata[{c('v1 key')}]": c("v1 value")}),
+        rig.http.get(f"/v1/fine_tuning/jobs/{c('v1 job')}/events"),
+        rig.http.get(f"/v1/files/{c('v1 id')}/content"),
+    ]
 
 
 def speak(rig: Rig, c: Canaries) -> None:
@@ -151,6 +199,7 @@ def speak(rig: Rig, c: Canaries) -> None:
             files={"file": (f"{c('upload name')}.zip", c("no zip").encode())},
             data={"name": c("bad name") + "/"},
         ),
+        *openais(rig, c),
         ask("/adapters/x/versions", files={"file": (c("adapter file"), zip_of({f"{c('pickle')}.bin": b"x"}))}),
     ]
     made = ask("/datasets", files={"file": (f"{c('upload name')}.zip", dataset(c))}, data={"name": "canaries"})
@@ -198,6 +247,7 @@ def leaks(rig: Rig, c: Canaries) -> dict[str, list[str]]:
         "logs": rig.log(),
         "metrics": rig.http.get("/metrics").text,
         "broker": rig.broker(),
+        "traces": b"".join(rig.collector.heard),
     }
     with rig.database.read() as session:
         for table in Base.metadata.sorted_tables:
@@ -213,6 +263,8 @@ def spoken(rig: Rig) -> Canaries:
     c = Canaries()
     rig.start_workers()
     speak(rig, c)
+    spans = (b"request", b"vqa.decode", b"vqa.answer", b"vqa.model", b"job.attempt")
+    wait_for(lambda: all(s in b"".join(rig.collector.heard) for s in spans), 20, "traces of questions and jobs")
     return c
 
 
@@ -251,13 +303,15 @@ def test_a_leak_is_found(rig: Rig, spoken: Canaries) -> None:
         log.write(f'{{"event": "question {word.upper()}", "process": "api"}}\n')
     with redis.Redis.from_url(rig.valkey) as client:
         client.lpush("canary", word)
+    rig.collector.heard.append(b"\x0a\x20" + word.encode())
     with rig.database.write() as session:
         job = session.scalars(select(Job).where(Job.status == "failed").limit(1)).one()
         before, job.error_message = job.error_message, f"the run refused {word}"
         job_id = job.id
     try:
-        assert set(leaks(rig, spoken)) == {"logs", "broker", "jobs.error_message"}
+        assert set(leaks(rig, spoken)) == {"logs", "broker", "traces", "jobs.error_message"}
     finally:
+        rig.collector.heard.pop()
         with redis.Redis.from_url(rig.valkey) as client:
             client.delete("canary")
         with rig.database.write() as session:

@@ -437,6 +437,8 @@ def test_a_key_has_its_own_limit_of_questions(asker: TestClient, engine: Echo, s
         refused = asker.post("/vqa", json=body())
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_questions")
         assert int(refused.headers["retry-after"]) >= 1
+        unread = asker.post("/vqa", content=b"no form at all", headers={"Content-Type": "text/plain"})
+        assert unread.status_code == 429, "refused before anything of it is read or decoded"
         engine.gate.set()
         assert [w.result().status_code for w in waiting] == [200, 200]
     assert asker.post("/vqa", json=body()).status_code == 200
