@@ -41,6 +41,8 @@ class Grounding(BaseModel):
 
 
 class Usage(BaseModel):
+    """By the model server's own count where another answers; 0 where it tells none."""
+
     prompt_tokens: int
     completion_tokens: int
 
@@ -50,7 +52,7 @@ class AnswerView(BaseModel):
 
     answer: str | None = Field(description="Null where it is withheld.")
     finish_reason: Literal["stop", "length"]
-    token_ids: list[int] = Field(description="None where the answer is withheld.")
+    token_ids: list[int] = Field(description="Empty where the answer is withheld, or a model server tells none.")
     adapter: AdapterRef | None
     grounding: Grounding | None
     abstained: bool | None = Field(

@@ -27,13 +27,15 @@ class Answering:
     turn: EngineTurn | None = None  # whose turn it is on the engine's device
 
     @property
-    def status(self) -> Literal["ok", "loading", "yielded", "failed"]:
-        """`yielded`: a job has the device."""
+    def status(self) -> Literal["ok", "loading", "away", "yielded", "failed"]:
+        """`yielded`: a job has the device; `away`: the model server does not answer, or does not serve the model."""
         if self.asked.failure is not None:
             return "failed"
         if self.turn is not None and self.turn.away:
             return "yielded"
-        return "ok" if self.asked.ready.is_set() else "loading"
+        if self.asked.ready.is_set():
+            return "ok"
+        return "away" if isinstance(self.engine, Upstream) else "loading"
 
     def start(self) -> None:
         self.asked.start()
@@ -52,8 +54,9 @@ def answering(
     if engine is None and settings.engine == "none":
         return None
     if engine is None and settings.engine == "openai":
-        server = Upstream(settings)
-        metrics.watch_queue(lambda: server.depth)
+        server = Upstream(settings, metrics.first_token.observe)
+        metrics.watch_queue(lambda: server.depth, lambda: server.oldest_s)
+        metrics.watch_engine(lambda: asdict(server.stats))
         return Answering(server, server)
     local = engine or LocalEngine(settings)
     turn = EngineTurn(Device.of(settings), local.load, local.unload, lambda: left_s(database))

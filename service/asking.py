@@ -53,6 +53,9 @@ def _taking(state: State) -> Asked:
         raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
     if status == "yielded" and here.turn is not None:
         raise _yielded(here.turn.back_in_s)
+    if status == "away":
+        detail = "It is away, or serves another model than HSCR_UPSTREAM_MODEL; /readyz says when it is there."
+        raise Problem("upstream_unavailable", detail, headers={"Retry-After": "5"})
     if status == "loading":
         raise Problem("engine_loading", "Ask again in a few seconds; /readyz says when.", headers={"Retry-After": "5"})
     if (wait_s := here.asked.full_for_s) is not None:

@@ -50,13 +50,12 @@ class Metrics:
         self._counts = JobCounts()
         r.register(_Gpu())
 
-    def watch_queue(self, depth: Callable[[], float], oldest_s: Callable[[], float] | None = None) -> None:
+    def watch_queue(self, depth: Callable[[], float], oldest_s: Callable[[], float]) -> None:
         self.queue_depth.set_function(depth)
-        if oldest_s is not None:  # another server's queue is not ours to look into
-            self.queue_oldest.set_function(oldest_s)
+        self.queue_oldest.set_function(oldest_s)
 
     def watch_engine(self, stats: Callable[[], dict[str, int]]) -> None:
-        """Counts of the engine by name (service/engine.py, Stats)."""
+        """Counts of the engine by name (Stats of service/engine.py or service/upstream/engine.py)."""
         self.registry.register(_Engine(stats))
 
     def watch_decoders(self, stats: Callable[[], DecodeStats]) -> None:

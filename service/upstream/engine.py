@@ -9,8 +9,10 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from hscr.answers import TOKEN_DROPOUT, Answer, OnDelta
 from service.batcher import Closed, Full
@@ -24,6 +26,15 @@ from service.upstream.server import ModelServer, NotServed, garbage, unavailable
 log = logging.getLogger("hscr.upstream")
 
 
+@dataclass
+class Stats:
+    """Counts since the start; any thread may read them. What else there is to count, the server has."""
+
+    questions: int = 0  # answered
+    tokens: int = 0  # said, by the server's own count
+    adapters: int = 0  # loaded there
+
+
 class Upstream:
     """The `openai` engine. `several_images`: the server itself refuses what its model cannot take."""
 
@@ -31,13 +42,15 @@ class Upstream:
     model_digest: str | None = None  # its weights are not ours to read
     failure: Exception | None = None
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, on_first: Callable[[float], None] = lambda seconds: None) -> None:
+        """`on_first` gets the seconds from a question's coming to its first text."""
+        self.settings, self._on_first, self.stats = settings, on_first, Stats()
         self.ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="upstream", daemon=True)
         self._started = threading.Event()
         self._lock = threading.Lock()
         self._taken = 0  # questions on their way, waiting or with the server
+        self._waiting: dict[object, float] = {}  # since when, in the order they came; changed by single calls only
         self._answer_s = 1.0  # a running mean of the time an answer takes, for Retry-After
         self._closing = False
 
@@ -49,6 +62,12 @@ class Upstream:
     @property
     def depth(self) -> int:
         return max(0, self._taken - self.settings.upstream_concurrency)
+
+    @property
+    def oldest_s(self) -> float:
+        """How long the first that waits has waited."""
+        since = next(iter(list(self._waiting.values())), None)
+        return time.monotonic() - since if since is not None else 0.0
 
     @property
     def full_for_s(self) -> int | None:
@@ -105,26 +124,39 @@ class Upstream:
                     continue
 
     async def _answered(self, question: Question, on_delta: OnDelta | None) -> Answer:
-        async with self._room:
+        came, place = time.monotonic(), object()
+        self._waiting[place] = came
+        try:
+            await self._room.acquire()
+        finally:
+            del self._waiting[place]
+        try:
             begin = time.monotonic()
             for attempt in (1, 2):
                 try:
-                    answer = await self._ask(question, on_delta)
+                    answer = await self._ask(question, on_delta, came)
                     self._answer_s = 0.8 * self._answer_s + 0.2 * (time.monotonic() - begin)
+                    self.stats.questions += 1
+                    self.stats.tokens += answer.completion_tokens
                     return answer
                 except NotServed:
                     if question.adapter_digest is None or attempt == 2:
                         break
                     self._loras.forget(question.adapter_digest)  # nothing was said yet: the status came first
             raise unavailable("The model server does not know the model; ask again in a few seconds.")
+        finally:
+            self._room.release()
 
-    async def _ask(self, question: Question, on_delta: OnDelta | None) -> Answer:
+    async def _ask(self, question: Question, on_delta: OnDelta | None, came: float) -> Answer:
         server, said = self._server, Said()
         async with self._loras.use(question.adapter_digest, question.adapter_folder) as model:
+            self.stats.adapters = self._loras.loaded
             asked = await asyncio.to_thread(messages, question, question.images)
             async with aclosing(server.stream(body(question, asked, model, server.vllm))) as chunks:
                 async for chunk in chunks:
-                    delta = said.add(chunk)
+                    begun, delta = bool(said.text), said.add(chunk)
+                    if said.text and not begun:
+                        self._on_first(time.monotonic() - came)
                     if on_delta is not None and (delta.text or delta.token_ids or delta.logprobs):
                         on_delta(delta)
             if said.finish_reason is None:  # the connection ended in the middle

@@ -27,6 +27,11 @@ class Loras:
         self._used: Counter[str] = Counter()
         self._lock = asyncio.Lock()
 
+    @property
+    def loaded(self) -> int:
+        """How many."""
+        return len(self._loaded)
+
     @asynccontextmanager
     async def use(self, digest: str | None, folder: Path | None) -> AsyncIterator[str]:
         """The name that the server answers to for this adapter, the base model's for None; it stays loaded meanwhile. Raises Problem."""

@@ -129,6 +129,19 @@ def test_both_routes_answer_with_what_the_server_says(before: Before) -> None:
     assert asked.model == MODEL
 
 
+def test_metrics_move_where_another_server_answers(before: Before) -> None:
+    def told() -> dict[str, float]:
+        rows = [line.rpartition(" ") for line in before.http.get("/metrics").text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, _, value in rows}
+
+    names = ("hscr_engine_questions_total", "hscr_engine_tokens_total", "hscr_vqa_first_token_seconds_count")
+    first = told()
+    usage = before.vqa().json()["usage"]
+    second = told()
+    assert [second[n] - first[n] for n in names] == [1, usage["completion_tokens"], 1]
+    assert second["hscr_vqa_queue_depth"] == second["hscr_vqa_queue_oldest_seconds"] == 0
+
+
 def test_streams_usage_logprobs_and_stops_pass_through(before: Before) -> None:
     whole = before.ask(logprobs=True, top_logprobs=2)
     before.server.pause_s = 0.03
@@ -363,6 +376,7 @@ def test_so_many_are_asked_at_once_so_many_wait_and_more_are_refused(tmp_path: P
         heard: list[Delta] = []
         futures = [engine.submit(question(), heard.append if n == 0 else None) for n in range(5)]
         assert (engine.depth, engine.full_for_s is not None) == (3, True)
+        wait_for(lambda: engine.oldest_s > 0, 5, "three wait for the first two")
         with pytest.raises(Full) as full:
             engine.submit(question())
         assert 1 <= full.value.retry_after_s <= 60
@@ -374,6 +388,7 @@ def test_so_many_are_asked_at_once_so_many_wait_and_more_are_refused(tmp_path: P
             time.sleep(0.01)
         assert most == 2
         assert len({f.result().text for f in futures[:4]}) == 1
+        assert (engine.stats.questions, engine.stats.tokens, engine.oldest_s) == (4, 4 * 8, 0.0)
         assert "".join(d.text for d in heard) == futures[0].result().text
         assert len(server.bodies) == 4  # the one that left was never sent
         last = engine.submit(question())
@@ -394,6 +409,7 @@ def test_readiness_follows_the_server(sqlite_template: Path, tmp_path: Path) -> 
         image = {"base64": data_url(picture(0)).partition(",")[2]}
         answer = http.post("/vqa", json={"image": image, "question": QUESTION})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert (answer.json()["code"], http.get("/readyz").json()["engine"]) == ("upstream_unavailable", "away")
         assert http.get("/healthz").status_code == 200
         server = Server(pause_s=0.0)
         with served(server.app(), socket.create_server(("127.0.0.1", port))):
