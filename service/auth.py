@@ -65,6 +65,7 @@ class Auth:
         self.app, self._database = app, database
         key = _key(settings)
         self._seen: dict[bytes, tuple[Caller, float, int]] = {}
+        self._no_key = (0.0, -1)  # until when no key is known to exist, and the count of changes that it goes with
         self._digest = sha256(key.encode()).digest() if key else None
         self._open = (*OPEN, "/metrics") if settings.on_loopback else OPEN
 
@@ -104,7 +105,10 @@ class Auth:
             raise _unauthorized()
         if problem := _stranger(scope, headers):
             raise problem
-        if scope["path"] not in self._open and await run_in_threadpool(self._keys_are_asked_for):
+        until, changes = self._no_key
+        if scope["path"] in self._open or (time.monotonic() < until and changes == keys.changes()):
+            return ANYBODY
+        if await run_in_threadpool(self._keys_are_asked_for):
             raise _unauthorized()
         return ANYBODY
 
@@ -130,8 +134,12 @@ class Auth:
         return caller
 
     def _keys_are_asked_for(self) -> bool:
+        """That none exists is remembered as keys are: the first is noticed at once, within REMEMBER_S where another process makes it."""
+        changes = keys.changes()
         with self._database.read() as session:
-            return keys.any_at_all(session)
+            asked_for = keys.any_at_all(session)
+        self._no_key = (0.0 if asked_for else time.monotonic() + REMEMBER_S, changes)
+        return asked_for
 
 
 def _left(key: ApiKey) -> float:

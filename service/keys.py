@@ -84,6 +84,7 @@ def create(
     )
     session.add(key)
     session.flush()
+    _on_change(session)
     audit.record(session, by, "key.create", key.id, scopes=wanted)
     return key, secret
 

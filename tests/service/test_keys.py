@@ -178,6 +178,21 @@ def test_without_any_key_this_machine_may_call_and_with_one_it_needs_it(client: 
     assert client.get("/jobs").status_code == 401, "revoking the last key does not open the door"
 
 
+def test_that_no_key_exists_is_not_looked_up_with_each_request(
+    client: TestClient, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = keys.any_at_all
+    monkeypatch.setattr(keys, "any_at_all", lambda session: asked.append(1) or real(session))
+    begin = time.monotonic()
+    assert {client.get("/jobs").status_code for _ in range(20)} == {200}
+    assert len(asked) <= 1 + (time.monotonic() - begin) / REMEMBER_S
+    with database.write() as session:  # another process makes the first key: nothing here counts it
+        session.add(ApiKey(id="key_other", name="k", scopes=["vqa"], digest="sha256:x", shown="hscr_x"))
+    time.sleep(REMEMBER_S + 0.05)
+    assert client.get("/jobs").status_code == 401
+
+
 def test_keys_own_limits_come_before_the_services(guarded: TestClient, database: Database, dataset: Any) -> None:
     key_id, secret = new_key(database, "align", waiting_max=1, running_max=1)
     _, other = new_key(database, "align")
