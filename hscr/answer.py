@@ -7,6 +7,7 @@ answer was decoded, so grounding is one pass over the dropped prompt.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -187,6 +188,7 @@ class AnswerBatch:
         vlm = self.answerer.vlm
         kept = {row: row.ids[: row.saying.kept] if row.saying is not None else row.ids for row in rows}
         scored = [row for row in rows if row.scored and kept[row]]
+        begun = time.monotonic()
         grounding = self.answerer.ground(
             [row.prompt for row in scored],
             [kept[row] for row in scored],
@@ -194,7 +196,7 @@ class AnswerBatch:
             [row.adapter for row in scored],
             [row.salt for row in scored],
         ) if scored else []  # fmt: skip
-        grounded = dict(zip(scored, grounding, strict=True))
+        grounded, when = dict(zip(scored, grounding, strict=True)), (begun, time.monotonic())
         answers = {}
         for row in rows:
             request, listener = self._asked.pop(row)
@@ -209,6 +211,7 @@ class AnswerBatch:
                 prompt_tokens=len(row.prompt.input_ids),
                 completion_tokens=len(row.ids),
                 logprobs=row.top[: len(kept[row])] if row.n_top is not None else None,
+                grounded=when if row in grounded else None,
             )
             if listener is not None and row.saying is not None:
                 delta = row.saying.delta(row.top if row.n_top is not None else None, last=True)

@@ -6,7 +6,7 @@ How it is answered is in hscr/answer.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Answer:
     """`token_ids` include the end of sequence where the model said it, and nothing of a stop string; `completion_tokens` counts both.
 
     `score` is None where no grounding was asked for, `logprobs` where none were; those stand one a token. `perturbation` is how the image
-    was hidden for the score, `unavailable` why there is none though it was asked for.
+    was hidden for the score, `unavailable` why there is none though it was asked for; `grounded`: when the score was computed, from and to
+    (time.monotonic), together with those of others.
     """
 
     text: str
@@ -74,6 +75,7 @@ class Answer:
     logprobs: list[TokenLogprob] | None = None
     perturbation: str = TOKEN_DROPOUT
     unavailable: str | None = None
+    grounded: tuple[float, float] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

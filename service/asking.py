@@ -200,11 +200,13 @@ def _overloaded(state: State, wait_s: int) -> Problem:
 
 
 def _traced(done: asyncio.Future[Answer], question: Question, begun: float) -> None:
-    """A span of the answer, in the context of its request."""
+    """Spans of the answer and of what grounded it, in the context of its request."""
     told: dict[str, str | int | float | None] = {"adapter": question.adapter_digest, "grounding": question.grounding}
     if not done.cancelled() and done.exception() is None:
         answer = done.result()
         told |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+        if answer.grounded is not None:
+            tracing.past("vqa.grounding", *answer.grounded)
     else:
         told["error"] = "cancelled" if done.cancelled() else type(done.exception()).__name__
     tracing.past("vqa.answer", begun, time.perf_counter(), **told)

@@ -154,14 +154,14 @@ class Upstream:
             asked = await asyncio.to_thread(messages, question, question.images)
             async with aclosing(server.stream(body(question, asked, model, server.vllm))) as chunks:
                 async for chunk in chunks:
-                    begun, delta = bool(said.text), said.add(chunk)
-                    if said.text and not begun:
+                    silent, delta = not said.text, said.add(chunk)
+                    if silent and said.text:
                         self._on_first(time.monotonic() - came)
                     if on_delta is not None and (delta.text or delta.token_ids or delta.logprobs):
                         on_delta(delta)
             if said.finish_reason is None:  # the connection ended in the middle
                 raise garbage()
-            found = Ground(None, None, None)
+            found, begun = Ground(None, None, None), time.monotonic()
             if question.grounding != "none":
                 found = await ground(server, question, said, model)
         return Answer(
@@ -175,4 +175,5 @@ class Upstream:
             logprobs=said.logprobs if question.logprobs is not None else None,
             perturbation=PERTURBATION if question.grounding != "none" else TOKEN_DROPOUT,
             unavailable=found.unavailable,
+            grounded=(begun, time.monotonic()) if found.score is not None else None,
         )

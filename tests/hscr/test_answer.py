@@ -191,7 +191,7 @@ def test_an_adapter_of_a_larger_model_is_refused(answerer: Answerer, tmp_path: P
 def test_grounding_is_the_alignment_reward_of_the_answers_words(answerer: Answerer) -> None:
     plain, summary, tokens = (answerer.answer(requests(grounding=g)) for g in ("none", "summary", "tokens"))
     assert [a.token_ids for a in plain] == [a.token_ids for a in summary] == [a.token_ids for a in tokens]
-    assert all(a.score is None and a.tokens is None for a in plain)
+    assert all(a.score is None and a.tokens is None and a.grounded is None for a in plain)
     assert all(a.score is not None and a.tokens is None for a in summary)
     for a in tokens:
         assert a.tokens is not None
@@ -215,6 +215,8 @@ def test_the_dropout_mask_belongs_to_the_image(answerer: Answerer) -> None:
 
 def test_grounding_without_dropout_is_zero(vlm: VLM) -> None:
     for answer in Answerer(vlm, dropout_ratio=0.0).answer(requests(grounding="summary")):
+        assert answer.grounded is not None
+        assert answer.grounded[0] < answer.grounded[1]
         assert answer.score == pytest.approx(0, abs=1e-5)
 
 

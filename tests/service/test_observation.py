@@ -136,15 +136,15 @@ def test_a_question_is_a_request_with_its_parts(settings: Settings, spans: InMem
         wait_for(lambda: client.get("/readyz").status_code == 200)
         spans.clear()
         headers = {"traceparent": parent, "tracestate": f"a={CANARY}", "baggage": f"a={CANARY}"}
-        assert client.post("/vqa", json=body(question=CANARY), headers=headers).status_code == 200
-        wait_for(lambda: len(spans.get_finished_spans()) >= 5)
+        assert client.post("/vqa", json=body(question=CANARY, grounding="summary"), headers=headers).status_code == 200
+        wait_for(lambda: len(spans.get_finished_spans()) >= 6)
         by_name = {s.name: s for s in spans.get_finished_spans()}
         failing = client.post(f"/vqa?a={CANARY}", json=body(question="fail"), headers={"X-Request-Id": "req_mine"})
         assert failing.status_code == 500
         client.get(f"/{CANARY}/{CANARY}")
         client.request(CANARY, "/vqa")
         client.post("/vqa", files={"image": (CANARY, png())}, data={CANARY: CANARY})
-    assert set(by_name) == {"request", "vqa.decode", "vqa.answer", "vqa.queue", "vqa.model"}
+    assert set(by_name) == {"request", "vqa.decode", "vqa.answer", "vqa.grounding", "vqa.queue", "vqa.model"}
     request = by_name["request"]
     assert format(request.context.trace_id, "032x") == "a" * 32
     assert format(request.parent.span_id, "016x") == "b" * 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -53,6 +54,7 @@ class Echo(LocalEngine):
             finish_reason="stop",
             prompt_tokens=3,
             completion_tokens=1,
+            grounded=None if q.grounding == "none" else (time.monotonic(), time.monotonic()),
         )
 
 
