@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,11 @@ class ForeignAdapter:
     data_start: int
 
 
-def check(folder: Path, linear: dict[str, tuple[int, int]]) -> ForeignAdapter:
-    """Check a folder against the modules that may be changed, {name: (out, in)}. ValueError says what is wrong."""
+def check(folder: Path, linear: Callable[[], dict[str, tuple[int, int]]]) -> ForeignAdapter:
+    """Check a folder against the modules that may be changed, {name: (out, in)}. ValueError says what is wrong.
+
+    `linear` is asked for them last, for they may cost a process.
+    """
     if any(path.suffix.lower() in PICKLES for path in folder.rglob("*")):
         raise ValueError("it carries pickled weights, which are never read; send adapter_model.safetensors")
     for name in (CONFIG, WEIGHTS):
@@ -65,7 +69,7 @@ def check(folder: Path, linear: dict[str, tuple[int, int]]) -> ForeignAdapter:
             raise ValueError(f"it has no {name}; send the folder that PEFT's save_pretrained writes")
     rank, alpha, rslora = _checked_config(folder / CONFIG)
     start, tensors = read_header(folder / WEIGHTS)
-    modules = _checked_shapes(tensors, rank, linear)
+    modules = _checked_shapes(tensors, rank, linear())
     _check_numbers(folder / WEIGHTS, start, tensors)
     return ForeignAdapter(folder, rank, alpha, rslora, tensors, modules, start)
 

@@ -43,7 +43,7 @@ def upload(
         (incoming / "upload").mkdir(exist_ok=True)  # a zip of nothing that is kept
         try:
             found = foreign_adapter.check(
-                flatten(incoming / "upload"), base_shapes(settings.model_path, settings.model_revision)
+                flatten(incoming / "upload"), lambda: base_shapes(settings.model_path, settings.model_revision)
             )
         except ValueError as error:
             raise Problem("invalid_adapter", f"{error}.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -166,29 +167,47 @@ def test_a_storm_of_ranges_costs_no_more_than_the_file(rig: Rig) -> None:
         "optimization.lr",
         "deadline_s",
         "seed@align",
+        *(f"{name}@chat" for name in ("max_tokens", "temperature", "top_p", "seed", "n", "top_logprobs")),
+        *(f"{name}@tuning" for name in ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")),
     ],
 )
 def test_numbers_beyond_reason_are_refused(rig: Rig, dataset_id: str, field: str, value: str) -> None:
     """Each of them, or taken where it is a value that the field may have; never a 5xx, and no job comes of a refused one."""
     before = rig.stored()["jobs"]
-    if field in ("max_tokens", "temperature", "seed"):
+    field, _, door = field.partition("@")
+    if door == "chat":
+        shown = {"url": "data:image/png;base64," + base64.b64encode(png()).decode()}
+        content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": shown}]
+        asked = json.dumps({"model": "hscr-demo", "logprobs": True, "messages": [{"role": "user", "content": content}]})
+        answer = rig.http.post("/v1/chat/completions", content=f'{asked[:-1]}, "{field}": {value}}}', headers=JSON)
+        fine = 200
+    elif door == "tuning":
+        given = f'{{"type": "dpo", "dpo": {{"hyperparameters": {{"{field}": {value}}}}}}}'
+        body = f'{{"training_file": "{dataset_id}", "model": "hscr-demo", "method": {given}}}'
+        answer = rig.http.post("/v1/fine_tuning/jobs", content=body, headers=JSON)
+        fine = 200
+    elif field in ("max_tokens", "temperature", "seed") and not door:
         image = base64.b64encode(png()).decode()
         body = f'{{"image": {{"base64": "{image}"}}, "question": "a", "{field}": {value}}}'
         answer = rig.http.post("/vqa", content=body, headers=JSON)
         fine = 200
     else:
         group, _, name = field.partition(".")
-        given = f'"{group}": {{"{name}": {value}}}' if name else f'"{group.partition("@")[0]}": {value}'
+        given = f'"{group}": {{"{name}": {value}}}' if name else f'"{group}": {value}'
         body = f'{{"dataset": "{dataset_id}", "adapter": "numbers", {given}}}'
         answer = rig.http.post("/align", content=body, headers=JSON)
         fine = 202
+    named = f"{field}@{door}" if door else field
     if answer.status_code == fine:
-        assert (field, value) in TAKEN, "nobody has looked whether this may be taken"
-        if fine == 202:
+        assert (named, value) in TAKEN, "nobody has looked whether this may be taken"
+        if fine == 202 or door == "tuning":
             rig.http.post(f"/jobs/{answer.json()['id']}/cancel")
         return
-    assert (field, value) not in TAKEN
-    assert (answer.status_code, answer.json()["code"]) in (
+    assert (named, value) not in TAKEN
+    told = answer.json()
+    assert (answer.status_code, (told.get("error") or told)["code"]) in (
+        (400, "invalid_parameter"),
+        (400, "unsupported_parameter"),
         (422, "invalid_request"),
         (422, "invalid_config"),
         (400, "bad_request"),
@@ -205,6 +224,11 @@ TAKEN = {
     ("seed", "1e9"),
     ("deadline_s", "null"),
     ("seed@align", "null"),
+    ("seed@chat", "-1"),
+    ("seed@chat", "1e9"),
+    *((f"{name}@chat", '"1"') for name in ("max_tokens", "temperature", "top_p", "seed", "top_logprobs")),
+    *((f"{name}@chat", "null") for name in ("max_tokens", "temperature", "top_p", "seed", "n", "top_logprobs")),
+    *((f"{name}@tuning", "null") for name in ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")),
 }
 
 

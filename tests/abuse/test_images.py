@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from tests.abuse.rig import Rig
 from tests.conftest import png
@@ -75,7 +76,7 @@ def with_exif() -> bytes:
 def bombs() -> dict[str, bytes]:
     """Small files that would be large."""
     zeros = gzip.compress(bytes(2**20) * 64)
-    deflated = dicom(np.zeros((64, 64), np.uint16))
+    whole = dicom(np.zeros((64, 64), np.uint16))
     return {
         "png of 169 Mpx": png_of(13_000, 13_000),
         "png whose header lies": png_of(30_000, 30_000, data=zlib.compress(b"")),
@@ -87,8 +88,24 @@ def bombs() -> dict[str, bytes]:
         "tiff of 40,000 x 40,000": tiff_of(40_000),
         "nifti of a gigabyte": gzip.compress(nifti_of(1024)) + zeros,
         "gzip in gzip": gzip.compress(zeros),
-        "dicom with a length beyond its end": deflated[:-100],
+        "dicom with a length beyond its end": whole[:-100],
+        "dicom that unpacks to 300 MB": deflated_dicom(300),
+        "dicom of 60,000 x 60,000": dicom(np.zeros((2, 2), np.uint8), Rows=60_000, Columns=60_000),
+        "dicom of a million frames": dicom(np.zeros((2, 2), np.uint8), NumberOfFrames=10**6),
     }
+
+
+def deflated_dicom(mb: int) -> bytes:
+    """A small image, and behind it so much padding (PS3.10: Data Set Trailing Padding), which deflates to nearly nothing."""
+    small = dicom(np.zeros((64, 64), np.uint16), DeflatedExplicitVRLittleEndian)
+    begin = 144 + int.from_bytes(small[140:144], "little")  # behind group 2, whose first element is its length
+    content = zlib.decompress(small[begin:], -zlib.MAX_WBITS)
+    head = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    out = head.compress(content + b"\xfc\xff\xfc\xffOB\0\0" + struct.pack("<I", mb * 2**20)) + head.flush(
+        zlib.Z_FULL_FLUSH
+    )
+    block = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)  # needs nothing before it, so it may be repeated
+    return small[:begin] + out + (block.compress(bytes(2**20)) + block.flush(zlib.Z_FULL_FLUSH)) * mb + block.flush()
 
 
 def nifti_of(side: int) -> bytes:
@@ -144,6 +161,9 @@ def odd() -> dict[str, tuple[bytes, bool]]:
         "a profile that is none": (saved(plain(), "PNG", icc_profile=b"\xff" * 200_000), True),
         "huge exif": (with_exif(), True),
         "twelve bytes": (b"RIFF\0\0\0\0WEBP", False),
+        "gif without a frame": (b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0, 0, 0) + b"\x3b", False),
+        "dicom of fewer than no frames": (dicom(np.zeros((2, 2), np.uint8), NumberOfFrames=-1), False),
+        "dicom of 0 x 0": (dicom(np.zeros((2, 2), np.uint8), Rows=0, Columns=0), False),
         "nothing": (b"", False),
         "noise": (np.random.default_rng(0).bytes(100_000), False),
     }

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.abuse.rig import Rig
+from tests.abuse.test_images import bombs
 from tests.conftest import png, record, zip_of
 
 
@@ -64,6 +65,21 @@ def test_an_archive_is_refused_at_the_cost_of_its_bytes(
     refused(answer, code)
     assert code in ("invalid_archive", "invalid_adapter"), answer.text
     assert time.monotonic() - begin < 10
+
+
+def test_bombs_among_a_data_sets_images_are_left_out_by_their_lines(rig: Rig) -> None:
+    bad = bombs()
+    rows = [record(0), *(record(n, image=f"images/{n}.png") for n in range(1, len(bad) + 1))]
+    lines = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    files = {f"images/{n}.png": data for n, data in enumerate(bad.values(), 1)}
+    sent = zip_of({"records.jsonl": lines, "images/0.png": png(), **files})
+    with rig.bounded():
+        made = rig.http.post("/datasets", files={"file": ("x.zip", sent)}, data={"name": "bombs"})
+    assert made.status_code == 201, made.text
+    assert made.json()["n_records"] == 1
+    told = {row["line"]: row["reason"] for row in made.json()["rejected"]}
+    assert set(told) == {n + 1 for n in range(1, len(bad) + 1)}
+    assert not any("missing" in reason for reason in told.values())
 
 
 LOADED = ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin", "training_args.pkl", "x.ckpt"]

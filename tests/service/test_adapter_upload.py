@@ -114,6 +114,19 @@ def test_good_adapter_becomes_a_version_of_checked_numbers_only(
     assert not list((settings.data_dir / "artifacts" / "adapters").glob(".*"))
 
 
+def test_what_its_files_alone_condemn_costs_no_look_at_the_base(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That look is a process that loads torch."""
+    looked: list[str] = []
+    monkeypatch.setattr(adapter_upload, "base_shapes", lambda model, revision: looked.append(model) or SHAPES)
+    for bad in (zip_of({"a.json": b"{}"}), zip_of({"x.pt": b"x"}), pack(b"{"), pack(tensors=b"\0" * 20)):
+        assert send(client, bad).json()["code"] == "invalid_adapter"
+    assert looked == []
+    assert send(client, pack()).status_code == 201
+    assert len(looked) == 1
+
+
 def bad_offsets(begin: int, end: int, shape: list[int] | None = None) -> bytes:
     name = f"base_model.model.{Q}.lora_A.weight"
     return raw({name: {"dtype": "F32", "shape": shape or [4, 192], "data_offsets": [begin, end]}}, b"\0" * 3072)
@@ -257,10 +270,10 @@ def test_bfloat16_numbers_are_looked_at_too(tmp_path: Path) -> None:
         data = np.full(1536, word, "<u2").tobytes()
         (tmp_path / "adapter_model.safetensors").write_bytes(raw(rows, data))
         if good:
-            assert check(tmp_path, SHAPES).modules == (Q,)
+            assert check(tmp_path, lambda: SHAPES).modules == (Q,)
         else:
             with pytest.raises(ValueError, match="infinite"):
-                check(tmp_path, SHAPES)
+                check(tmp_path, lambda: SHAPES)
 
 
 def test_header_with_a_name_twice_or_tensors_that_share_bytes_is_refused(tmp_path: Path) -> None:
