@@ -23,6 +23,7 @@ from hscr.artifacts import json_digest
 from service import asking, openai_errors
 from service.adapters import Resolved
 from service.answer_view import AdapterRef, Grounding, answer_view
+from service.body_schema import body_schema
 from service.engine import Question
 from service.errors import Problem
 from service.event_stream import event_stream
@@ -86,9 +87,8 @@ class ChatCompletion(BaseModel):
     hscr: Ours = Field(description="Not OpenAI's.")
 
 
-_SCHEMA = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
 OPENAPI: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}},
+    "requestBody": {"required": True, "content": {"application/json": {"schema": body_schema(ChatRequest)}}},
 }
 
 

@@ -23,6 +23,7 @@ from hscr.record_fields import MAX_IMAGES
 from service import asking
 from service.adapters import Resolved
 from service.answer_view import AnswerView, answer_view, scored
+from service.body_schema import body_schema
 from service.engine import Question
 from service.errors import Problem
 from service.event_stream import event, event_stream
@@ -131,8 +132,8 @@ class VQAResponse(AnswerView):
 
 
 # The body is read by hand, for it comes in two forms; so the document says both here.
-_SCHEMA = VQARequest.model_json_schema(ref_template="#/components/schemas/{model}")
-_INLINE = _SCHEMA.pop("$defs")["InlineImage"]
+_SCHEMA = body_schema(VQARequest)
+_INLINE = body_schema(InlineImage)
 _SCHEMA["properties"]["image"] = _INLINE
 _SCHEMA["properties"]["images"] = {"type": "array", "items": _INLINE, "minItems": 1, "maxItems": MAX_IMAGES}
 _SCHEMA["oneOf"] = [{"required": ["image"]}, {"required": ["images"]}]

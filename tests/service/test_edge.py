@@ -206,6 +206,24 @@ def test_documentation_needs_no_internet(client: TestClient) -> None:
     assert paths["/align"]["post"]["requestBody"]["content"]["application/json"]["examples"]
 
 
+def test_no_reference_of_the_document_leads_nowhere(client: TestClient) -> None:
+    """Else a reader sees nothing of that body, and schemathesis sends none."""
+
+    def references(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+            yield from value.get("discriminator", {}).get("mapping", {}).values()
+            value = list(value.values())
+        if isinstance(value, list):
+            for item in value:
+                yield from references(item)
+
+    document = client.get("/openapi.json").json()
+    found = set(references(document))
+    assert len(found) > 50
+    assert found <= {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+
+
 def test_not_ready_while_draining_or_without_a_database(settings: Settings) -> None:
     app = create_app(settings)
     with TestClient(app, base_url="http://127.0.0.1") as client:
