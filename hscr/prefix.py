@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hscr.inputs import attention, image_inputs, tree_mask
+from hscr.inputs import attention, image_inputs
 from hscr.model import VLM
 from hscr.visual_tokens import Prompt
 
@@ -174,12 +174,17 @@ class Rows:
         self.mask = torch.cat([self.mask, mask.to(self.vlm.device)], -1)
         self.new = width  # columns that are not in the cache yet
 
+    @property
+    def imageless(self) -> bool:
+        """Whether no image is among the new columns."""
+        return not self._extra
+
     def logits(self, last: int = 1) -> Tensor:
         """Logits [n, last, V] of what follows each of the last columns."""
         new = self.new
         mask: Tensor | dict[str, Tensor] = self.mask
         if self.own_masks:
-            mask = attention(self.vlm, _seen(self.mask, new), self.ids, self.positions)
+            mask = attention(self.vlm, seen(self.mask, new), self.ids, self.positions)
         logits: Tensor = self.vlm.model(
             input_ids=self.ids[:, -new:],
             position_ids=self.positions[..., -new:],
@@ -278,6 +283,11 @@ def tokens_of(prompt: Prompt, start: int, tail: Sequence[int]) -> tuple[Tensor, 
     return ids, torch.cat([prompt.position_ids[..., start:], after], dim=-1)
 
 
-def _seen(mask: Tensor, new: int) -> Tensor:
-    """Causal visibility bool [B, 1, new, K] of the last `new` columns, from what is no padding [B, K]."""
-    return tree_mask(mask - 1)[:, :, -new:] if new > 1 else mask.bool()[:, None, None]
+def seen(mask: Tensor, new: int) -> Tensor:
+    """Causal visibility bool [B, 1, new, K] of the last `new` columns, from what is no padding [B, K]; padding sees itself."""
+    known = mask.bool()[:, None, None]
+    if new == 1:
+        return known
+    k = mask.shape[1]
+    earlier = torch.ones(new, k, dtype=torch.bool, device=mask.device).tril(k - new)
+    return (known & earlier) | earlier.triu(k - new)
