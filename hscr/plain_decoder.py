@@ -1,4 +1,4 @@
-"""A pass of tokens without images through a decoder of the plain kind, over padded caches: what most steps of serving are.
+"""A pass through a decoder of the plain kind, over padded caches: the steps of serving, and what is computed before and after them.
 
 In a step of a few rows the stock forward spends most of its time outside of matrix products: six small kernels a norm, three products for
 queries, keys and values, masks in two forms, hooks of adapters. Here a layer is about twenty kernels, adapters included, and numbers are
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hscr.families import handed_with_deepstack
 from hscr.grouped_attention import grouped_sdpa
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM
@@ -57,6 +58,7 @@ class PlainDecoder:
         self.names = {n for x in self.layers for joint in (x.qkv, x.out, x.gate_up, x.down) for n in joint.names}
         attention = decoder.layers[0].self_attn
         self.d = attention.head_dim
+        self.deepstack = vlm.family.hand_over is handed_with_deepstack
         self.heads = attention.q_proj.out_features // self.d
         self.groups = attention.k_proj.out_features // self.d
 
@@ -69,30 +71,42 @@ class PlainDecoder:
         return cls(vlm, lora, name, decoder) if vlm.family.masks is None and _is_plain(decoder) else None
 
     def takes(self, rows: Rows) -> bool:
-        """Whether the new columns of these rows can go through here: no image among them, no adapter on other layers."""
-        return rows.imageless and self.lora.only_changes(self.names)
+        """Whether the new columns of these rows can go through here: features enter at the first layer only, adapters on these layers."""
+        return not (rows.images and self.deepstack) and self.lora.only_changes(self.names)
 
     def logits(self, rows: Rows, last: int) -> Tensor:
         """Logits [n, last, V] of what follows each of the last columns, as Rows.logits."""
         n, new = len(rows.ids), rows.new
-        x = self.decoder.embed_tokens(rows.ids[:, -new:])
+        x = self._embedded(rows)
         cos, sin = (t.unsqueeze(2) for t in self.decoder.rotary_emb(x, rows.positions[..., -new:]))  # [n, new, 1, d]
         half = self.d // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # so that a half turned round needs no sign
-        mask = torch.zeros((n, 1, new, rows.mask.shape[1]), dtype=x.dtype, device=x.device)
-        mask.masked_fill_(~seen(rows.mask, new), torch.finfo(x.dtype).min)
+        mask = _mask(rows, new, x.dtype)
         caches: list[Any] = rows.cache.layers
         for layer, cache in zip(self.layers, caches, strict=True):
             states = self._linear(layer.qkv, _normed(layer.first, x)).view(n, new, -1, self.d)
             turned = self._turned(layer.attention, states[:, :, : self.heads + self.groups], cos, sin)
-            values = states[:, :, self.heads + self.groups :]
+            queries, values = turned[:, :, : self.heads], states[:, :, self.heads + self.groups :]
             keys, values = cache.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
-            said = self._attended(layer.attention, turned[:, :, : self.heads], keys, values, mask)
-            x += self._linear(layer.out, said)
+            if layer is self.layers[-1] and last < new:  # of the other columns nobody asks for more than keys and values
+                x, queries, mask = x[:, -last:], queries[:, -last:], _mask(rows, last, x.dtype)
+            x += self._linear(layer.out, self._attended(layer.attention, queries, keys, values, mask))
             gate, up = self._linear(layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
             x += self._linear(layer.down, layer.act(gate) * up)
-        logits: Tensor = self.head(_normed(self.decoder.norm, x[:, -last:]))
+        rows.images = ()
+        logits: Tensor = self.head(_normed(self.decoder.norm, x))
         return logits
+
+    def _embedded(self, rows: Rows) -> Tensor:
+        """[n, new, D] of the new columns, features in the places of visual tokens."""
+        ids = rows.ids[:, -rows.new :]
+        features = [p.features for p in rows.images if p.features is not None and len(p.features)]
+        if not features:
+            x: Tensor = self.decoder.embed_tokens(ids)
+            return x
+        visual = ids == rows.images[0].image_token_id
+        x = self.decoder.embed_tokens(ids.masked_fill(visual, 0))  # an image token may lie outside the vocabulary
+        return x.masked_scatter(visual[..., None], torch.cat(features).to(x.dtype))
 
     def _linear(self, joint: _Joint, x: Tensor) -> Tensor:
         out = F.linear(x, joint.weight, joint.bias)
@@ -114,15 +128,23 @@ class PlainDecoder:
             states = torch.cat([_normed(attention.q_norm, queries), _normed(attention.k_norm, keys)], 2)
         return torch.addcmul(states * cos, states.roll(self.d // 2, -1), sin)
 
-    def _attended(self, attention: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """[n, new, heads · d] of queries [n, new, heads, d], keys and values [n, groups, K, d], mask [n, 1, new, K]."""
-        n, new = queries.shape[:2]
-        if new == 1:  # heads that share keys become queries of one head, without a copy
+    def _attended(self, attention: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[n, Q, heads · d] of queries [n, Q, heads, d], keys and values [n, groups, K, d], mask [n, 1, Q, K] or none."""
+        n, q = queries.shape[:2]
+        if q == 1:  # heads that share keys become queries of one head, without a copy
             own = queries.reshape(n, self.groups, self.heads // self.groups, self.d)
             out = F.scaled_dot_product_attention(own, keys, values, mask, scale=attention.scaling)
         else:
             out, _ = grouped_sdpa(attention, queries.transpose(1, 2), keys, values, mask, scaling=attention.scaling)
-        return out.reshape(n, new, -1)
+        return out.reshape(n, q, -1)
+
+
+def _mask(rows: Rows, q: int, dtype: torch.dtype) -> Tensor | None:
+    """What the last q columns may look at, to be added [n, 1, q, K]; none where plain causal attention says it."""
+    if rows.new == rows.mask.shape[1] and not any(rows.first) and q in (1, rows.new):
+        return None
+    visible = seen(rows.mask, q)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def logits_of(rows: Rows, decoder: PlainDecoder | None, last: int = 1) -> Tensor:
