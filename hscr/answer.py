@@ -41,7 +41,7 @@ class Answerer:
         self.vlm = vlm
         self.dropout_ratio = dropout_ratio
         self.lora = LoraRows(vlm.base, vlm.device)
-        self.decoder = PlainDecoder.of(vlm, self.lora)
+        self.decoder = PlainDecoder.of(vlm)
         self.prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
 
     def load_adapter(self, name: str, folder: Path) -> None:

@@ -50,10 +50,10 @@ class _Layer:
 
 
 class PlainDecoder:
-    """The decoder of a model, adapters of `lora` by row. Not thread-safe."""
+    """The decoder of a model; its weights stay the model's own."""
 
-    def __init__(self, vlm: VLM, lora: LoraRows, name: str, decoder: Any) -> None:
-        self.lora, self.decoder, self.head = lora, decoder, vlm.base.lm_head
+    def __init__(self, vlm: VLM, name: str, decoder: Any) -> None:
+        self.decoder, self.head = decoder, vlm.base.lm_head
         self.layers = [_layer(f"{name}.layers.{i}", layer) for i, layer in enumerate(decoder.layers)]
         self.names = {n for x in self.layers for joint in (x.qkv, x.out, x.gate_up, x.down) for n in joint.names}
         attention = decoder.layers[0].self_attn
@@ -63,18 +63,18 @@ class PlainDecoder:
         self.groups = attention.k_proj.out_features // self.d
 
     @classmethod
-    def of(cls, vlm: VLM, lora: LoraRows) -> PlainDecoder | None:
+    def of(cls, vlm: VLM) -> PlainDecoder | None:
         """None where the model's decoder is not known to be plain: a layer of another kind, quantized, or changed by peft."""
         name, decoder = next(
             (n, m) for n, m in vlm.base.named_modules() if n.split(".")[-1] == vlm.family.language_model
         )
-        return cls(vlm, lora, name, decoder) if vlm.family.masks is None and _is_plain(decoder) else None
+        return cls(vlm, name, decoder) if vlm.family.masks is None and _is_plain(decoder) else None
 
-    def takes(self, rows: Rows) -> bool:
+    def takes(self, rows: Rows, lora: LoraRows) -> bool:
         """Whether the new columns of these rows can go through here: features enter at the first layer only, adapters on these layers."""
-        return not (rows.images and self.deepstack) and self.lora.only_changes(self.names)
+        return not (rows.images and self.deepstack) and lora.only_changes(self.names)
 
-    def logits(self, rows: Rows, last: int) -> Tensor:
+    def logits(self, rows: Rows, lora: LoraRows, last: int) -> Tensor:
         """Logits [n, last, V] of what follows each of the last columns, as Rows.logits."""
         n, new = len(rows.ids), rows.new
         x = self._embedded(rows)
@@ -84,15 +84,15 @@ class PlainDecoder:
         mask = _mask(rows, new, x.dtype)
         caches: list[Any] = rows.cache.layers
         for layer, cache in zip(self.layers, caches, strict=True):
-            states = self._linear(layer.qkv, _normed(layer.first, x)).view(n, new, -1, self.d)
+            states = _linear(lora, layer.qkv, _normed(layer.first, x)).view(n, new, -1, self.d)
             turned = self._turned(layer.attention, states[:, :, : self.heads + self.groups], cos, sin)
             queries, values = turned[:, :, : self.heads], states[:, :, self.heads + self.groups :]
             keys, values = cache.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
             if layer is self.layers[-1] and last < new:  # of the other columns nobody asks for more than keys and values
                 x, queries, mask = x[:, -last:], queries[:, -last:], _mask(rows, last, x.dtype)
-            x += self._linear(layer.out, self._attended(layer.attention, queries, keys, values, mask))
-            gate, up = self._linear(layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
-            x += self._linear(layer.down, layer.act(gate) * up)
+            x += _linear(lora, layer.out, self._attended(layer.attention, queries, keys, values, mask))
+            gate, up = _linear(lora, layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
+            x += _linear(lora, layer.down, layer.act(gate) * up)
         rows.images = ()
         logits: Tensor = self.head(_normed(self.decoder.norm, x))
         return logits
@@ -107,19 +107,6 @@ class PlainDecoder:
         visual = ids == rows.images[0].image_token_id
         x = self.decoder.embed_tokens(ids.masked_fill(visual, 0))  # an image token may lie outside the vocabulary
         return x.masked_scatter(visual[..., None], torch.cat(features).to(x.dtype))
-
-    def _linear(self, joint: _Joint, x: Tensor) -> Tensor:
-        out = F.linear(x, joint.weight, joint.bias)
-        added = self.lora.joint(joint.names, joint.outs)
-        if added is None:
-            return out
-        down, up, mask = added
-        hidden = F.linear(x.to(down.dtype), down)
-        hidden = hidden if mask is None else hidden * mask
-        if out.dtype != down.dtype:
-            return (out + hidden @ up).to(out.dtype)
-        out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up)
-        return out
 
     def _turned(self, attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries and keys [n, new, heads, d] at their positions (rotary embedding, Su et al. 2021, arXiv 2104.09864)."""
@@ -147,9 +134,25 @@ def _mask(rows: Rows, q: int, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def logits_of(rows: Rows, decoder: PlainDecoder | None, last: int = 1) -> Tensor:
+def logits_of(rows: Rows, decoder: PlainDecoder | None, lora: LoraRows, last: int = 1) -> Tensor:
     """Rows.logits, through the decoder where it takes them. Call it within `LoraRows.rows`."""
-    return decoder.logits(rows, last) if decoder is not None and decoder.takes(rows) else rows.logits(last)
+    if decoder is not None and decoder.takes(rows, lora):
+        return decoder.logits(rows, lora, last)
+    return rows.logits(last)
+
+
+def _linear(lora: LoraRows, joint: _Joint, x: Tensor) -> Tensor:
+    out = F.linear(x, joint.weight, joint.bias)
+    added = lora.joint(joint.names, joint.outs)
+    if added is None:
+        return out
+    down, up, mask = added
+    hidden = F.linear(x.to(down.dtype), down)
+    hidden = hidden if mask is None else hidden * mask
+    if out.dtype != down.dtype:
+        return (out + hidden @ up).to(out.dtype)
+    out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up)
+    return out
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

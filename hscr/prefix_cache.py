@@ -101,7 +101,7 @@ def begin(
 
     def computed(numbers: list[int], rows: Rows) -> Begun:
         with lora.rows([adapters[i] for i in numbers]):
-            return Begun(numbers, rows, logits_of(rows, decoder, last))
+            return Begun(numbers, rows, logits_of(rows, decoder, lora, last))
 
     begun = []
     if whole:

@@ -101,7 +101,7 @@ class Running:
         assert self._batch is not None
         try:
             with self.lora.rows([row.adapter for row in self.rows]):
-                logits = logits_of(self._batch, self.decoder)[:, -1]
+                logits = logits_of(self._batch, self.decoder, self.lora)[:, -1]
             ended = self._say(self.rows, logits, self._batch)
             self.leave(ended)
         except Exception:
