@@ -61,7 +61,7 @@ class Answerer:
             answers.update(batch.step())
         return [answers[row] for row in rows]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def ground(
         self,
         prompts: Sequence[Prompt],

@@ -55,7 +55,7 @@ class Running:
         self.rows: list[Row] = []
         self._batch: Rows | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Compute the rows' prompts and their first tokens, and let them run with the others; those that end at once are returned.
 
@@ -95,7 +95,7 @@ class Running:
             self._batch.join(batch)
         self.rows += rows
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[Row]:
         """One more token a row; those that ended are returned and have left."""
         assert self._batch is not None
