@@ -51,6 +51,7 @@ class VLM:
         default_factory=lambda: FeatureCache(64 * 2**20)
     )  # ids and positions of prompts met before
     image_texts: ImageTexts = field(default_factory=ImageTexts)
+    empty_cache: Any = None  # of keys and values, to be copied (hscr/prefix.py)
 
     @property
     def tokenizer(self) -> Any:

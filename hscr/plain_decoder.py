@@ -22,9 +22,7 @@ from hscr.lora_rows import LoraRows
 from hscr.model import VLM
 from hscr.prefix import Rows, seen
 
-PLAIN = frozenset(
-    f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen3VLText")
-)
+PLAIN = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen3VLText"))
 
 
 @dataclass
@@ -88,7 +86,9 @@ class PlainDecoder:
             turned = self._turned(layer.attention, states[:, :, : self.heads + self.groups], cos, sin)
             queries, values = turned[:, :, : self.heads], states[:, :, self.heads + self.groups :]
             keys, values = cache.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
-            if layer is self.layers[-1] and last < new:  # of the other columns nobody asks for more than keys and values
+            if (
+                layer is self.layers[-1] and last < new
+            ):  # of the other columns nobody asks for more than keys and values
                 x, queries, mask = x[:, -last:], queries[:, -last:], _mask(rows, last, x.dtype)
             x += _linear(lora, layer.out, self._attended(layer.attention, queries, keys, values, mask))
             gate, up = _linear(lora, layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
@@ -156,6 +156,10 @@ def _linear(lora: LoraRows, joint: _Joint, x: Tensor) -> Tensor:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
+    """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":  # where torch's own is eight kernels
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return (x * square.div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 

@@ -5,6 +5,7 @@ Serving (hscr/running.py) lets rows join and leave between steps. Several contin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,11 +107,15 @@ class GrowingLayer(DynamicLayer):
 
 def empty_cache(vlm: VLM) -> DynamicCache:
     """A cache for the model's language model; layers with a sliding window stay stock."""
-    # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration says.
-    cache = DynamicCache() if vlm.family.masks is not None else DynamicCache(config=vlm.base.config.get_text_config())
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    cache.layer_class_to_replicate = GrowingLayer if cache.layer_class_to_replicate is DynamicLayer else None
-    return cache
+    if vlm.empty_cache is None:  # asking the configuration takes a millisecond
+        # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration
+        # says.
+        own_masks = vlm.family.masks is not None
+        cache = DynamicCache() if own_masks else DynamicCache(config=vlm.base.config.get_text_config())
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layer_class_to_replicate = GrowingLayer if cache.layer_class_to_replicate is DynamicLayer else None
+        vlm.empty_cache = cache
+    return copy.deepcopy(vlm.empty_cache)
 
 
 def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
