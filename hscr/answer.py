@@ -21,6 +21,7 @@ from hscr.gathering import Gathering
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM, decode_text, encode_prompts
 from hscr.packing import token_logprobs
+from hscr.plain_decoder import PlainDecoder
 from hscr.prefix import empty_cache, joinable
 from hscr.prefix_cache import PrefixCache, begin
 from hscr.reward import grounding_score, words_of
@@ -41,6 +42,7 @@ class Answerer:
         self.vlm = vlm
         self.dropout_ratio = dropout_ratio
         self.lora = LoraRows(vlm.base, vlm.device)
+        self.decoder = PlainDecoder.of(vlm)
         self.prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -60,7 +62,7 @@ class Answerer:
             answers.update(batch.step())
         return [answers[row] for row in rows]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def ground(
         self,
         prompts: Sequence[Prompt],
@@ -73,7 +75,7 @@ class Answerer:
         cut = [dropped(p, self.dropout_ratio, p.image, 0) for p in prompts]
         tails, longest = [ids[:-1] for ids in answers], max(map(len, answers))
         with self._base():
-            begun = begin(self.vlm, self.lora, self.prefixes, cut, tails, adapters, salts, longest)
+            begun = begin(self.vlm, self.lora, self.prefixes, cut, tails, adapters, salts, longest, self.decoder)
         logits = {i: own for part in begun for i, own in zip(part.numbers, part.logits, strict=True)}
         out = []
         for i, (ids, seen) in enumerate(zip(answers, logprobs, strict=True)):
@@ -103,7 +105,7 @@ class AnswerBatch:
     def __init__(self, answerer: Answerer, *, together: bool = False) -> None:
         self.answerer, self.together = answerer, together
         self.joins = joinable(empty_cache(answerer.vlm))
-        self._running = Running(answerer.vlm, answerer.lora, answerer.prefixes)
+        self._running = Running(answerer.vlm, answerer.lora, answerer.prefixes, answerer.decoder)
         self._asked: dict[Row, tuple[AnswerRequest, OnDelta | None]] = {}
         self._ended: list[Row] = []
         self._gathering = Gathering()

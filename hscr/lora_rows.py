@@ -8,7 +8,7 @@ adapter can stay behind on the base. Numbers are peft's: float32 adapters, the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,17 @@ from torch import Tensor
 from hscr.parent import WEIGHTS, read_adapter
 
 Pair = tuple[Tensor, Tensor]  # A [r, in], s·B [out, r]
+Ranks = tuple[tuple[str, int], ...]  # who has how many of the ranks that lie side by side, in order
 PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass
+class _Side:
+    """Of some adapters each layer's A [R, in] and s·B [out, R] side by side, and the same of layers that are one product (`joint`)."""
+
+    adapters: frozenset[str]
+    layers: dict[str, tuple[Tensor, Tensor, Ranks]]
+    joints: dict[tuple[str, ...], tuple[Tensor, Tensor, Ranks] | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -29,8 +39,13 @@ class _Plan:
     """Which adapter each row has, and what the layers need for it: masks [n, 1, R] by the order and ranks of a layer's adapters."""
 
     names: tuple[str | None, ...]
-    side: dict[str, tuple[Tensor, Tensor, tuple[tuple[str, int], ...]]]
-    masks: dict[tuple[tuple[str, int], ...], Tensor | None] = field(default_factory=dict)
+    side: _Side
+    masks: dict[Ranks, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, ranks: Ranks, device: torch.device) -> Tensor | None:
+        if ranks not in self.masks:
+            self.masks[ranks] = _mask(self.names, ranks, device)
+        return self.masks[ranks]
 
 
 class LoraRows:
@@ -41,7 +56,8 @@ class LoraRows:
         self._adapters: dict[str, dict[str, Pair]] = {}
         self._hooks: dict[str, Any] = {}
         self._plan: _Plan | None = None
-        self._side: tuple[frozenset[str], dict[str, tuple[Tensor, Tensor, tuple[tuple[str, int], ...]]]] | None = None
+        self._last: _Plan | None = None  # rows seldom change from one step to the next
+        self._side: _Side | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
@@ -61,8 +77,8 @@ class LoraRows:
     def unload(self, name: str) -> None:
         if self._adapters.pop(name, None) is None:
             return
-        if self._side is not None and name in self._side[0]:
-            self._side = None
+        if self._side is not None and name in self._side.adapters:
+            self._side = self._last = None
         for module in [m for m in self._hooks if not any(m in pairs for pairs in self._adapters.values())]:
             self._hooks.pop(module).remove()
 
@@ -72,16 +88,40 @@ class LoraRows:
         wanted = {n for n in names if n is not None}
         if not wanted <= self._adapters.keys():
             raise ValueError("no adapter of that name is loaded")
-        self._plan = _Plan(tuple(names), self._beside(wanted)) if wanted else None
+        self._plan = self._planned(tuple(names), wanted) if wanted else None
         try:
             yield
         finally:
             self._plan = None
 
-    def _beside(self, wanted: set[str]) -> dict[str, tuple[Tensor, Tensor, tuple[tuple[str, int], ...]]]:
-        """Each layer's A [R, in] and s·B [out, R] of the wanted adapters side by side, and who has how many of the R ranks."""
-        if self._side is not None and wanted <= self._side[0] and len(self._side[0]) <= 2 * len(wanted):
-            return self._side[1]  # adapters that just left cost little, and come back
+    def only_changes(self, modules: Set[str]) -> bool:
+        """Whether the adapters of the rows at hand leave all other layers alone."""
+        return self._plan is None or self._plan.side.layers.keys() <= modules
+
+    def joint(self, modules: tuple[str, ...], outs: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """For layers with one input, laid one after the other: A [R, in], s·Bᵀ [R, sum of outs], mask [n, 1, R] of the rows at hand.
+
+        None where no row's adapter changes any of them. R are the ranks of all adapters and layers, s·B is zero off its own layer.
+        """
+        plan = self._plan
+        if plan is None:
+            return None
+        if modules not in plan.side.joints:
+            plan.side.joints[modules] = _jointly([plan.side.layers.get(m) for m in modules], outs)
+        found = plan.side.joints[modules]
+        return (*found[:2], plan.mask(found[2], found[0].device)) if found is not None else None
+
+    def _planned(self, names: tuple[str | None, ...], wanted: set[str]) -> _Plan:
+        side = self._beside(wanted)
+        if self._last is None or self._last.names != names or self._last.side is not side:
+            self._last = _Plan(names, side)
+        return self._last
+
+    def _beside(self, wanted: set[str]) -> _Side:
+        """The wanted adapters side by side."""
+        held = self._side
+        if held is not None and wanted <= held.adapters and len(held.adapters) <= 2 * len(wanted):
+            return held  # adapters that just left cost little, and come back
         side = {}
         for module in self._hooks:
             pairs = {n: self._adapters[n][module] for n in sorted(wanted) if module in self._adapters[n]}
@@ -90,19 +130,17 @@ class LoraRows:
                 ranks = tuple((n, len(a)) for n, (a, _) in pairs.items())
                 both = (torch.cat(downs), torch.cat(ups, 1)) if len(pairs) > 1 else (downs[0], ups[0])
                 side[module] = (*both, ranks)
-        self._side = frozenset(wanted), side
-        return side
+        self._side = _Side(frozenset(wanted), side)
+        return self._side
 
     def _hook(self, module: str) -> Callable[..., Tensor | None]:
         def add(layer: torch.nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
             plan = self._plan
-            if plan is None or module not in plan.side:
+            if plan is None or module not in plan.side.layers:
                 return None
-            down, up, ranks = plan.side[module]
+            down, up, ranks = plan.side.layers[module]
             hidden = torch.nn.functional.linear(args[0].to(down.dtype), down)
-            if ranks not in plan.masks:
-                plan.masks[ranks] = _mask(plan.names, ranks, hidden.device)
-            mask = plan.masks[ranks]
+            mask = plan.mask(ranks, hidden.device)
             hidden = hidden if mask is None else hidden * mask
             return (out + torch.nn.functional.linear(hidden, up)).to(out.dtype)
 
@@ -135,9 +173,27 @@ def _more_than_lora(config: Any) -> bool:
     return any(getattr(config, name, None) for name in (*extra, "lora_bias", "trainable_token_indices"))
 
 
-def _mask(names: tuple[str | None, ...], ranks: tuple[tuple[str, int], ...], device: torch.device) -> Tensor | None:
-    """Ones [n, 1, R] where a row's own adapter has its ranks; None where that is everywhere."""
-    if len(ranks) == 1 and set(names) == {ranks[0][0]}:
+def _jointly(layers: Sequence[tuple[Tensor, Tensor, Ranks] | None], outs: Sequence[int]) -> Any:
+    """`LoraRows.joint` of the layers' own, without the mask."""
+    changed = [layer for layer in layers if layer is not None]
+    if not changed:
         return None
-    mask = torch.tensor([[float(own == n) for n, r in ranks for _ in range(r)] for own in names])
-    return mask[:, None].to(device)
+    downs = torch.cat([down for down, _, _ in changed])
+    ups = downs.new_zeros(len(downs), sum(outs))
+    rank = column = 0
+    for layer, out in zip(layers, outs, strict=True):
+        if layer is not None:
+            ups[rank : rank + len(layer[0]), column : column + out] = layer[1].T
+            rank += len(layer[0])
+        column += out
+    return downs, ups, tuple(pair for _, _, ranks in changed for pair in ranks)
+
+
+def _mask(names: tuple[str | None, ...], ranks: Ranks, device: torch.device) -> Tensor | None:
+    """Ones [n, 1, R] where a row's own adapter has its ranks; None where that is everywhere."""
+    if {n for n, _ in ranks} == set(names) and len(set(names)) == 1:
+        return None
+    numbers: dict[str | None, int] = {n: i for i, (n, _) in enumerate(ranks)}
+    own = torch.tensor([[numbers.get(name, -1)] for name in names])
+    of = torch.tensor([numbers[n] for n, r in ranks for _ in range(r)])
+    return (own == of).float()[:, None].to(device)

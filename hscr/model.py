@@ -29,6 +29,7 @@ from hscr.config import OptimizationConfig
 from hscr.families import Family, family_of, makes_features
 from hscr.feature_cache import DiskFeatures, FeatureCache
 from hscr.grouped_attention import group_heads
+from hscr.image_text import ImageTexts, adds_special_tokens
 from hscr.images import Images, as_images
 from hscr.processor import load_processor
 from hscr.visual_tokens import Prompt
@@ -49,6 +50,8 @@ class VLM:
     tokens: FeatureCache = field(
         default_factory=lambda: FeatureCache(64 * 2**20)
     )  # ids and positions of prompts met before
+    image_texts: ImageTexts = field(default_factory=ImageTexts)
+    empty_cache: Any = None  # of keys and values, to be copied (hscr/prefix.py)
 
     @property
     def tokenizer(self) -> Any:
@@ -249,10 +252,14 @@ def reference_policy(vlm: VLM) -> AbstractContextManager[None]:
 
 def processed(vlm: VLM, images: Sequence[Image.Image], asked: Asked) -> Any:
     """The processor's tensors of one prompt: input_ids [1, T] with a placeholder a visual token, pixel_values and their like."""
-    chat, bos = prompt_text(vlm, asked, len(images)), vlm.tokenizer.bos_token
-    # A template that writes the first token itself must not get a second one; stock apply_chat_template does the same.
-    special = bos is None or not chat.startswith(bos)
-    return vlm.processor(images=list(images), text=chat, return_tensors="pt", add_special_tokens=special)
+    chat = prompt_text(vlm, asked, len(images))
+    return vlm.processor(
+        images=list(images),
+        text=chat,
+        return_tensors="pt",
+        add_special_tokens=adds_special_tokens(vlm, chat),
+        return_text_replacement_offsets=True,
+    )
 
 
 def require_images(vlm: VLM, n: int) -> None:
@@ -282,14 +289,20 @@ def encode_prompts(vlm: VLM, images: Sequence[Images], questions: Sequence[Asked
             if key not in known and (features := vlm.features.get(key)) is not None:
                 known[key] = features
         met = vlm.tokens.get(asked)
-        if met is not None and all(key in known for key in keys):
-            # Met before: the processor, which resizes every image, has nothing to add.
+        one_known = len(keys) == 1 and (keys[0] in known or keys[0] in missing)
+        # Met before: the processor, which resizes every image, has nothing to add.
+        if met is not None and (one_known or all(key in known for key in keys)):
             ids, positions = met[0], met[1:].squeeze(0)
+        elif one_known and (written := vlm.image_texts.prompt(vlm, keys[0], question)):
+            ids, positions = written
+            vlm.tokens.put(asked, torch.cat([ids[None], positions.reshape(-1, len(ids))]))
         else:
             batch = processed(vlm, pictures, question)
             for key, picture in zip(keys, pictures, strict=True):
                 if key not in known and key not in missing:
                     missing[key] = _pixels(batch if len(pictures) == 1 else processed(vlm, [picture], ""))
+            if len(keys) == 1:
+                vlm.image_texts.learn(keys[0], batch)
             ids = batch["input_ids"][0]
             positions = vlm.family.positions(vlm.base, ids, batch)
             vlm.tokens.put(asked, torch.cat([ids[None], positions.reshape(-1, len(ids))]))

@@ -5,6 +5,7 @@ Serving (hscr/running.py) lets rows join and leave between steps. Several contin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hscr.inputs import attention, image_inputs, tree_mask
+from hscr.inputs import attention, image_inputs
 from hscr.model import VLM
 from hscr.visual_tokens import Prompt
 
@@ -37,9 +38,15 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         held = self.get_seq_length()
-        if held == 0 or torch.is_grad_enabled():  # what a graph holds must not be written to
+        if torch.is_grad_enabled():  # what a graph holds must not be written to
             self._buffers = []
             return super().update(key_states, value_states, *args, **kwargs)
+        if held == 0:  # held as they came: the next token lays them into buffers
+            self._buffers = []
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
         new = key_states.shape[-2]
         if not self._buffers or self._buffers[0].shape[-2] < self._high + new:
             rows = max(len(key_states), len(self._buffers[0]) if self._buffers else 0)
@@ -61,9 +68,9 @@ class GrowingLayer(DynamicLayer):
             high = max(self.get_seq_length(), width)
             self._make(mine + new + self.MORE, high, high + self.ROOM)
         for buffer, states in zip(self._buffers, more, strict=True):
-            buffer[mine : mine + new, :, self._low : self._high] = 0  # what left rows had there: finite, and masked
+            buffer[mine : mine + new, :, self._low : self._high - width] = 0  # masked, so anything finite
             buffer[mine : mine + new, :, self._high - width : self._high] = states
-        if width > self._high - self._low:
+        if width > self._high - self._low:  # columns that only the newcomers have
             for buffer in self._buffers:
                 buffer[:mine, :, self._high - width : self._low] = 0
             self._low = self._high - width
@@ -83,7 +90,8 @@ class GrowingLayer(DynamicLayer):
         """New buffers, what is held copied to end at column `high`."""
         held: list[Any] = [self.keys, self.values]
         width = held[0].shape[-2]
-        self._buffers = [t.new_zeros(rows, t.shape[1], columns, t.shape[3]) for t in held]
+        # Empty: what is looked at is written first. Zeroing hundreds of megabytes took longer than the copy.
+        self._buffers = [t.new_empty(rows, t.shape[1], columns, t.shape[3]) for t in held]
         for buffer, states in zip(self._buffers, held, strict=True):
             buffer[: len(states), :, high - width : high] = states
         self._low, self._high = high - width, high
@@ -99,11 +107,15 @@ class GrowingLayer(DynamicLayer):
 
 def empty_cache(vlm: VLM) -> DynamicCache:
     """A cache for the model's language model; layers with a sliding window stay stock."""
-    # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration says.
-    cache = DynamicCache() if vlm.family.masks is not None else DynamicCache(config=vlm.base.config.get_text_config())
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    cache.layer_class_to_replicate = GrowingLayer if cache.layer_class_to_replicate is DynamicLayer else None
-    return cache
+    if vlm.empty_cache is None:  # asking the configuration takes a millisecond
+        # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration
+        # says.
+        own_masks = vlm.family.masks is not None
+        cache = DynamicCache() if own_masks else DynamicCache(config=vlm.base.config.get_text_config())
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layer_class_to_replicate = GrowingLayer if cache.layer_class_to_replicate is DynamicLayer else None
+        vlm.empty_cache = cache
+    return copy.deepcopy(vlm.empty_cache)
 
 
 def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
@@ -145,7 +157,7 @@ class Rows:
         rows = cls.__new__(cls)
         rows.vlm, rows.own_masks, rows.cache = vlm, vlm.family.masks is not None, empty_cache(vlm)
         rows._start(prompts)
-        rows._extra.clear()  # the images are in what is held
+        rows.images = ()  # they are in what is held
         starts = [own[0][0].shape[1] for own in held]
         rows._columns([(p.input_ids[:n], p.position_ids[..., :n]) for p, n in zip(prompts, starts, strict=True)])
         fill(rows.cache, held)
@@ -157,7 +169,7 @@ class Rows:
         self.first: list[int] = []  # the column where a row begins
         self.mask = self.ids
         self.positions = self.ids.expand(*prompts[0].position_ids.shape[:-1], *self.ids.shape)
-        self._extra: dict[str, Any] = image_inputs(self.vlm, prompts)
+        self.images: Sequence[Prompt] = prompts  # whose visual tokens are among the new columns
 
     def _columns(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Append a block of columns, (ids [T], positions [..., T]) a row, left-padded."""
@@ -179,7 +191,7 @@ class Rows:
         new = self.new
         mask: Tensor | dict[str, Tensor] = self.mask
         if self.own_masks:
-            mask = attention(self.vlm, _seen(self.mask, new), self.ids, self.positions)
+            mask = attention(self.vlm, seen(self.mask, new), self.ids, self.positions)
         logits: Tensor = self.vlm.model(
             input_ids=self.ids[:, -new:],
             position_ids=self.positions[..., -new:],
@@ -187,9 +199,9 @@ class Rows:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=last,
-            **self._extra,
+            **image_inputs(self.vlm, self.images),
         ).logits
-        self._extra.clear()  # the features are in the cache now
+        self.images = ()  # the features are in the cache now
         return logits
 
     def extend(self, tails: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -278,6 +290,11 @@ def tokens_of(prompt: Prompt, start: int, tail: Sequence[int]) -> tuple[Tensor, 
     return ids, torch.cat([prompt.position_ids[..., start:], after], dim=-1)
 
 
-def _seen(mask: Tensor, new: int) -> Tensor:
-    """Causal visibility bool [B, 1, new, K] of the last `new` columns, from what is no padding [B, K]."""
-    return tree_mask(mask - 1)[:, :, -new:] if new > 1 else mask.bool()[:, None, None]
+def seen(mask: Tensor, new: int) -> Tensor:
+    """Causal visibility bool [B, 1, new, K] of the last `new` columns, from what is no padding [B, K]; padding sees itself."""
+    known = mask.bool()[:, None, None]
+    if new == 1:
+        return known
+    k = mask.shape[1]
+    earlier = torch.ones(new, k, dtype=torch.bool, device=mask.device).tril(k - new)
+    return (known & earlier) | earlier.triu(k - new)

@@ -18,6 +18,7 @@ from torch import Tensor
 from hscr.artifacts import bytes_digest
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM
+from hscr.plain_decoder import PlainDecoder, logits_of
 from hscr.prefix import Rows, empty_cache, joinable
 from hscr.visual_tokens import Prompt
 
@@ -82,6 +83,7 @@ def begin(
     adapters: Sequence[str | None],
     salts: Sequence[str],
     last: int = 1,
+    decoder: PlainDecoder | None = None,
 ) -> list[Begun]:
     """Compute rows [prompt | tail] in at most two forward passes: whole where the prefix is not known, and kept; the others from behind it.
 
@@ -99,7 +101,7 @@ def begin(
 
     def computed(numbers: list[int], rows: Rows) -> Begun:
         with lora.rows([adapters[i] for i in numbers]):
-            return Begun(numbers, rows, rows.logits(last))
+            return Begun(numbers, rows, logits_of(rows, decoder, lora, last))
 
     begun = []
     if whole:

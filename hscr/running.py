@@ -16,6 +16,7 @@ from hscr.answers import TokenLogprob
 from hscr.decode import sampled
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM
+from hscr.plain_decoder import PlainDecoder, logits_of
 from hscr.prefix import Rows
 from hscr.prefix_cache import PrefixCache, begin
 from hscr.saying import Saying
@@ -47,12 +48,14 @@ class Row:
 class Running:
     """The rows that are being decoded. Not thread-safe."""
 
-    def __init__(self, vlm: VLM, lora: LoraRows, cache: PrefixCache | None = None) -> None:
-        self.vlm, self.lora, self.cache = vlm, lora, cache
+    def __init__(
+        self, vlm: VLM, lora: LoraRows, cache: PrefixCache | None = None, decoder: PlainDecoder | None = None
+    ) -> None:
+        self.vlm, self.lora, self.cache, self.decoder = vlm, lora, cache, decoder
         self.rows: list[Row] = []
         self._batch: Rows | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> list[Row]:
         """Compute the rows' prompts and their first tokens, and let them run with the others; those that end at once are returned.
 
@@ -68,6 +71,7 @@ class Running:
             [()] * len(rows),
             [row.adapter for row in rows],
             [row.salt for row in rows],
+            decoder=self.decoder,
         )
         said = [[rows[i] for i in part.numbers] for part in begun]
         ended = [self._say(own, part.logits[:, -1], part.rows) for own, part in zip(said, begun, strict=True)]
@@ -91,13 +95,13 @@ class Running:
             self._batch.join(batch)
         self.rows += rows
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[Row]:
         """One more token a row; those that ended are returned and have left."""
         assert self._batch is not None
         try:
             with self.lora.rows([row.adapter for row in self.rows]):
-                logits = self._batch.logits()[:, -1]
+                logits = logits_of(self._batch, self.decoder, self.lora)[:, -1]
             ended = self._say(self.rows, logits, self._batch)
             self.leave(ended)
         except Exception:

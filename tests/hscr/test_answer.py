@@ -97,7 +97,7 @@ def test_an_exception_inside_the_network_leaves_no_adapter_behind(answerer: Answ
         raise RuntimeError("in a layer")
 
     for adapter in ("one", None):
-        hook = answerer.vlm.base.model.language_model.layers[1].register_forward_pre_hook(broken)
+        hook = answerer.vlm.base.model.language_model.layers[1].mlp.act_fn.register_forward_pre_hook(broken)
         with pytest.raises(RuntimeError, match="in a layer"):
             answerer.answer([*requests(), *requests(adapter)])
         hook.remove()

@@ -207,11 +207,29 @@ def test_a_prompt_met_before_is_the_same_without_the_processor(vlm: VLM, monkeyp
         assert a.position_ids.shape == b.position_ids.shape
         assert torch.equal(a.features, b.features)
         assert a.image == b.image
-    encode_prompts(vlm, images, questions[::-1])  # each question with the other image: met, but not so
-    assert seen == questions[::-1]
     vlm.features = FeatureCache()  # features are gone: the prompt alone is not enough
     encode_prompts(vlm, images[:1], questions[:1])
-    assert len(seen) == 3
+    assert len(seen) == 1
+
+
+def test_another_question_on_a_known_image_is_written_as_the_processor_writes_it(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of two sizes; the second question comes with the first, the third when the image is known."""
+    images = [picture(0), picture(1, (40, 28))]
+    asked: list[Any] = ["Where is it?", "\nIs it <image> left, or right? ", "x"]
+    encode_prompts(vlm, images, asked[:2])  # each with its own
+    wanted = [(image, question, hscr.model.processed(vlm, [image], question)) for image in images for question in asked]
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("processed again")
+
+    monkeypatch.setattr(hscr.model, "processed", never)
+    for image, question, batch in wanted:
+        prompt = encode_prompts(vlm, [image], [question])[0]
+        ids = batch["input_ids"][0]
+        assert torch.equal(prompt.input_ids, ids)
+        assert torch.equal(prompt.position_ids, vlm.family.positions(vlm.base, ids, batch))
 
 
 def test_a_processor_that_does_not_fit_its_model_is_named(folder: Callable[[str], Path]) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hscr.answer import Answerer, AnswerRequest
 from hscr.model import VLM, encode_prompts, load_model
+from hscr.prefix import Rows
 from hscr.prefix_cache import PrefixCache, begin, prefix_key, prefix_length
 from hscr.running import Running
 from hscr.visual_tokens import dropped
@@ -49,6 +50,14 @@ def passes(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[in
         return forward(*args, **kw)
 
     monkeypatch.setattr(answerer.vlm.model, "forward", noted)
+    assert answerer.decoder is not None
+    logits = answerer.decoder.logits
+
+    def layer_by_layer(rows: Rows, *args: Any) -> Any:
+        seen.append((len(rows.ids), rows.new))
+        return logits(rows, *args)
+
+    monkeypatch.setattr(answerer.decoder, "logits", layer_by_layer)
     return seen
 
 

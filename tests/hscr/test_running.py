@@ -12,7 +12,10 @@ import torch
 from hscr.answer import AnswerBatch, Answerer, AnswerRequest
 from hscr.answers import Answer
 from hscr.config import OptimizationConfig
-from hscr.model import VLM, add_lora, load_model
+from hscr.model import VLM, add_lora, encode_prompts, load_model
+from hscr.plain_decoder import logits_of
+from hscr.prefix import Rows
+from hscr.prefix_cache import prefix_length
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import NAMES, save_tiny
 
@@ -105,3 +108,22 @@ def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> No
     assert len(said) > 8  # the answers differ, so equality says something
     close(plain)
     close(mixed)
+
+
+def test_layer_by_layer_logits_are_the_stock_forwards(family: tuple[VLM, dict[str, Path]]) -> None:
+    """Whole prompts, what follows kept prefixes, and steps; rows of other lengths, adapters of other ranks beside the base."""
+    answerer = answerer_of(family)
+    vlm, decoder, lora = answerer.vlm, answerer.decoder, answerer.lora
+    assert (decoder is None) == (vlm.family.name == "gemma3")  # its layers are of another kind
+    prompts = encode_prompts(vlm, [picture(i, ((28, 28), (40, 28))[i % 2]) for i in range(4)], QUESTIONS)
+    adapters, tails = [None, "one", "two", "one"], [[65, 66], [], [67], [68, 69, 70]]
+    with torch.inference_mode(), lora.rows(adapters):
+        stock, ours = Rows(vlm, prompts, tails), Rows(vlm, prompts, tails)
+        torch.testing.assert_close(logits_of(ours, decoder, lora, 3), stock.logits(3), atol=2e-4, rtol=0)
+        for rows in (stock, ours):
+            rows.append([63, 64, 65, 66])
+        torch.testing.assert_close(logits_of(ours, decoder, lora), stock.logits(), atol=2e-4, rtol=0)
+        held = [stock.beginning(i, prefix_length(p)) for i, p in enumerate(prompts)]
+        stock, ours = Rows.after(vlm, prompts, held, tails), Rows.after(vlm, prompts, held, tails)
+        torch.testing.assert_close(logits_of(ours, decoder, lora, 4), stock.logits(4), atol=2e-4, rtol=0)
+    close(answerer)

@@ -183,7 +183,7 @@ def test_after_an_exception_in_a_mixed_step_the_base_is_the_base(
             broken.clear()
             raise RuntimeError("in a layer")
 
-    layer = engine._answerer.vlm.base.model.language_model.layers[1]  # type: ignore[union-attr]
+    layer = engine._answerer.vlm.base.model.language_model.layers[1].mlp.act_fn  # type: ignore[union-attr]
     hook = layer.register_forward_pre_hook(fail)
     futures = [batcher.submit(q, (lambda delta: broken.set()) if q is mix[-1] else None) for q in mix]
     failures = [type(f.exception(60)) for f in futures]

@@ -1,0 +1,210 @@
+"""A pass through a decoder of the plain kind, over padded caches: the steps of serving, and what is computed before and after them.
+
+In a step of a few rows the stock forward spends most of its time outside of matrix products: six small kernels a norm, three products for
+queries, keys and values, masks in two forms, hooks of adapters. Here a layer is about twenty kernels, adapters included, and numbers are
+the stock forward's but for the order of sums. Plain is Llama's layer (Touvron et al. 2023, arXiv 2302.13971) and what differs from it by
+biases, shared heads or norms of queries and keys; whatever is not known to be, takes the stock forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hscr.families import handed_with_deepstack
+from hscr.grouped_attention import grouped_sdpa
+from hscr.lora_rows import LoraRows
+from hscr.model import VLM
+from hscr.prefix import Rows, seen
+
+PLAIN = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen3VLText"))
+
+
+@dataclass
+class _Joint:
+    """Linear layers with one input, by the names of their modules, as one: weight [sum of outputs, in], their own being views of it."""
+
+    names: tuple[str, ...]
+    outs: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class _Layer:
+    first: Any  # norm before attention
+    qkv: _Joint
+    attention: Any
+    out: _Joint
+    second: Any  # norm before the MLP
+    gate_up: _Joint
+    act: Any
+    down: _Joint
+
+
+class PlainDecoder:
+    """The decoder of a model; its weights stay the model's own."""
+
+    def __init__(self, vlm: VLM, name: str, decoder: Any) -> None:
+        self.decoder, self.head = decoder, vlm.base.lm_head
+        self.layers = [_layer(f"{name}.layers.{i}", layer) for i, layer in enumerate(decoder.layers)]
+        self.names = {n for x in self.layers for joint in (x.qkv, x.out, x.gate_up, x.down) for n in joint.names}
+        attention = decoder.layers[0].self_attn
+        self.d = attention.head_dim
+        self.deepstack = vlm.family.hand_over is handed_with_deepstack
+        self.heads = attention.q_proj.out_features // self.d
+        self.groups = attention.k_proj.out_features // self.d
+
+    @classmethod
+    def of(cls, vlm: VLM) -> PlainDecoder | None:
+        """None where the model's decoder is not known to be plain: a layer of another kind, quantized, or changed by peft."""
+        name, decoder = next(
+            (n, m) for n, m in vlm.base.named_modules() if n.split(".")[-1] == vlm.family.language_model
+        )
+        return cls(vlm, name, decoder) if vlm.family.masks is None and _is_plain(decoder) else None
+
+    def takes(self, rows: Rows, lora: LoraRows) -> bool:
+        """Whether the new columns of these rows can go through here: features enter at the first layer only, adapters on these layers."""
+        return not (rows.images and self.deepstack) and lora.only_changes(self.names)
+
+    def logits(self, rows: Rows, lora: LoraRows, last: int) -> Tensor:
+        """Logits [n, last, V] of what follows each of the last columns, as Rows.logits."""
+        n, new = len(rows.ids), rows.new
+        x = self._embedded(rows)
+        cos, sin = (t.unsqueeze(2) for t in self.decoder.rotary_emb(x, rows.positions[..., -new:]))  # [n, new, 1, d]
+        half = self.d // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # so that a half turned round needs no sign
+        mask = _mask(rows, new, x.dtype)
+        caches: list[Any] = rows.cache.layers
+        for layer, cache in zip(self.layers, caches, strict=True):
+            states = _linear(lora, layer.qkv, _normed(layer.first, x)).view(n, new, -1, self.d)
+            turned = self._turned(layer.attention, states[:, :, : self.heads + self.groups], cos, sin)
+            queries, values = turned[:, :, : self.heads], states[:, :, self.heads + self.groups :]
+            keys, values = cache.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
+            if (
+                layer is self.layers[-1] and last < new
+            ):  # of the other columns nobody asks for more than keys and values
+                x, queries, mask = x[:, -last:], queries[:, -last:], _mask(rows, last, x.dtype)
+            x += _linear(lora, layer.out, self._attended(layer.attention, queries, keys, values, mask))
+            gate, up = _linear(lora, layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
+            x += _linear(lora, layer.down, layer.act(gate) * up)
+        rows.images = ()
+        logits: Tensor = self.head(_normed(self.decoder.norm, x))
+        return logits
+
+    def _embedded(self, rows: Rows) -> Tensor:
+        """[n, new, D] of the new columns, features in the places of visual tokens."""
+        ids = rows.ids[:, -rows.new :]
+        features = [p.features for p in rows.images if p.features is not None and len(p.features)]
+        if not features:
+            x: Tensor = self.decoder.embed_tokens(ids)
+            return x
+        visual = ids == rows.images[0].image_token_id
+        x = self.decoder.embed_tokens(ids.masked_fill(visual, 0))  # an image token may lie outside the vocabulary
+        return x.masked_scatter(visual[..., None], torch.cat(features).to(x.dtype))
+
+    def _turned(self, attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries and keys [n, new, heads, d] at their positions (rotary embedding, Su et al. 2021, arXiv 2104.09864)."""
+        if hasattr(attention, "q_norm"):
+            queries, keys = states.split([self.heads, self.groups], 2)
+            states = torch.cat([_normed(attention.q_norm, queries), _normed(attention.k_norm, keys)], 2)
+        return torch.addcmul(states * cos, states.roll(self.d // 2, -1), sin)
+
+    def _attended(self, attention: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[n, Q, heads · d] of queries [n, Q, heads, d], keys and values [n, groups, K, d], mask [n, 1, Q, K] or none."""
+        n, q = queries.shape[:2]
+        if q == 1:  # heads that share keys become queries of one head, without a copy
+            own = queries.reshape(n, self.groups, self.heads // self.groups, self.d)
+            out = F.scaled_dot_product_attention(own, keys, values, mask, scale=attention.scaling)
+        else:
+            out, _ = grouped_sdpa(attention, queries.transpose(1, 2), keys, values, mask, scaling=attention.scaling)
+        return out.reshape(n, q, -1)
+
+
+def _mask(rows: Rows, q: int, dtype: torch.dtype) -> Tensor | None:
+    """What the last q columns may look at, to be added [n, 1, q, K]; none where plain causal attention says it."""
+    if rows.new == rows.mask.shape[1] and not any(rows.first) and q in (1, rows.new):
+        return None
+    visible = seen(rows.mask, q)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def logits_of(rows: Rows, decoder: PlainDecoder | None, lora: LoraRows, last: int = 1) -> Tensor:
+    """Rows.logits, through the decoder where it takes them. Call it within `LoraRows.rows`."""
+    if decoder is not None and decoder.takes(rows, lora):
+        return decoder.logits(rows, lora, last)
+    return rows.logits(last)
+
+
+def _linear(lora: LoraRows, joint: _Joint, x: Tensor) -> Tensor:
+    out = F.linear(x, joint.weight, joint.bias)
+    added = lora.joint(joint.names, joint.outs)
+    if added is None:
+        return out
+    down, up, mask = added
+    hidden = F.linear(x.to(down.dtype), down)
+    hidden = hidden if mask is None else hidden * mask
+    if out.dtype != down.dtype:
+        return (out + hidden @ up).to(out.dtype)
+    out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up)
+    return out
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":  # where torch's own is eight kernels
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return (x * square.div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _is_plain(decoder: Any) -> bool:
+    if decoder.config._attn_implementation not in ("sdpa", "grouped_sdpa"):
+        return False
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return all(
+        type(layer).__name__ in PLAIN
+        and all(type(m) is torch.nn.Linear for name in linear for m in [_part(layer, name)])
+        for layer in decoder.layers
+    )
+
+
+def _part(layer: Any, name: str) -> Any:
+    return getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
+
+
+def _layer(name: str, layer: Any) -> _Layer:
+    def joint(part: str, *names: str) -> _Joint:
+        return _joined([f"{name}.{part}.{n}" for n in names], [_part(layer, n) for n in names])
+
+    return _Layer(
+        layer.input_layernorm,
+        joint("self_attn", "q_proj", "k_proj", "v_proj"),
+        layer.self_attn,
+        joint("self_attn", "o_proj"),
+        layer.post_attention_layernorm,
+        joint("mlp", "gate_proj", "up_proj"),
+        layer.mlp.act_fn,
+        joint("mlp", "down_proj"),
+    )
+
+
+def _joined(names: Sequence[str], layers: Sequence[torch.nn.Linear]) -> _Joint:
+    """Lay weights one after the other, the layers' own becoming views of them: no second copy stays."""
+    outs = tuple(layer.out_features for layer in layers)
+    weights = [layer.weight.data for layer in layers]
+    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
+    one_storage = len({w.untyped_storage().data_ptr() for w in weights}) == 1
+    if one_storage and [w.data_ptr() for w in weights[1:]] == ends[:-1]:  # they lie so already
+        whole = weights[0].as_strided((sum(outs), weights[0].shape[1]), weights[0].stride())
+    else:
+        whole = torch.cat(weights)
+        for layer, part in zip(layers, whole.split(outs), strict=True):
+            layer.weight.data = part
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+    return _Joint(tuple(names), outs, whole, bias)
