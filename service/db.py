@@ -109,7 +109,7 @@ def _begin_sqlite(connection: Connection) -> None:
     if connection.get_execution_options().get(_WRITE):
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:  # takes no lock and so cannot fail; said to the driver itself, for a third of what a read costs is such words
-        connection.connection.execute("BEGIN")  # type: ignore[attr-defined]
+        connection.connection.execute("BEGIN")
 
 
 def lock(session: Session, name: str) -> None:

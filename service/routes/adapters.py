@@ -21,6 +21,7 @@ from service import adapter_upload, adapters, aliases, artifact_store, audit
 from service.models import Adapter, AdapterVersion, Alias, VersionTag
 from service.pages import After, Limit, Page, page
 from service.state import Service, Who
+from service.written import written
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
@@ -93,13 +94,15 @@ _NUMBERS = select(_V.version).where(_V.adapter_name == bindparam("name")).order_
 
 
 @router.get("", summary="Adapters by name")
+@written
 def index(state: Service, limit: Limit = 50, after: After = None) -> Page[AdapterView]:
     with state.database.read() as session:
         rows = session.scalars(_PAGE, {"after": after or "", "most": limit + 1}).all()
-    return Page(**page(rows, limit, lambda r: AdapterView.model_validate(r, from_attributes=True), lambda r: r.name))
+    return Page[AdapterView](**page(rows, limit, lambda r: AdapterView.model_validate(r, from_attributes=True), lambda r: r.name))
 
 
 @router.get("/{name}", summary="One adapter with its aliases")
+@written
 def show(state: Service, name: Name) -> AdapterDetail:
     with state.database.read() as session:
         adapter = adapters.get(session, name)
@@ -113,12 +116,14 @@ def show(state: Service, name: Name) -> AdapterDetail:
 
 
 @router.get("/{name}/versions/{version}", summary="One version: from its digest to its job and data")
+@written
 def show_version(state: Service, name: Name, version: Number) -> VersionView:
     with state.database.read() as session:
         return _views(session, [adapters.get_version(session, name, version)])[0]
 
 
 @router.get("/{name}/versions", summary="An adapter's versions, newest first")
+@written
 def index_versions(
     state: Service,
     name: Name,
@@ -135,7 +140,7 @@ def index_versions(
         adapters.get(session, name)
         rows = session.scalars(query.order_by(AdapterVersion.version.desc()).limit(limit + 1)).all()
         views = _views(session, rows)
-    return Page(**page(views, limit, lambda view: view, lambda view: view.version))
+    return Page[VersionView](**page(views, limit, lambda view: view, lambda view: view.version))
 
 
 @router.post("/{name}/versions", status_code=201, summary="Upload a PEFT adapter")

@@ -23,6 +23,7 @@ from service.models import AdapterVersion, Job
 from service.outlook import Ahead, Outlook
 from service.pages import After, AfterNumber, Limit, Page, page
 from service.state import Service, State
+from service.written import written
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(max_length=40, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
@@ -117,6 +118,7 @@ class EventView(BaseModel):
 
 
 @router.get("", summary="Jobs, newest first")
+@written
 def index(
     state: Service, limit: Limit = 50, after: After = None, status: Annotated[Status | None, Query()] = None
 ) -> Page[JobView]:
@@ -125,10 +127,11 @@ def index(
         rows = session.execute(_page_of(after is not None, status is not None), asked).all()
         outlook = Outlook(session)
         made = _versions(session, rows)
-        return Page(**page(rows, limit, lambda row: job_view(session, row, outlook, made), lambda row: row.id))
+        return Page[JobView](**page(rows, limit, lambda row: job_view(session, row, outlook, made), lambda row: row.id))
 
 
 @router.get("/{job_id}", summary="One job")
+@written
 def show(state: Service, job_id: JobId) -> JobView:
     with state.database.read() as session:
         view, offered = job_view(session, jobs.look(session, job_id)), shards.counts(session, job_id)
@@ -156,8 +159,7 @@ async def events(
         await asyncio.to_thread(_exists, state, job_id)
         start = after if last_event_id is None else last_event_id
         return event_stream(_stream(state, job_id, start))
-    rows = await asyncio.to_thread(_rows, state, job_id, after, limit + 1)
-    return Page(**page(rows, limit, _event, lambda row: row.seq))
+    return await asyncio.to_thread(_page, state, job_id, after, limit)
 
 
 @router.get("/{job_id}/report", summary="The run's report", response_class=Response)
@@ -263,11 +265,13 @@ def _exists(state: State, job_id: str) -> None:
         jobs.look(session, job_id)
 
 
-def _rows(state: State, job_id: str, after: int, limit: int) -> Sequence[jobs.EventRow]:
+@written
+def _page(state: State, job_id: str, after: int, limit: int) -> Page[EventView]:
     """In a short session of its own, in a thread: the event loop never waits for the database."""
     with state.database.read() as session:
         jobs.look(session, job_id)
-        return jobs.events_after(session, job_id, after, limit)
+        rows = jobs.events_after(session, job_id, after, limit + 1)
+    return Page[EventView](**page(rows, limit, _event, lambda row: row.seq))
 
 
 async def _stream(state: State, job_id: str, after: int) -> AsyncIterator[str]:
