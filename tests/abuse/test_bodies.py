@@ -32,7 +32,6 @@ FORM = {"Content-Type": "multipart/form-data; boundary=X"}
         ("a length of 5,000 digits", [HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n"]),
         ("two lengths", [HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"]),
         ("a negative length", [HEAD + b"Content-Length: -5\r\n\r\n"]),
-        ("endless empty lines", [b"\r\n" * 2**19] * 8),
         ("no host", [b"GET /healthz HTTP/1.1\r\n\r\n"]),
         ("two hosts", [HEAD + b"Host: other.example\r\n\r\n"]),
     ],
@@ -66,20 +65,27 @@ CHUNKED = HEAD + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts"),
+    ("kind", "first", "piece"),
     [
-        ("an endless line after the body", [CHUNKED + b"0\r\nX-A: ", *[b"a" * 2**20] * 32]),
-        ("endless lines after the body", [CHUNKED + b"0\r\n", *[b"X-A: a\r\n" * 2**17] * 32]),
-        ("an endless remark at a chunk", [CHUNKED + b"1;a=", *[b"a" * 2**20] * 32]),
-        ("requests before the answer to the first", [ASK] * 500_000),
-        ("more of a body than is read", [HEAD + b"Content-Length: 99999999\r\n\r\n", *[b" " * 2**20] * 32]),
+        ("one endless header", HEAD + b"X-A: ", b"a" * 2**18),
+        ("endless headers", HEAD, b"X-A: a\r\n" * 2**15),
+        ("endless empty lines", b"", b"\r\n" * 2**17),
+        ("an endless line after a body", CHUNKED + b"0\r\nX-A: ", b"a" * 2**18),
+        ("endless lines after a body", CHUNKED + b"0\r\n", b"X-A: a\r\n" * 2**15),
+        ("an endless remark at a chunk", CHUNKED + b"1;a=", b"a" * 2**18),
+        ("requests before the answer to the first", b"", ASK * 5000),
     ],
 )
-def test_what_follows_a_head_is_not_kept_without_end(rig: Rig, untouched: None, kind: str, parts: list[bytes]) -> None:
-    begin = time.monotonic()
-    answer = raw(rig.port, b"".join(parts[:1]), *parts[1:]) if len(parts) < 100 else raw(rig.port, b"".join(parts))
-    assert time.monotonic() - begin < 8
-    assert answer.count(b"HTTP/1.1") <= 1 + 16, answer[:200]
+def test_what_makes_no_request_is_not_read_on(rig: Rig, untouched: None, kind: str, first: bytes, piece: bytes) -> None:
+    sent, begin = 0, time.monotonic()
+    with socket.create_connection(("127.0.0.1", rig.port), 10) as connection:
+        with pytest.raises(ConnectionError):
+            connection.sendall(first)
+            while sent < 64 * 2**20:
+                connection.sendall(piece)
+                sent += len(piece)
+    assert sent < 16 * 2**20, "more than the system itself holds back"
+    assert time.monotonic() - begin < 5
 
 
 def test_pipelined_requests_are_answered_in_order(rig: Rig, untouched: None) -> None:
