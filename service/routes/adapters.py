@@ -87,6 +87,7 @@ class AnnotateRequest(BaseModel):
     tags: Annotated[list[Tag], Field(max_length=50)] | None = None
     notes: Annotated[str, StringConstraints(max_length=10_000)] | None = None
 
+
 # Made once: to build a statement costs as much as to run it.
 _PAGE = select(Adapter).where(Adapter.name > bindparam("after")).order_by(Adapter.name).limit(bindparam("most"))
 _V = AdapterVersion.__table__.c
@@ -98,7 +99,9 @@ _NUMBERS = select(_V.version).where(_V.adapter_name == bindparam("name")).order_
 def index(state: Service, limit: Limit = 50, after: After = None) -> Page[AdapterView]:
     with state.database.read() as session:
         rows = session.scalars(_PAGE, {"after": after or "", "most": limit + 1}).all()
-    return Page[AdapterView](**page(rows, limit, lambda r: AdapterView.model_validate(r, from_attributes=True), lambda r: r.name))
+    return Page[AdapterView](
+        **page(rows, limit, lambda r: AdapterView.model_validate(r, from_attributes=True), lambda r: r.name)
+    )
 
 
 @router.get("/{name}", summary="One adapter with its aliases")

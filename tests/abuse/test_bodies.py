@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -78,12 +79,11 @@ CHUNKED = HEAD + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\
 )
 def test_what_makes_no_request_is_not_read_on(rig: Rig, untouched: None, kind: str, first: bytes, piece: bytes) -> None:
     sent, begin = 0, time.monotonic()
-    with socket.create_connection(("127.0.0.1", rig.port), 10) as connection:
-        with pytest.raises(ConnectionError):
-            connection.sendall(first)
-            while sent < 64 * 2**20:
-                connection.sendall(piece)
-                sent += len(piece)
+    with socket.create_connection(("127.0.0.1", rig.port), 10) as connection, suppress(ConnectionError):
+        connection.sendall(first)
+        while sent < 64 * 2**20:
+            connection.sendall(piece)
+            sent += len(piece)
     assert sent < 16 * 2**20, "more than the system itself holds back"
     assert time.monotonic() - begin < 5
 
