@@ -7,12 +7,13 @@ No torch and no web framework here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -26,6 +27,15 @@ CHAMPION = "champion"
 REFERENCE = re.compile(
     r"^(?P<name>[a-z0-9][a-z0-9._\-]{0,63})(?:@(?P<alias>[a-z0-9][a-z0-9._\-]{0,63})|:(?P<version>[0-9]{1,9}))?$"
 )
+
+# Made once: to build a statement costs as much as to run it, and these are run with every look at the registry.
+_ADAPTER = select(Adapter).where(Adapter.name == bindparam("name"))
+_VERSION = select(AdapterVersion).where(
+    AdapterVersion.adapter_name == bindparam("name"), AdapterVersion.version == bindparam("number")
+)
+_T = VersionTag.__table__.c
+_TAGS = select(_T.version, _T.tag).where(_T.adapter_name == bindparam("name"))
+_TAGS = _TAGS.where(_T.version.in_(bindparam("numbers", expanding=True))).order_by(_T.tag)
 
 
 @dataclass(frozen=True)
@@ -104,16 +114,16 @@ def next_version(session: Session, name: str) -> int:
 
 
 def get(session: Session, name: str) -> Adapter:
-    adapter = session.get(Adapter, name)
+    adapter = session.scalar(_ADAPTER, {"name": name})
     if adapter is None:
         raise Problem("adapter_not_found", "No adapter has this name; GET /adapters lists them.")
     return adapter
 
 
 def get_version(session: Session, name: str, number: int) -> AdapterVersion:
-    get(session, name)
-    version = session.get(AdapterVersion, (name, number))
+    version = session.scalar(_VERSION, {"name": name, "number": number})
     if version is None:
+        get(session, name)
         raise Problem(
             "version_not_found", "The adapter has no version of this number; GET /adapters/{name} lists them."
         )
@@ -155,23 +165,24 @@ def lora_shape(version: AdapterVersion) -> dict[str, Any]:
     return given | {k: v for k, v in version.config.get("optimization", {}).items() if k in given}
 
 
-def tags(session: Session, version: AdapterVersion) -> list[str]:
-    return list(session.scalars(select(VersionTag.tag).where(*_tags_of(version)).order_by(VersionTag.tag)))
+def tags(session: Session, name: str, numbers: Sequence[int]) -> dict[int, list[str]]:
+    """The tags of these versions of an adapter, by version; none for a version without."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for number, tag in session.execute(_TAGS, {"name": name, "numbers": numbers}):
+        found[number].append(tag)
+    return found
 
 
 def annotate(session: Session, version: AdapterVersion, tags_: list[str] | None, notes: str | None) -> bool:
     """Set a version's tags and its notes, each unless None; whether anything changed."""
     session.get(Adapter, version.adapter_name, with_for_update=True)  # one after the other
-    before = (tags(session, version), version.notes)
+    name, number = version.adapter_name, version.version
+    before = (tags(session, name, [number])[number], version.notes)
     if tags_ is not None:
-        session.execute(delete(VersionTag).where(*_tags_of(version)))
+        session.execute(delete(VersionTag).where(VersionTag.adapter_name == name, VersionTag.version == number))
         for tag in set(tags_):
-            session.add(VersionTag(adapter_name=version.adapter_name, version=version.version, tag=tag))
+            session.add(VersionTag(adapter_name=name, version=number, tag=tag))
     if notes is not None:
         version.notes = notes or None
     session.flush()
-    return before != (tags(session, version), version.notes)
-
-
-def _tags_of(version: AdapterVersion) -> tuple[Any, Any]:
-    return VersionTag.adapter_name == version.adapter_name, VersionTag.version == version.version
+    return before != (tags(session, name, [number])[number], version.notes)

@@ -6,7 +6,7 @@ write transaction. No torch and no web framework here.
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service import audit
@@ -14,6 +14,9 @@ from service.adapters import get_version
 from service.db import now
 from service.errors import Problem
 from service.models import Adapter, Alias, AliasMove
+
+# Made once: it is run with every look at the registry.
+_OF = select(Alias).where(Alias.adapter_name == bindparam("name")).order_by(Alias.alias)
 
 
 def move(
@@ -49,8 +52,7 @@ def roll_back(session: Session, by: str, name: str, alias: str, reason: str | No
 
 def of(session: Session, name: str, number: int | None = None) -> list[Alias]:
     """An adapter's aliases by name; with `number` only those that point at that version."""
-    query = select(Alias).where(Alias.adapter_name == name).order_by(Alias.alias)
-    return list(session.scalars(query.where(Alias.version == number) if number is not None else query))
+    return [row for row in session.scalars(_OF, {"name": name}) if number is None or row.version == number]
 
 
 def locked(session: Session, name: str, alias: str) -> Alias | None:

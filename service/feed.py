@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from service import jobs
 from service.db import Database
 from service.event_stream import event
-from service.models import JobEvent
 
 POLL_S, PAGE = 0.5, 500
 
@@ -32,7 +31,7 @@ class _Tail:
 
 
 class Feed:
-    def __init__(self, database: Database, view: Callable[[JobEvent], dict[str, object]]) -> None:
+    def __init__(self, database: Database, view: Callable[[jobs.EventRow], dict[str, object]]) -> None:
         """`view` gives an event its public form."""
         self._database, self._view = database, view
         self._tails: dict[str, _Tail] = {}
@@ -100,11 +99,11 @@ class Feed:
     def _look(self, job_id: str, after: int) -> tuple[list[tuple[int, str]], bool]:
         """The next events, and whether they are the last. An earlier ending is not the last where the job was retried."""
         with self._database.read() as session:
-            job = jobs.get(session, job_id)  # first: what is written after it is found by the next look
+            job = jobs.look(session, job_id)  # first: what is written after it is found by the next look
             rows = jobs.events_after(session, job_id, after, PAGE)
             last = rows[-1].seq if rows else after
             over = job.status in jobs.ENDED and (last >= job.last_seq or job.deleted_at is not None)
         return [(row.seq, self._text(row)) for row in rows], over
 
-    def _text(self, row: JobEvent) -> str:
+    def _text(self, row: jobs.EventRow) -> str:
         return event(row.type, self._view(row), row.seq)

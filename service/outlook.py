@@ -7,6 +7,7 @@ is known there is no number rather than a guess. One Outlook is one look at the 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -18,16 +19,16 @@ from sqlalchemy.orm import Session
 
 from service import datasets
 from service.db import Database
+from service.jobs import JobRow
 from service.models import Job
 
 STAGES = ("generating", "optimizing", "evaluating", "reporting")
 HISTORY, AHEAD_MAX = 20, 500
 _KNOWN: dict[tuple[str, ...], dict[str, float]] = {}  # rates by the jobs that they come from
 _KNOWN_MAX = 256
-_ENDED = select(Job.id).where(
-    Job.model == bindparam("model"), Job.status == "succeeded"
-)  # made once: it is run with every look
-_ENDED = _ENDED.order_by(Job.id.desc()).limit(HISTORY)
+_J = Job.__table__.c
+_ENDED = select(_J.id).where(_J.model == bindparam("model"), _J.status == "succeeded")  # made once: run with every look
+_ENDED = _ENDED.order_by(_J.id.desc()).limit(HISTORY)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Outlook:
         self._session = session
         self._rates: dict[str, dict[str, float]] = {}
 
-    def of(self, job: Job) -> Ahead:
+    def of(self, job: JobRow) -> Ahead:
         if job.status == "running":
             return Ahead(remaining_s=_rounded(self._left(job)))
         if job.status != "queued":
@@ -54,7 +55,7 @@ class Outlook:
         wait, own = self._wait(before) if position - 1 == len(before) else None, self._whole(job)
         return Ahead(position, _rounded(wait), _rounded(None if wait is None or own is None else wait + own))
 
-    def _position(self, job: Job) -> int:
+    def _position(self, job: JobRow) -> int:
         earlier = or_(Job.queued_at < job.queued_at, (Job.queued_at == job.queued_at) & (Job.id < job.id))
         return 1 + (self._session.scalar(select(func.count()).where(Job.status == "queued", earlier)) or 0)
 
@@ -67,16 +68,16 @@ class Outlook:
     def _running(self) -> list[Job]:
         return list(self._session.scalars(select(Job).where(Job.status == "running").limit(AHEAD_MAX)))
 
-    def _wait(self, before: list[Job]) -> float | None:
+    def _wait(self, before: Sequence[JobRow]) -> float | None:
         """The work ahead, shared by as many devices as work now (at least one)."""
         work = [self._left(job) for job in self._running] + [self._whole(job) for job in before]
         known = [w for w in work if w is not None]
         return sum(known) / max(1, len(self._running)) if len(known) == len(work) else None
 
-    def _whole(self, job: Job) -> float | None:
+    def _whole(self, job: JobRow) -> float | None:
         return self._sum(self._expected(job), STAGES)
 
-    def _left(self, job: Job) -> float | None:
+    def _left(self, job: JobRow) -> float | None:
         """What is left of the running stage by the run's own word, and the stages after it by history."""
         if job.stage not in STAGES:
             return 0.0 if job.stage == "publishing" else self._whole(job)
@@ -91,7 +92,7 @@ class Outlook:
     def _sum(expected: dict[str, float], stages: tuple[str, ...]) -> float | None:
         return sum(expected[s] for s in stages) if all(s in expected for s in stages) else None
 
-    def _expected(self, job: Job) -> dict[str, float]:
+    def _expected(self, job: JobRow) -> dict[str, float]:
         units, rates = self._units(job), self._history(job.model)
         return {s: units[s] * rates[s] for s in STAGES if s in rates} | {s: 0.0 for s in STAGES if units[s] == 0}
 
@@ -115,7 +116,7 @@ class Outlook:
                     seen[stage].append(job.stage_seconds.get(stage, 0.0) / units[stage])
         return {stage: median(values) for stage, values in seen.items()}
 
-    def _units(self, job: Job) -> dict[str, float]:
+    def _units(self, job: JobRow) -> dict[str, float]:
         """The size of each stage: records to generate for, records times epochs, records to evaluate on."""
         epochs: Any = job.config.get("optimization", {}).get("epochs", 1)
         n, limit = _size(self._session, job.dataset_id), job.config.get("evaluation", {}).get("max_records")

@@ -69,7 +69,6 @@ def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
         http=timely(settings.head_max_s, settings.connections_max),
         ws="none",
         timeout_keep_alive=15,
-        h11_max_incomplete_event_size=64 * 1024,
     )
     server = Server(config, app.state.hscr)
     server.run()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from service import jobs
@@ -22,6 +22,9 @@ MADE, OPEN = "done", "open"
 # A job that has waited so long has no free worker: helpers leave. One that is queued only now is for whoever is idle.
 PATIENCE_S = 1.0
 STAGE = "generating"
+# Made once: it is run with every look at a job.
+_S = GenerationShard.__table__.c
+_COUNTS = select(_S.status, func.count()).where(_S.job_id == bindparam("job_id")).group_by(_S.status)
 
 
 class Superseded(Exception):
@@ -128,8 +131,7 @@ def reap(session: Session, seen: Claim, max_crashes: int) -> str | None:
 
 def counts(session: Session, job_id: str) -> Counter[str]:
     """How many of a job's shards are in which status."""
-    query = select(GenerationShard.status, func.count()).where(GenerationShard.job_id == job_id)
-    return Counter({row[0]: row[1] for row in session.execute(query.group_by(GenerationShard.status))})
+    return Counter({row[0]: row[1] for row in session.execute(_COUNTS, {"job_id": job_id})})
 
 
 def jobs_wait(session: Session, running_max: int | None, since: datetime | None = None) -> bool:

@@ -32,11 +32,12 @@ class State:
     draining: threading.Event = field(default_factory=threading.Event)
 
 
-def _state(request: Request) -> State:
+# async: FastAPI would take a plain function to a thread and back, for each request.
+async def _state(request: Request) -> State:
     return request.app.state.hscr
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     return request.state.caller  # put there by service/auth.py
 
 

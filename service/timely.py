@@ -1,8 +1,9 @@
-"""The HTTP/1.1 protocol of the API's server: uvicorn's on h11, with a limit of time for a request's line and headers, and of connections.
+"""The HTTP/1.1 protocol of the API's server: uvicorn's on httptools, with limits of what a client may send before it says something.
 
-h11, because it bounds their size: with uvicorn's other parser an endless header took all memory and, by its copying, minutes of the event
-loop (measured: 150 MB in 160 s), without any key. Neither gives up on a client that sends its headers a byte a minute. uvicorn's own limit
-(limit_concurrency) refuses probes too, in words of its own, and takes connections that say nothing.
+Bare, that parser keeps an endless header (150 MB in 160 s of copying, measured, without any key), every request of a pipeline and every
+line after a chunked body, and waits for ever. So bytes that make neither a head nor a body are counted, and a head has its time. uvicorn's
+other parser, h11, bounds bytes by itself and is Python: /healthz took 3.3 ms with it and 2.0 without (docs/decisions/0083).
+uvicorn's own limit of connections (limit_concurrency) refuses probes too, in words of its own, and takes connections that say nothing.
 """
 
 from __future__ import annotations
@@ -10,21 +11,29 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.edge import CROWDED
 
 SPARE = (
     32  # connections beyond the limit on which probes are answered and others refused; further ones are closed unread
 )
+UNREAD_MAX_BYTES = 64 * 1024  # that have become no head and no body; what one look at the socket brings comes on top
+PIPELINE_MAX = 16  # requests that wait for the answer to one before them
+
+
+class _Refused(Exception):
+    """Raised in a callback of the parser: uvicorn answers 400 and closes."""
 
 
 def timely(head_max_s: float, connections_max: int | None = None) -> type[asyncio.Protocol]:
     """The protocol class with these limits."""
 
-    class Timely(H11Protocol):
+    class Timely(HttpToolsProtocol):
         _late: asyncio.TimerHandle | None = None
+        _unread = 0
+        _read = False  # did these bytes end a head, or make some of a body?
+        _in_head = _in_body = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -35,9 +44,12 @@ def timely(head_max_s: float, connections_max: int | None = None) -> type[asynci
                     self.transport.close()
 
         def data_received(self, data: bytes) -> None:
+            self._read = False
             super().data_received(data)
-            waits = self.conn.their_state is h11.IDLE  # for the rest of a request's head
-            if not waits:
+            self._unread = 0 if self._read else self._unread + len(data)
+            if self._unread > UNREAD_MAX_BYTES and not self.transport.is_closing():
+                self.send_400_response("Invalid HTTP request received.")
+            if not self._waits():
                 self._in_time()
             elif self._late is None:
                 self._late = self.loop.call_later(head_max_s, self.transport.close)
@@ -45,6 +57,45 @@ def timely(head_max_s: float, connections_max: int | None = None) -> type[asynci
         def connection_lost(self, exc: Exception | None) -> None:
             self._in_time()
             super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            self._in_head = True
+            super().on_message_begin()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._in_head:  # what comes after a chunked body looks like headers too, and nobody may read it as such
+                super().on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            hosts = sum(name == b"host" for name, _ in self.headers)
+            if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):  # RFC 9112, section 3.2
+                raise _Refused
+            if len(self.pipeline) >= PIPELINE_MAX:
+                raise _Refused
+            super().on_headers_complete()
+            self._in_head, self._in_body, self._read = False, True, True
+            if self.parser.should_upgrade():  # to nothing that is spoken here, and the parser drops what follows
+                self.cycle.keep_alive = False
+
+        def on_body(self, body: bytes) -> None:
+            self._read = True
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._in_body, self._read = False, True
+            super().on_message_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                super().send_400_response(msg)
+            else:  # not into the midst of an answer
+                self.transport.close()
+
+        def _waits(self) -> bool:
+            """For the rest of a head, or of a body whose answer has been given."""
+            if self._in_body:
+                return bool(self.cycle.response_complete)
+            return self._in_head or not self._read
 
         def _in_time(self) -> None:
             if self._late is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, File, Path, Query, Response, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
@@ -20,6 +21,7 @@ from service import adapter_upload, adapters, aliases, artifact_store, audit
 from service.models import Adapter, AdapterVersion, Alias, VersionTag
 from service.pages import After, Limit, Page, page
 from service.state import Service, Who
+from service.written import written
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
@@ -86,35 +88,45 @@ class AnnotateRequest(BaseModel):
     notes: Annotated[str, StringConstraints(max_length=10_000)] | None = None
 
 
+# Made once: to build a statement costs as much as to run it.
+_PAGE = select(Adapter).where(Adapter.name > bindparam("after")).order_by(Adapter.name).limit(bindparam("most"))
+_V = AdapterVersion.__table__.c
+_NUMBERS = select(_V.version).where(_V.adapter_name == bindparam("name")).order_by(_V.version.desc()).limit(100)
+
+
 @router.get("", summary="Adapters by name")
+@written
 def index(state: Service, limit: Limit = 50, after: After = None) -> Page[AdapterView]:
-    query = select(Adapter).order_by(Adapter.name).limit(limit + 1)
     with state.database.read() as session:
-        rows = session.scalars(query.where(Adapter.name > after) if after else query).all()
-    return Page(**page(rows, limit, lambda r: AdapterView.model_validate(r, from_attributes=True), lambda r: r.name))
+        rows = session.scalars(_PAGE, {"after": after or "", "most": limit + 1}).all()
+    return Page[AdapterView](
+        **page(rows, limit, lambda r: AdapterView.model_validate(r, from_attributes=True), lambda r: r.name)
+    )
 
 
 @router.get("/{name}", summary="One adapter with its aliases")
+@written
 def show(state: Service, name: Name) -> AdapterDetail:
     with state.database.read() as session:
         adapter = adapters.get(session, name)
-        numbers = select(AdapterVersion.version).where(AdapterVersion.adapter_name == name)
         return AdapterDetail(
             name=adapter.name,
             last_version=adapter.last_version,
             created_at=adapter.created_at,
             aliases=[alias_view(a) for a in aliases.of(session, name)],
-            versions=list(session.scalars(numbers.order_by(AdapterVersion.version.desc()).limit(100))),
+            versions=list(session.scalars(_NUMBERS, {"name": name})),
         )
 
 
 @router.get("/{name}/versions/{version}", summary="One version: from its digest to its job and data")
+@written
 def show_version(state: Service, name: Name, version: Number) -> VersionView:
     with state.database.read() as session:
-        return _version(session, adapters.get_version(session, name, version))
+        return _views(session, [adapters.get_version(session, name, version)])[0]
 
 
 @router.get("/{name}/versions", summary="An adapter's versions, newest first")
+@written
 def index_versions(
     state: Service,
     name: Name,
@@ -130,7 +142,8 @@ def index_versions(
     with state.database.read() as session:
         adapters.get(session, name)
         rows = session.scalars(query.order_by(AdapterVersion.version.desc()).limit(limit + 1)).all()
-        return Page(**page(rows, limit, lambda row: _version(session, row), lambda row: row.version))
+        views = _views(session, rows)
+    return Page[VersionView](**page(views, limit, lambda view: view, lambda view: view.version))
 
 
 @router.post("/{name}/versions", status_code=201, summary="Upload a PEFT adapter")
@@ -150,7 +163,7 @@ def upload(
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/adapters/{name}/versions/{row.version}"
     with state.database.read() as session:
-        return _version(session, adapters.get_version(session, name, row.version))
+        return _views(session, [adapters.get_version(session, name, row.version)])[0]
 
 
 @router.patch("/{name}/versions/{version}", summary="Set a version's tags and notes")
@@ -161,7 +174,7 @@ def annotate(state: Service, who: Who, name: Name, version: Number, request: Ann
         if adapters.annotate(session, row, request.tags, request.notes):
             fields = sorted(request.model_fields_set)
             audit.record(session, who.id, "version.annotate", f"{name}:{version}", fields=fields)
-        return _version(session, row)
+        return _views(session, [row])[0]
 
 
 @router.get("/{name}/versions/{version}/download", summary="The PEFT folder as a zip", response_class=FileResponse)
@@ -184,7 +197,16 @@ def alias_view(row: Alias) -> AliasView:
     return AliasView.model_validate(row, from_attributes=True)
 
 
-def _version(session: Session, row: AdapterVersion) -> VersionView:
+def _views(session: Session, rows: Sequence[AdapterVersion]) -> list[VersionView]:
+    """The public form of versions of one adapter, with two questions however many they are."""
+    if not rows:
+        return []
+    name = rows[0].adapter_name
+    tags, pointing = adapters.tags(session, name, [row.version for row in rows]), aliases.of(session, name)
+    return [_view(row, tags[row.version], [a.alias for a in pointing if a.version == row.version]) for row in rows]
+
+
+def _view(row: AdapterVersion, tags: list[str], names: list[str]) -> VersionView:
     return VersionView(
         name=row.adapter_name,
         version=row.version,
@@ -198,9 +220,9 @@ def _version(session: Session, row: AdapterVersion) -> VersionView:
         metrics=row.metrics,
         grounding=FlagView(**adapters.flag(row)),
         preferences_digest=row.preferences_digest,
-        tags=adapters.tags(session, row),
+        tags=tags,
         notes=row.notes,
-        aliases=[a.alias for a in aliases.of(session, row.adapter_name, row.version)],
+        aliases=names,
         download_url=f"/adapters/{row.adapter_name}/versions/{row.version}/download",
         created_at=row.created_at,
     )

@@ -7,21 +7,23 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import bindparam, select
+from sqlalchemy import Select, bindparam, select
 from sqlalchemy.orm import Session
 
 from service import artifact_store, datasets, jobs, shards
 from service.errors import Problem
 from service.event_stream import TYPE, event_stream
-from service.models import AdapterVersion, Job, JobEvent
+from service.models import AdapterVersion, Job
 from service.outlook import Ahead, Outlook
 from service.pages import After, AfterNumber, Limit, Page, page
 from service.state import Service, State
+from service.written import written
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(max_length=40, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
@@ -116,22 +118,23 @@ class EventView(BaseModel):
 
 
 @router.get("", summary="Jobs, newest first")
+@written
 def index(
     state: Service, limit: Limit = 50, after: After = None, status: Annotated[Status | None, Query()] = None
 ) -> Page[JobView]:
-    query = select(Job).where(Job.deleted_at.is_(None)).order_by(Job.id.desc()).limit(limit + 1)
-    query = query.where(Job.id < after) if after else query
-    query = query.where(Job.status == status) if status else query
+    asked = {"most": limit + 1, "after": after, "status": status}
     with state.database.read() as session:
-        rows, outlook = session.scalars(query).all(), Outlook(session)
+        rows = session.execute(_page_of(after is not None, status is not None), asked).all()
+        outlook = Outlook(session)
         made = _versions(session, rows)
-        return Page(**page(rows, limit, lambda row: job_view(session, row, outlook, made), lambda row: row.id))
+        return Page[JobView](**page(rows, limit, lambda row: job_view(session, row, outlook, made), lambda row: row.id))
 
 
 @router.get("/{job_id}", summary="One job")
+@written
 def show(state: Service, job_id: JobId) -> JobView:
     with state.database.read() as session:
-        view, offered = job_view(session, jobs.get(session, job_id)), shards.counts(session, job_id)
+        view, offered = job_view(session, jobs.look(session, job_id)), shards.counts(session, job_id)
         if offered:
             view.sharing = Sharing(shards=offered.total(), made=offered[shards.MADE], working=offered["running"])
         return view
@@ -156,15 +159,14 @@ async def events(
         await asyncio.to_thread(_exists, state, job_id)
         start = after if last_event_id is None else last_event_id
         return event_stream(_stream(state, job_id, start))
-    rows = await asyncio.to_thread(_rows, state, job_id, after, limit + 1)
-    return Page(**page(rows, limit, _event, lambda row: row.seq))
+    return await asyncio.to_thread(_page, state, job_id, after, limit)
 
 
 @router.get("/{job_id}/report", summary="The run's report", response_class=Response)
 def report(state: Service, job_id: JobId, accept: Annotated[str, Header()] = "") -> Response:
     """The page for people; with `Accept: application/json` its numbers."""
     with state.database.read() as session:
-        name = jobs.get(session, job_id).report
+        name = jobs.look(session, job_id).report
     kind = "report.json" if "application/json" in accept and "text/html" not in accept else "report.html"
     if name is None:
         raise Problem("report_not_found", "A job has its report when it has succeeded.")
@@ -175,7 +177,7 @@ def report(state: Service, job_id: JobId, accept: Annotated[str, Header()] = "")
 
 def job_view(
     session: Session,
-    job: Job,
+    job: jobs.JobRow,
     outlook: Outlook | None = None,
     made: Mapping[str, VersionRef] | None = None,
 ) -> JobView:
@@ -221,12 +223,22 @@ def job_view(
     )
 
 
-# Made once: to build a statement costs as much as to run it, and these are run with every job that anybody looks at.
-_MADE_BY = select(AdapterVersion.job_id, AdapterVersion.adapter_name, AdapterVersion.version, AdapterVersion.digest)
-_MADE_BY = _MADE_BY.where(AdapterVersion.job_id.in_(bindparam("ids", expanding=True)))
+# Statements as in service/jobs.py: made once, of tables.
+_J, _V = Job.__table__.c, AdapterVersion.__table__.c
 
 
-def _versions(session: Session, rows: Sequence[Job]) -> dict[str, VersionRef]:
+@cache
+def _page_of(after: bool, status: bool) -> Select[Any]:
+    query = select(Job.__table__).where(_J.deleted_at.is_(None)).order_by(_J.id.desc()).limit(bindparam("most"))
+    query = query.where(_J.id < bindparam("after")) if after else query
+    return query.where(_J.status == bindparam("status")) if status else query
+
+
+_MADE_BY = select(_V.job_id, _V.adapter_name, _V.version, _V.digest)
+_MADE_BY = _MADE_BY.where(_V.job_id.in_(bindparam("ids", expanding=True)))
+
+
+def _versions(session: Session, rows: Sequence[jobs.JobRow]) -> dict[str, VersionRef]:
     """The versions that these jobs made, by job: a job makes one when it succeeds, not before."""
     ids = [job.id for job in rows if job.status == "succeeded" and job.kind == "align"]
     if not ids:
@@ -239,25 +251,27 @@ def _dataset(session: Session, dataset_id: str) -> DatasetRef:
     return DatasetRef(id=dataset_id, digest=datasets.facts(session, dataset_id).digest)
 
 
-def _event(row: JobEvent) -> EventView:
+def _event(row: jobs.EventRow) -> EventView:
     return EventView(seq=row.seq, type=row.type, data=row.data, created_at=row.created_at)
 
 
-def event_json(row: JobEvent) -> dict[str, Any]:
+def event_json(row: jobs.EventRow) -> dict[str, Any]:
     """An event's public form as the stream writes it."""
     return _event(row).model_dump(mode="json")
 
 
 def _exists(state: State, job_id: str) -> None:
     with state.database.read() as session:
-        jobs.get(session, job_id)
+        jobs.look(session, job_id)
 
 
-def _rows(state: State, job_id: str, after: int, limit: int) -> list[JobEvent]:
+@written
+def _page(state: State, job_id: str, after: int, limit: int) -> Page[EventView]:
     """In a short session of its own, in a thread: the event loop never waits for the database."""
     with state.database.read() as session:
-        jobs.get(session, job_id)
-        return jobs.events_after(session, job_id, after, limit)
+        jobs.look(session, job_id)
+        rows = jobs.events_after(session, job_id, after, limit + 1)
+    return Page[EventView](**page(rows, limit, _event, lambda row: row.seq))
 
 
 async def _stream(state: State, job_id: str, after: int) -> AsyncIterator[str]:

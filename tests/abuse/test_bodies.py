@@ -5,18 +5,22 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from service.timely import PIPELINE_MAX
 from tests.abuse.rig import Rig, raw
 from tests.conftest import dataset_zip, png
 
 JSON = {"Content-Type": "application/json"}
 HEAD = b"POST /align HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+ASK = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 FORM = {"Content-Type": "multipart/form-data; boundary=X"}
 
 
@@ -30,6 +34,8 @@ FORM = {"Content-Type": "multipart/form-data; boundary=X"}
         ("a length of 5,000 digits", [HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n"]),
         ("two lengths", [HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"]),
         ("a negative length", [HEAD + b"Content-Length: -5\r\n\r\n"]),
+        ("no host", [b"GET /healthz HTTP/1.1\r\n\r\n"]),
+        ("two hosts", [HEAD + b"Host: other.example\r\n\r\n"]),
     ],
 )
 def test_a_head_that_is_none_is_refused_at_once(rig: Rig, untouched: None, kind: str, parts: list[bytes]) -> None:
@@ -55,6 +61,59 @@ def test_clients_that_send_their_head_or_body_too_slowly_are_given_up(rig: Rig, 
         assert b"body_too_slow" in answers[n]
     for connection in slow:
         connection.close()
+
+
+CHUNKED = HEAD + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "piece"),
+    [
+        ("one endless header", HEAD + b"X-A: ", b"a" * 2**18),
+        ("endless headers", HEAD, b"X-A: a\r\n" * 2**15),
+        ("endless empty lines", b"", b"\r\n" * 2**17),
+        ("an endless line after a body", CHUNKED + b"0\r\nX-A: ", b"a" * 2**18),
+        ("endless lines after a body", CHUNKED + b"0\r\n", b"X-A: a\r\n" * 2**15),
+        ("an endless remark at a chunk", CHUNKED + b"1;a=", b"a" * 2**18),
+    ],
+)
+def test_what_makes_no_request_is_not_read_on(rig: Rig, untouched: None, kind: str, first: bytes, piece: bytes) -> None:
+    sent, begin = 0, time.monotonic()
+    with socket.create_connection(("127.0.0.1", rig.port), 10) as connection, suppress(ConnectionError):
+        connection.sendall(first)
+        while sent < 64 * 2**20:
+            connection.sendall(piece)
+            sent += len(piece)
+    assert sent < 16 * 2**20, "more than the system itself holds back"
+    assert time.monotonic() - begin < 5
+
+
+def test_pipelined_requests_are_answered_in_order_and_only_so_many_wait(rig: Rig, untouched: None) -> None:
+    last = b"GET /nope HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    answer = raw(rig.port, ASK * 3 + last[:20], last[20:], pause_s=0.3)
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"200"] * 3 + [b"404"]
+    assert raw(rig.port, ASK * 5000).count(b"HTTP/1.1") <= 1 + PIPELINE_MAX
+
+
+def test_a_connection_that_lingers_behind_its_answer_is_closed(rig: Rig, untouched: None) -> None:
+    """A byte now and then of a body that is refused long since, or an empty line, holds no connection."""
+    for first in (b"GET /nope HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n", ASK):
+        with socket.create_connection(("127.0.0.1", rig.port), 10) as connection:
+            connection.sendall(first)
+            begin, closed = time.monotonic(), False
+            while not closed and time.monotonic() - begin < 8:
+                time.sleep(0.3)
+                try:
+                    connection.sendall(b"\r\n")
+                    connection.setblocking(False)
+                    closed = not connection.recv(65536)
+                except BlockingIOError:
+                    pass
+                except ConnectionError:
+                    closed = True
+                finally:
+                    connection.setblocking(True)
+        assert closed
 
 
 def drip(n: int, pause_s: float) -> Iterator[bytes]:
