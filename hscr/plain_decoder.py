@@ -1,4 +1,4 @@
-"""A pass through a decoder of the plain kind, over padded caches: the steps of serving, and what is computed before and after them.
+"""A pass through a decoder of the plain kind, over padded caches: steps of serving and of generation, and what is computed around them.
 
 In a step of a few rows the stock forward spends most of its time outside of matrix products: six small kernels a norm, three products for
 queries, keys and values, masks in two forms, hooks of adapters. Here a layer is about twenty kernels, adapters included, and numbers are
@@ -8,13 +8,14 @@ biases, shared heads or norms of queries and keys; whatever is not known to be, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 from hscr.families import handed_with_deepstack
 from hscr.grouped_attention import grouped_sdpa
@@ -68,34 +69,55 @@ class PlainDecoder:
         )
         return cls(vlm, name, decoder) if vlm.family.masks is None and _is_plain(decoder) else None
 
-    def takes(self, rows: Rows, lora: LoraRows) -> bool:
+    def takes(self, rows: Rows, lora: LoraRows | None) -> bool:
         """Whether the new columns of these rows can go through here: features enter at the first layer only, adapters on these layers."""
-        return not (rows.images and self.deepstack) and lora.only_changes(self.names)
+        return not (rows.images and self.deepstack) and (lora is None or lora.only_changes(self.names))
 
-    def logits(self, rows: Rows, lora: LoraRows, last: int) -> Tensor:
+    def logits(self, rows: Rows, lora: LoraRows | None, last: int) -> Tensor:
         """Logits [n, last, V] of what follows each of the last columns, as Rows.logits."""
-        n, new = len(rows.ids), rows.new
-        x = self._embedded(rows)
-        cos, sin = (t.unsqueeze(2) for t in self.decoder.rotary_emb(x, rows.positions[..., -new:]))  # [n, new, 1, d]
+        x, new = self._embedded(rows), rows.new
+        x = self._passed(x, rows.positions[..., -new:], rows.cache, lora, last, lambda q: _mask(rows, q, x.dtype))
+        rows.images = ()
+        logits: Tensor = self.head(x)
+        return logits
+
+    def column_logits(
+        self, ids: Tensor, positions: Tensor, visible: Tensor, cache: DynamicCache, keep: Tensor | None = None
+    ) -> Tensor:
+        """Logits [n, T, V] of what follows new columns [n, T] of text, which see `visible` bool [n, 1, T, K]; `keep` [n, k]: these only."""
+        x: Tensor = self.decoder.embed_tokens(ids)
+        mask = _added(visible, x.dtype)
+        x = self._passed(x, positions, cache, None, ids.shape[1], lambda q: mask)
+        logits: Tensor = self.head(x if keep is None else x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1])))
+        return logits
+
+    def _passed(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: DynamicCache,
+        lora: LoraRows | None,
+        last: int,
+        mask_of: Callable[[int], Tensor | None],
+    ) -> Tensor:
+        """The last columns [n, last, D] of x [n, T, D] behind all layers and the norm; `mask_of` gives the last q columns' mask."""
+        n, new = x.shape[:2]
+        cos, sin = (t.unsqueeze(2) for t in self.decoder.rotary_emb(x, positions))  # [n, T, 1, d]
         half = self.d // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # so that a half turned round needs no sign
-        mask = _mask(rows, new, x.dtype)
-        caches: list[Any] = rows.cache.layers
-        for layer, cache in zip(self.layers, caches, strict=True):
+        mask = mask_of(new)
+        caches: list[Any] = cache.layers
+        for layer, held in zip(self.layers, caches, strict=True):
             states = _linear(lora, layer.qkv, _normed(layer.first, x)).view(n, new, -1, self.d)
             turned = self._turned(layer.attention, states[:, :, : self.heads + self.groups], cos, sin)
             queries, values = turned[:, :, : self.heads], states[:, :, self.heads + self.groups :]
-            keys, values = cache.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
-            if (
-                layer is self.layers[-1] and last < new
-            ):  # of the other columns nobody asks for more than keys and values
-                x, queries, mask = x[:, -last:], queries[:, -last:], _mask(rows, last, x.dtype)
+            keys, values = held.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
+            if layer is self.layers[-1] and last < new:  # of the others nobody asks for more than keys and values
+                x, queries, mask = x[:, -last:], queries[:, -last:], mask_of(last)
             x += _linear(lora, layer.out, self._attended(layer.attention, queries, keys, values, mask))
             gate, up = _linear(lora, layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
             x += _linear(lora, layer.down, layer.act(gate) * up)
-        rows.images = ()
-        logits: Tensor = self.head(_normed(self.decoder.norm, x))
-        return logits
+        return _normed(self.decoder.norm, x)
 
     def _embedded(self, rows: Rows) -> Tensor:
         """[n, new, D] of the new columns, features in the places of visual tokens."""
@@ -130,20 +152,23 @@ def _mask(rows: Rows, q: int, dtype: torch.dtype) -> Tensor | None:
     """What the last q columns may look at, to be added [n, 1, q, K]; none where plain causal attention says it."""
     if rows.new == rows.mask.shape[1] and not any(rows.first) and q in (1, rows.new):
         return None
-    visible = seen(rows.mask, q)
+    return _added(seen(rows.mask, q), dtype)
+
+
+def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def logits_of(rows: Rows, decoder: PlainDecoder | None, lora: LoraRows, last: int = 1) -> Tensor:
+def logits_of(rows: Rows, decoder: PlainDecoder | None, lora: LoraRows | None = None, last: int = 1) -> Tensor:
     """Rows.logits, through the decoder where it takes them. Call it within `LoraRows.rows`."""
     if decoder is not None and decoder.takes(rows, lora):
         return decoder.logits(rows, lora, last)
     return rows.logits(last)
 
 
-def _linear(lora: LoraRows, joint: _Joint, x: Tensor) -> Tensor:
+def _linear(lora: LoraRows | None, joint: _Joint, x: Tensor) -> Tensor:
     out = F.linear(x, joint.weight, joint.bias)
-    added = lora.joint(joint.names, joint.outs)
+    added = lora.joint(joint.names, joint.outs) if lora is not None else None
     if added is None:
         return out
     down, up, mask = added

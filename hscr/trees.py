@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from hscr.inputs import attention
 from hscr.model import VLM
+from hscr.plain_decoder import PlainDecoder
 from hscr.prefix import Rows, empty_cache, fill, joinable, tokens_of
 from hscr.visual_tokens import Prompt
 
@@ -130,6 +131,8 @@ class Trees:
             self.cache = but_last(vlm, self.prompts).cache
             held = [(p.input_ids[:-1], p.position_ids[..., :-1]) for p in self.prompts]
             chains = [[] for _ in self.prompts]
+        # Nothing is learnt from it: the decoder that asks less of a small step.
+        self._decoder = None if torch.is_grad_enabled() else PlainDecoder.of(vlm)
         self._lay_out(held, chains, sequences, room)
 
     def _place(self, rows: Sequence[int]) -> None:
@@ -198,6 +201,9 @@ class Trees:
 
     def _forward(self, keep: int | Tensor) -> Tensor:
         ids, positions = self.ids[:, : self.width], self.positions[..., : self.width]
+        if self._decoder is not None:
+            new, kept = (ids[:, -self.new :], positions[..., -self.new :]), keep if isinstance(keep, Tensor) else None
+            return self._decoder.column_logits(*new, self.mask[:, None], self.cache, kept)
         logits: Tensor = self.vlm.model(
             input_ids=ids[:, -self.new :],
             position_ids=positions[..., -self.new :],

@@ -1,14 +1,18 @@
 """The decoding loop against stock `generate`, and what it promises about rows of a batch."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hscr.decode import decode
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.packing import packed_logits
+from hscr.prefix import Rows
+from hscr.trees import Trees
 from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture
 
@@ -113,20 +117,16 @@ def test_rows_end_with_end_of_sequence_or_at_their_limit(vlm: VLM) -> None:
     assert decode(vlm, [], max_tokens=3) == []
 
 
-def test_rows_of_one_prompt_share_its_prefill(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_prompt_share_its_prefill(vlm: VLM) -> None:
     """Ten rows over two prompts, each prefix the beginning of the longest: the tokens of rows decoded alone, no column computed twice."""
     prompts, prefix = prompts_of(vlm), encode_answer(vlm, QUESTIONS[0], "There is a large lesion")[:-1]
     first, second = prompts[0], dropped(prompts[1], 0.7, 1, 0)
     rows = [(p, prefix[:n]) for p in (first, second) for n in (0, 3, 1, 5, 2)]
     alone = [decode(vlm, [p], [x], max_tokens=8)[0] for p, x in rows]
-    stock, computed = vlm.model.forward, []
-
-    def counted(*args: object, **kwargs: object) -> object:
-        computed.append(kwargs["input_ids"].numel())  # type: ignore[attr-defined]
-        return stock(*args, **kwargs)
-
-    monkeypatch.setattr(vlm.model, "forward", counted)
+    computed: list[int] = []
+    hook = vlm.base.get_input_embeddings().register_forward_pre_hook(lambda _, args: computed.append(args[0].numel()))
     assert decode(vlm, [p for p, _ in rows], [x for _, x in rows], max_tokens=8) == alone
+    hook.remove()
     assert computed[0] == 2 * (len(first.input_ids) - 1)
     assert computed[1] == 2 * (1 + 5)
     assert all(n <= 10 for n in computed[2:])
@@ -136,14 +136,18 @@ def test_a_token_budget_bounds_the_cache_and_changes_no_row(vlm: VLM, monkeypatc
     prompts = prompts_of(vlm) * 2
     expected = decode(vlm, prompts, max_tokens=6)
     width = max(len(p.input_ids) for p in prompts)
-    stock, sizes = vlm.model.forward, []
+    sizes: list[int] = []
 
-    def counted(*args: object, **kwargs: object) -> object:
-        made = stock(*args, **kwargs)
-        sizes.append(kwargs["past_key_values"].layers[0].keys[:, 0, :, 0].numel())  # type: ignore[attr-defined]
-        return made
+    def counting(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(rows: Any, *args: Any) -> Tensor:
+            made = stock(rows, *args)
+            sizes.append(rows.cache.layers[0].keys[:, 0, :, 0].numel())
+            return made
 
-    monkeypatch.setattr(vlm.model, "forward", counted)
+        return counted
+
+    monkeypatch.setattr(Trees, "_forward", counting(Trees._forward))
+    monkeypatch.setattr(Rows, "logits", counting(Rows.logits))
     budget = 2 * (width + 2 * 6)  # two prompts, each with two answers
     assert decode(vlm, prompts, max_tokens=6, token_budget=budget) == expected
     assert budget / 2 < max(sizes) <= budget
