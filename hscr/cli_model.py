@@ -315,6 +315,7 @@ def ask(
     request = AnswerRequest(pictures, question, name, max_tokens, temperature, seed, grounding="tokens")
     answer = answerer.answer([request])[0]
     if json_:
-        typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
+        told = {name: value for name, value in asdict(answer).items() if name != "grounded"}  # a clock of this process
+        typer.echo(json.dumps(told, ensure_ascii=False))
     else:
         Console().print(grounded_text(answer))

@@ -80,9 +80,9 @@ def test_versions_of_one_name_count_up(database: Database, settings: Settings, n
 def test_second_delivery_is_ignored(database: Database, settings: Settings, new_job: NewJob, stand_in: Tell) -> None:
     job_id = new_job()
     run_job(database, settings, job_id, never)
-    before = [e.id for e in events_of(database, job_id)]
+    before = [e.seq for e in events_of(database, job_id)]
     run_job(database, settings, job_id, never)
-    assert [e.id for e in events_of(database, job_id)] == before
+    assert [e.seq for e in events_of(database, job_id)] == before
     assert versions(database) == 1
 
 
@@ -121,13 +121,13 @@ def test_superseded_attempt_changes_nothing(
                 assert jobs.reap(session, job_id, 3) == "queued"
             with database.write() as session:
                 seen["claim"] = jobs.claim(session, job_id, 60)
-            seen["events"] = [e.id for e in events_of(database, job_id)]
+            seen["events"] = [e.seq for e in events_of(database, job_id)]
         return False
 
     run_job(database, settings, job_id, supersede)
     job = job_of(database, job_id)
     assert (job.status, job.fence) == ("running", seen["claim"].fence)
-    assert [e.id for e in events_of(database, job_id)] == seen["events"]
+    assert [e.seq for e in events_of(database, job_id)] == seen["events"]
     assert versions(database) == 0
 
 
