@@ -1,4 +1,4 @@
-"""Answers that are written where they are made: for the routes that are read most.
+"""Answers that are written where they are made, in few threads: for the routes that are read most.
 
 FastAPI takes what a handler in a thread returns to a second thread, checks there that it is what it says it is, and writes it in the event
 loop. A pydantic model was checked when it was made. The route's description (OpenAPI) goes by the handler's annotations, as ever.
@@ -6,24 +6,37 @@ loop. A pydantic model was checked when it was made. The route's description (Op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import ParamSpec
 
+from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import RunVar
 from fastapi import Response
 from pydantic import BaseModel
 
+# A read is mostly Python: more of them at once wait for the interpreter's lock, and keep the event loop waiting for it (decision 0083).
+READERS = 3
+_LIMITER: RunVar[CapacityLimiter | None] = RunVar("readers")
 P = ParamSpec("P")
 
 
-def written(handler: Callable[P, BaseModel]) -> Callable[P, Response]:
+def written(handler: Callable[P, BaseModel]) -> Callable[P, Awaitable[Response]]:
     """The handler with its model as a response, 200 and JSON. Not for handlers that set a status or headers by a parameter."""
 
     @wraps(handler)
-    def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
-        return in_json(handler(*args, **kwargs))
+    async def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
+        return await to_thread.run_sync(lambda: in_json(handler(*args, **kwargs)), limiter=_readers())
 
     return answer
+
+
+def _readers() -> CapacityLimiter:
+    """One an event loop."""
+    found = _LIMITER.get(None)
+    if found is None:
+        _LIMITER.set(found := CapacityLimiter(READERS))
+    return found
 
 
 def in_json(model: BaseModel) -> Response:

@@ -159,7 +159,7 @@ async def events(
         await asyncio.to_thread(_exists, state, job_id)
         start = after if last_event_id is None else last_event_id
         return event_stream(_stream(state, job_id, start))
-    return await asyncio.to_thread(_page, state, job_id, after, limit)
+    return await _page(state, job_id, after, limit)
 
 
 @router.get("/{job_id}/report", summary="The run's report", response_class=Response)
