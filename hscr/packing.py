@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
-from hscr.plain_decoder import PlainDecoder, logits_of
+from hscr.plain_decoder import decoder_without_gradients, logits_of
 from hscr.prefix import Rows, tokens_of
 from hscr.trees import Prefixes, Trees, but_last, holds_trees
 from hscr.visual_tokens import Prompt
@@ -121,7 +121,7 @@ def remembered_logits(
     """Logits [A, V] that predict one answer a prompt, in rows that `prefixes` remembers for what else is asked of the prompts."""
     tails, longest = [a[:-1] for a in answers], max(map(len, answers))
     rows = Rows(vlm, prompts, tails)
-    logits = logits_of(rows, None if torch.is_grad_enabled() else PlainDecoder.of(vlm), last=longest)
+    logits = logits_of(rows, decoder_without_gradients(vlm), last=longest)
     if holds_trees(vlm):
         prefixes.put(prompts, tails, rows.cache)
     return [own[longest - len(a) :] for own, a in zip(logits, answers, strict=True)]

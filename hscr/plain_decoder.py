@@ -159,6 +159,11 @@ def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
+def decoder_without_gradients(vlm: VLM) -> PlainDecoder | None:
+    """For a pass of which no gradient is asked; none where one is, or the model's decoder is not plain."""
+    return None if torch.is_grad_enabled() else PlainDecoder.of(vlm)
+
+
 def logits_of(rows: Rows, decoder: PlainDecoder | None, lora: LoraRows | None = None, last: int = 1) -> Tensor:
     """Rows.logits, through the decoder where it takes them. Call it within `LoraRows.rows`."""
     if decoder is not None and decoder.takes(rows, lora):

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from hscr.inputs import attention
 from hscr.model import VLM
-from hscr.plain_decoder import PlainDecoder
+from hscr.plain_decoder import decoder_without_gradients
 from hscr.prefix import Rows, empty_cache, fill, joinable, tokens_of
 from hscr.visual_tokens import Prompt
 
@@ -131,8 +131,7 @@ class Trees:
             self.cache = but_last(vlm, self.prompts).cache
             held = [(p.input_ids[:-1], p.position_ids[..., :-1]) for p in self.prompts]
             chains = [[] for _ in self.prompts]
-        # Nothing is learnt from it: the decoder that asks less of a small step.
-        self._decoder = None if torch.is_grad_enabled() else PlainDecoder.of(vlm)
+        self._decoder = decoder_without_gradients(vlm)
         self._lay_out(held, chains, sequences, room)
 
     def _place(self, rows: Sequence[int]) -> None:
@@ -201,12 +200,13 @@ class Trees:
 
     def _forward(self, keep: int | Tensor) -> Tensor:
         ids, positions = self.ids[:, : self.width], self.positions[..., : self.width]
+        new_ids, new_positions = ids[:, -self.new :], positions[..., -self.new :]
         if self._decoder is not None:
-            new, kept = (ids[:, -self.new :], positions[..., -self.new :]), keep if isinstance(keep, Tensor) else None
-            return self._decoder.column_logits(*new, self.mask[:, None], self.cache, kept)
+            kept = keep if isinstance(keep, Tensor) else None
+            return self._decoder.column_logits(new_ids, new_positions, self.mask[:, None], self.cache, kept)
         logits: Tensor = self.vlm.model(
-            input_ids=ids[:, -self.new :],
-            position_ids=positions[..., -self.new :],
+            input_ids=new_ids,
+            position_ids=new_positions,
             attention_mask=attention(self.vlm, self.mask[:, None], ids, positions),
             past_key_values=self.cache,
             use_cache=True,

@@ -25,9 +25,8 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
             return placed(definitions[reference.rpartition("/")[2]]) | placed(
                 {k: v for k, v in value.items() if k != "$ref"}
             )
-        return {
-            key: placed(item) for key, item in value.items() if key != "discriminator"
-        }  # its mapping names definitions
+        # The mapping of a discriminator names definitions.
+        return {key: placed(item) for key, item in value.items() if key != "discriminator"}
 
     whole: dict[str, Any] = placed(schema)
     return whole

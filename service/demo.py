@@ -182,7 +182,7 @@ def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], versi
     blank = io.BytesIO()
     with Image.open(folder / records[0].image) as first:
         Image.new("RGB", first.size).save(blank, "PNG")
-    out: dict[tuple[str, int], Prediction] = {}
+    out: dict[tuple[str, str, int], Prediction] = {}
 
     async def ask(http: httpx.AsyncClient, gate: asyncio.Semaphore, number: int) -> None:
         condition, row = tasks[number]
@@ -198,7 +198,7 @@ def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], versi
             base = _checked(await http.post("/vqa", json=body))
         for policy, answer in (("base", base), ("adapter", base["compare"])):
             text = answer["answer"]
-            out[policy, number] = Prediction(
+            out[condition, policy, row] = Prediction(
                 policy,
                 condition,
                 record.id,
@@ -220,7 +220,7 @@ def _ask_all(client: httpx.Client, folder: Path, records: list[VQARecord], versi
                     progress.advance(task)
 
     asyncio.run(ask_every())
-    return [out[p, n] for c in CONDITIONS for p in ("base", "adapter") for n, task in enumerate(tasks) if task[0] == c]
+    return [out[c, p, n] for c in CONDITIONS for p in ("base", "adapter") for n in range(len(records))]
 
 
 def conclusions(summary: dict[str, Any]) -> list[str]:

@@ -26,7 +26,10 @@ def written(handler: Callable[P, BaseModel]) -> Callable[P, Awaitable[Response]]
 
     @wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
-        return await to_thread.run_sync(lambda: in_json(handler(*args, **kwargs)), limiter=_readers())
+        def made() -> Response:
+            return Response(handler(*args, **kwargs).model_dump_json(by_alias=True), media_type="application/json")
+
+        return await to_thread.run_sync(made, limiter=_readers())
 
     return answer
 
@@ -37,7 +40,3 @@ def _readers() -> CapacityLimiter:
     if found is None:
         _LIMITER.set(found := CapacityLimiter(READERS))
     return found
-
-
-def in_json(model: BaseModel) -> Response:
-    return Response(model.model_dump_json(by_alias=True), media_type="application/json")
