@@ -21,6 +21,7 @@ from hscr.cli_options import (
     Events,
     Model,
     Out,
+    Preset,
     Quantize,
     Revision,
     Seed,
@@ -33,7 +34,7 @@ from hscr.cli_options import (
     quiet,
     tell,
 )
-from hscr.config import PRESETS, AlignConfig
+from hscr.config import AlignConfig
 
 if TYPE_CHECKING:
     from hscr.data_set import DataSet
@@ -45,7 +46,7 @@ def align(
     out: Out,
     model: Model = str(DEMO_MODEL),
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Data set to evaluate base and adapter on.")] = None,
-    preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
+    preset_name: Preset = "recommended",
     config: ConfigFile = None,
     set_: Set = None,
     allow_leak: AllowLeak = False,
@@ -134,7 +135,7 @@ def plan(
     data: Data,
     model: Model = str(DEMO_MODEL),
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Data set to evaluate base and adapter on.")] = None,
-    preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
+    preset_name: Preset = "recommended",
     config: ConfigFile = None,
     set_: Set = None,
     dtype: DType = "auto",
@@ -182,7 +183,7 @@ def generate(
         Path | None, typer.Option("--out", "-o", help="JSONL file of preference records to write.", show_default=False)
     ] = None,
     model: Model = str(DEMO_MODEL),
-    preset_name: Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")] = "recommended",
+    preset_name: Preset = "recommended",
     config: ConfigFile = None,
     set_: Set = None,
     seed: Seed = None,

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hscr.config import AlignConfig, preset
+from hscr.config import PRESETS, AlignConfig, preset
 
 if TYPE_CHECKING:
     from hscr.model import VLM
@@ -42,6 +42,7 @@ DType = Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, float32 elsewh
 Quantize = Annotated[
     str | None, typer.Option(help="4bit: the language model in NF4 (CUDA; pip install 'hscr\\[quantized]').")
 ]
+Preset = Annotated[str, typer.Option("--preset", help=f"Start from: {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="JSON file laid over the preset.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="One field, e.g. -s optimization.lr=1e-4. Repeatable.")

@@ -38,7 +38,7 @@ from tests.conftest import dataset_zip, wait_for
 from tests.small_disk import small_disk
 from tests.worker.test_celery import ROOT
 
-STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "10"))
+STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "5"))
 ROUND = 5 if STEPS < 100 else 20
 # One job in so many is a real run: over a hundred in the long form.
 REAL_EVERY = 12 if STEPS < 100 else max(2, min(8, STEPS // 110))
@@ -268,7 +268,7 @@ def test_nothing_is_lost_whatever_dies(kind: str, tmp_path: Path, real_runs: dic
             run_state_machine_as_test(
                 Chaos,
                 settings=chaos_settings(
-                    max_examples=max(2, STEPS // ROUND),
+                    max_examples=max(1, STEPS // ROUND),
                     stateful_step_count=ROUND,
                     deadline=None,
                     phases=[Phase.generate],  # a fault's timing cannot be replayed, so nothing can be shrunk

@@ -169,6 +169,7 @@ def test_the_resumed_adapter_is_the_uninterrupted_one(
     _, client, _ = service
     job = finished[0]
     (tmp_path / "config.json").write_text(json.dumps(job["config"] | {"evaluation": {"max_records": 0}}))
+    torch.set_num_threads(1)  # as the runs of the service have it
     config = ["--config", tmp_path / "config.json", "--events", "json"]
     code, _, errors = hscr("align", demo["align"], "--out", tmp_path / "run", *config)
     assert code == 0, errors
