@@ -53,7 +53,7 @@ def on_s3(settings: Settings, server: S3, **options: str) -> None:
     settings.artifacts_options = SecretStr(json.dumps(server.options | options))
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(params=[pytest.param("memory", marks=pytest.mark.thorough), "s3"])  # a real server says more
 def away(request: pytest.FixtureRequest, settings: Settings) -> Settings:
     """Settings with artifacts behind an address."""
     if request.param == "s3":
