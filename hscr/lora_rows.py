@@ -103,13 +103,27 @@ class LoraRows:
 
         None where no row's adapter changes any of them. R are the ranks of all adapters and layers, s·B is zero off its own layer.
         """
+        found = self.laid(modules, outs)
+        return (*found[:2], self.mask(found[2], found[0].device)) if found is not None else None
+
+    @property
+    def side(self) -> object | None:
+        """What stands for the adapters that lie side by side for the rows at hand: another object, other tensors. None: the base alone."""
+        return None if self._plan is None else self._plan.side
+
+    def mask(self, ranks: Ranks, device: torch.device) -> Tensor | None:
+        """Ones [n, 1, R] where each of the rows at hand has its own adapter's ranks; None where that is everywhere."""
+        assert self._plan is not None
+        return self._plan.mask(ranks, device)
+
+    def laid(self, modules: tuple[str, ...], outs: Sequence[int]) -> tuple[Tensor, Tensor, Ranks] | None:
+        """`joint`, in the mask's place whose ranks they are."""
         plan = self._plan
         if plan is None:
             return None
         if modules not in plan.side.joints:
             plan.side.joints[modules] = _jointly([plan.side.layers.get(m) for m in modules], outs)
-        found = plan.side.joints[modules]
-        return (*found[:2], plan.mask(found[2], found[0].device)) if found is not None else None
+        return plan.side.joints[modules]
 
     def _planned(self, names: tuple[str | None, ...], wanted: set[str]) -> _Plan:
         side = self._beside(wanted)

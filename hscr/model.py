@@ -52,6 +52,7 @@ class VLM:
     )  # ids and positions of prompts met before
     image_texts: ImageTexts = field(default_factory=ImageTexts)
     empty_cache: Any = None  # of keys and values, to be copied (hscr/prefix.py)
+    static_steps: Any = None  # decode steps captured as CUDA graphs (hscr/static_steps.py); none but on CUDA
 
     @property
     def tokenizer(self) -> Any:

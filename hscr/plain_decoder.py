@@ -22,6 +22,7 @@ from hscr.grouped_attention import grouped_sdpa
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM
 from hscr.prefix import Rows, seen
+from hscr.static_steps import StaticSteps, cuda_graph
 
 PLAIN = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen3VLText"))
 
@@ -60,6 +61,7 @@ class PlainDecoder:
         self.deepstack = vlm.family.hand_over is handed_with_deepstack
         self.heads = attention.q_proj.out_features // self.d
         self.groups = attention.k_proj.out_features // self.d
+        self.steps: StaticSteps | None = None  # where steps of one token may be captured
 
     @classmethod
     def of(cls, vlm: VLM) -> PlainDecoder | None:
@@ -67,7 +69,13 @@ class PlainDecoder:
         name, decoder = next(
             (n, m) for n, m in vlm.base.named_modules() if n.split(".")[-1] == vlm.family.language_model
         )
-        return cls(vlm, name, decoder) if vlm.family.masks is None and _is_plain(decoder) else None
+        if vlm.family.masks is not None or not _is_plain(decoder):
+            return None
+        made = cls(vlm, name, decoder)
+        if vlm.static_steps is None and vlm.device.type == "cuda":
+            vlm.static_steps = StaticSteps(cuda_graph)
+        made.steps = vlm.static_steps
+        return made
 
     def takes(self, rows: Rows, lora: LoraRows | None) -> bool:
         """Whether the new columns of these rows can go through here: features enter at the first layer only, adapters on these layers."""
@@ -75,6 +83,19 @@ class PlainDecoder:
 
     def logits(self, rows: Rows, lora: LoraRows | None, last: int) -> Tensor:
         """Logits [n, last, V] of what follows each of the last columns, as Rows.logits."""
+        if self.steps is None or rows.new > 1 or rows.images:
+            return self._rows_logits(rows, lora, last)
+        return self.steps.logits(
+            lambda: self._rows_logits(rows, lora, last),
+            self,
+            rows.ids[:, -1:],
+            rows.positions[..., -1:],
+            seen(rows.mask, 1),
+            rows.cache,
+            lora,
+        )
+
+    def _rows_logits(self, rows: Rows, lora: LoraRows | None, last: int) -> Tensor:
         x, new = self._embedded(rows), rows.new
         x = self._passed(x, rows.positions[..., -new:], rows.cache, lora, last, lambda q: _mask(rows, q, x.dtype))
         rows.images = ()
@@ -82,12 +103,39 @@ class PlainDecoder:
         return logits
 
     def column_logits(
-        self, ids: Tensor, positions: Tensor, visible: Tensor, cache: DynamicCache, keep: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        cache: DynamicCache,
+        keep: Tensor | None = None,
+        *,
+        step: bool = False,
     ) -> Tensor:
-        """Logits [n, T, V] of what follows new columns [n, T] of text, which see `visible` bool [n, 1, T, K]; `keep` [n, k]: these only."""
+        """Logits [n, T, V] of what follows new columns [n, T] of text, which see `visible` bool [n, 1, T, K]; `keep` [n, k]: these only.
+
+        `step`: it is one of many with columns of the same shape.
+        """
+
+        def plain() -> Tensor:
+            return self.pass_columns(ids, positions, cache, _added(visible, self.head.weight.dtype), None, keep)
+
+        if self.steps is None or not step or keep is not None:
+            return plain()
+        return self.steps.logits(plain, self, ids, positions, visible, cache, None)
+
+    def pass_columns(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: Any,
+        mask: Tensor,
+        lora: Any,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [n, T, V] behind new columns [n, T] of text over a cache, `mask` [n, 1, T, K] added to what they look at."""
         x: Tensor = self.decoder.embed_tokens(ids)
-        mask = _added(visible, x.dtype)
-        x = self._passed(x, positions, cache, None, ids.shape[1], lambda q: mask)
+        x = self._passed(x, positions, cache, lora, ids.shape[1], lambda q: mask)
         logits: Tensor = self.head(x if keep is None else x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1])))
         return logits
 

@@ -86,6 +86,35 @@ class GrowingLayer(DynamicLayer):
         self._low += cut
         self._look(n)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The columns of the buffers that are held, from and to."""
+        return (self._low, self._high) if self._buffers else (0, self.get_seq_length())
+
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """Keys and values with their room, or nothing where what is held lies as it came."""
+        return self._buffers
+
+    def lie_in(self, buffers: Sequence[Tensor]) -> None:
+        """Move what is held to the left edge of other buffers, which may share memory with the ones it lies in; their rest is zero."""
+        held: list[Any] = [self.keys, self.values]
+        n, width = len(held[0]), held[0].shape[-2]
+        held = [
+            t.clone() if t.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() else t
+            for t, b in zip(held, buffers, strict=True)
+        ]
+        for buffer, states in zip(buffers, held, strict=True):
+            buffer.zero_()
+            buffer[:n, :, :width] = states
+        self._buffers, self._low, self._high = list(buffers), 0, width
+        self._look(n)
+
+    def wrote(self, new: int) -> None:
+        """Hold so many more columns, which somebody has written into the buffers behind what is held."""
+        self._high += new
+        self._look(len(self._held()))
+
     def _make(self, rows: int, high: int, columns: int) -> None:
         """New buffers, what is held copied to end at column `high`."""
         held: list[Any] = [self.keys, self.values]

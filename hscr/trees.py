@@ -185,6 +185,7 @@ class Trees:
         last_columns = tips.new_zeros(n, self.slots)
         last_columns[self.row, self.slot] = tips
         self._keep: int | Tensor = last_columns  # columns whose logits are asked for; 0: all
+        self._steps = False  # whether the new columns are a step's
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.room = min(room * self.slots, MOST_ROOM)
@@ -203,7 +204,9 @@ class Trees:
         new_ids, new_positions = ids[:, -self.new :], positions[..., -self.new :]
         if self._decoder is not None:
             kept = keep if isinstance(keep, Tensor) else None
-            return self._decoder.column_logits(new_ids, new_positions, self.mask[:, None], self.cache, kept)
+            return self._decoder.column_logits(
+                new_ids, new_positions, self.mask[:, None], self.cache, kept, step=self._steps
+            )
         logits: Tensor = self.vlm.model(
             input_ids=new_ids,
             position_ids=new_positions,
@@ -235,7 +238,7 @@ class Trees:
         self.ends = self.ends + 1
         self.ids[self.row, columns] = torch.tensor(chosen, device=self.vlm.device)
         self.positions[..., self.row, columns] = self.ends
-        self.new, self.width, self._keep = new, old + new, 0
+        self.new, self.width, self._keep, self._steps = new, old + new, 0, True
 
 
 def but_last(vlm: VLM, prompts: Sequence[Prompt]) -> Rows:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hscr.answer import AnswerBatch, Answerer, AnswerRequest
 from hscr.answers import Answer
@@ -16,6 +18,7 @@ from hscr.model import VLM, add_lora, encode_prompts, load_model
 from hscr.plain_decoder import logits_of
 from hscr.prefix import Rows
 from hscr.prefix_cache import prefix_length
+from hscr.static_steps import StaticSteps
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import NAMES, save_tiny
 
@@ -108,6 +111,38 @@ def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> No
     assert len(said) > 8  # the answers differ, so equality says something
     close(plain)
     close(mixed)
+
+
+def test_steps_of_fixed_shape_answer_as_plain_ones(family: tuple[VLM, dict[str, Path]]) -> None:
+    """Rows that join and leave in buffers that are rounded up and shared, with adapters that change from step to step."""
+    plain, static = answerer_of(family), answerer_of(family)
+    if static.decoder is None:
+        pytest.skip("no plain decoder")
+    replayed = []
+
+    def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def replay() -> Tensor:
+            logits = compute()
+            replayed.append(logits.shape[0])
+            return logits
+
+        return replay
+
+    static.decoder.steps = StaticSteps(capture, samples=0)
+    rng, batch, rows, got = random.Random(1), AnswerBatch(static), {}, {}
+    waiting = [asked(rng) for _ in range(14)]
+    while waiting or len(batch):
+        if waiting and (rng.random() < 0.6 or not len(batch)):
+            new = [waiting.pop() for _ in range(min(len(waiting), rng.randint(1, 3)))]
+            rows |= dict(zip(batch.join(new), new, strict=True))
+        got |= batch.step()
+    assert static.decoder.steps.off is None
+    assert len(set(replayed)) > 2  # sizes of steps
+    assert max(replayed) > 3
+    for row, answer in got.items():
+        same(answer, plain.answer([rows[row]])[0])
+    close(plain)
+    close(static)
 
 
 def test_layer_by_layer_logits_are_the_stock_forwards(family: tuple[VLM, dict[str, Path]]) -> None:

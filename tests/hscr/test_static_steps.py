@@ -1,0 +1,160 @@
+"""Decode steps of fixed shape: the plain steps' tokens whatever the shapes, the faster kind kept, and plain steps after any failure."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hscr.static_steps
+from hscr.decode import decode
+from hscr.model import VLM, encode_answer, encode_prompts
+from hscr.prefix import empty_cache
+from hscr.static_steps import StaticSteps, rounded_rows
+from hscr.trees import Prefixes
+from hscr.visual_tokens import Prompt, dropped
+from tests.hscr.tiny import picture
+
+QUESTIONS = ["Where is the lesion?", "Which plane?", "Is there a lesion in the left frontal lobe? yes no", "what"]
+Rows = list[tuple[Prompt, list[int], int, float, int]]
+
+
+class Captured:
+    """In a graph's place: the work itself, counted. A replay takes `seconds` of `clock`."""
+
+    def __init__(self, seconds: float = 0.0, fails_at: int = -1) -> None:
+        self.seconds, self.fails_at, self.shapes, self.replays, self.clock = seconds, fails_at, 0, 0, 0.0
+
+    def __call__(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.shapes += 1
+        compute()  # as a capture warms up
+
+        def replay() -> Tensor:
+            self.replays += 1
+            if self.replays == self.fails_at:
+                raise torch.OutOfMemoryError("no memory\nfor a graph")
+            self.clock += self.seconds
+            return compute()
+
+        return replay
+
+
+def rows_of(vlm: VLM, seed: int, n: int) -> Rows:
+    """Prompts whole and cut, several continuations of some, other limits, greedy and sampled."""
+    rng = random.Random(seed)
+    prompts = encode_prompts(vlm, [picture(i) for i in range(4)], QUESTIONS)
+    tail = encode_answer(vlm, QUESTIONS[0], "There is a large lesion in the left lobe.")[:-1]
+    pool = prompts + [dropped(p, 0.7, i, 0) for i, p in enumerate(prompts)]
+    return [
+        (rng.choice(pool), tail[: rng.randint(0, 8)], rng.randint(1, 12), rng.choice([0.0, 0.0, 1.0]), rng.randrange(9))
+        for _ in range(n)
+    ]
+
+
+def said(vlm: VLM, rows: Rows) -> list[list[int]]:
+    prompts, tails, limits, heats, seeds = (list(column) for column in zip(*rows, strict=True))
+    return decode(
+        vlm, prompts, tails, max_tokens=limits, temperature=heats, seeds=seeds, known=Prefixes()
+    )  # known: by trees
+
+
+def test_trees_and_rows_of_any_shape_say_the_same(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches one after another over one memory; buffers of few columns, so that batches outgrow them."""
+    monkeypatch.setattr(hscr.static_steps, "COLUMNS", 16)
+    monkeypatch.setattr(hscr.static_steps, "ROOM", 4)
+    batches = [rows_of(vlm, seed, n) for seed, n in enumerate((1, 9, 4, 7))]
+    plain = [said(vlm, rows) for rows in batches]
+    capture = Captured()
+    vlm.static_steps = StaticSteps(capture, samples=0)
+    assert [said(vlm, rows) for rows in batches] == plain
+    assert vlm.static_steps.off is None
+    assert capture.replays > 30
+    assert capture.shapes > 4
+    assert len({tuple(ids) for own in plain for ids in own}) > 12
+
+
+def test_a_shape_is_captured_once_whatever_batches_come(vlm: VLM) -> None:
+    capture = Captured()
+    vlm.static_steps = StaticSteps(capture, samples=0)
+    first = said(vlm, rows_of(vlm, 1, 3))
+    shapes = capture.shapes
+    assert said(vlm, rows_of(vlm, 1, 3)) == first
+    assert capture.shapes == shapes
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.009, True), (0.011, False)])
+def test_the_faster_step_is_kept(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, kept: bool
+) -> None:
+    """Two plain steps are timed, of 10 ms by the clock here, then two captured ones."""
+    caplog.set_level(logging.INFO, "hscr.static_steps")
+    prompts = encode_prompts(vlm, [picture(0), picture(1)], QUESTIONS[:2])
+    vlm.base.generation_config.eos_token_id = 399  # nobody ends, so there is one shape
+    plain = decode(vlm, prompts, max_tokens=12, known=Prefixes())
+    capture = Captured(seconds)
+    vlm.static_steps = StaticSteps(capture, samples=2)
+    stock = StaticSteps.logits
+
+    def slow(self: StaticSteps, plain: Callable[[], Tensor], *rest: Any) -> Tensor:
+        def ten_ms() -> Tensor:
+            capture.clock += 0.01
+            return plain()
+
+        return stock(self, ten_ms, *rest)
+
+    monkeypatch.setattr(StaticSteps, "logits", slow)
+    monkeypatch.setattr(hscr.static_steps, "time", SimpleNamespace(perf_counter=lambda: capture.clock))
+    assert decode(vlm, prompts, max_tokens=12, known=Prefixes()) == plain
+    assert capture.replays == (11 - 2 if kept else 2)  # the first token is the prompt's own pass
+    (choice,) = vlm.static_steps.choices
+    timed = {"plain_ms": pytest.approx(10), "captured_ms": pytest.approx(1000 * seconds)}
+    assert choice == {"rows": 2, "columns": 256, "new": 1, **timed}
+    assert caplog.messages[0].endswith("captured; captured" if kept else "captured; plain")
+
+
+def test_after_a_failure_the_plain_steps_go_on(vlm: VLM, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of a batch: what the failed step wrote is overwritten, and nothing is captured any more."""
+    rows = rows_of(vlm, 5, 6)
+    plain = said(vlm, rows)
+    capture = Captured(fails_at=4)
+    vlm.static_steps = StaticSteps(capture, samples=0)
+    assert said(vlm, rows) == plain
+    assert capture.replays == 4
+    assert vlm.static_steps.off == "OutOfMemoryError: no memory"
+    assert caplog.messages == [
+        "decode steps are not captured any more, the plain ones go on: OutOfMemoryError: no memory"
+    ]
+    assert said(vlm, rows) == plain
+    assert capture.replays == 4
+
+
+def test_the_memory_is_one_caches_at_a_time(vlm: VLM) -> None:
+    """While another cache lives in it a batch takes the plain steps, and afterwards the memory."""
+    rows = rows_of(vlm, 2, 3)
+    capture = Captured()
+    vlm.static_steps = StaticSteps(capture, samples=0)
+    other = empty_cache(vlm)
+    plain = said(vlm, rows)
+    replays = capture.replays
+    assert replays
+    vlm.static_steps._owner = hscr.static_steps.weakref.ref(other)
+    assert said(vlm, rows) == plain
+    assert capture.replays == replays
+    del other
+    assert said(vlm, rows) == plain
+    assert capture.replays == 2 * replays
+
+
+def test_a_cpu_takes_plain_steps(vlm: VLM) -> None:
+    said(vlm, rows_of(vlm, 2, 3))
+    assert vlm.static_steps is None
+
+
+def test_rows_are_rounded_by_hand() -> None:
+    assert [rounded_rows(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
