@@ -17,6 +17,8 @@ from hscr import __version__
 from hscr.adapter_folder import save_adapter
 from hscr.answer import Answerer
 from hscr.artifacts import atomic_write, file_digest, json_digest, verify_manifest, write_json
+from hscr.attention_choice import NAME as ATTENTION
+from hscr.attention_choice import SDPA, attention_events, check_attention
 from hscr.config import AlignConfig
 from hscr.costs import measured
 from hscr.data_set import DataSet, checked_preferences
@@ -70,6 +72,7 @@ def align(
     if stop_after not in (None, "generating"):
         raise ValueError("--stop-after: only `generating` can be looked at before the run goes on")
     check_scorable(evaluation_data.records if evaluation_data else ())
+    check_attention(vlm, config.optimization.attention)
     require_images(vlm, max(len(r.images) for d in (data, evaluation_data) if d for r in d.records))
     if parent is not None:
         config = with_parents_shape(config, parent)
@@ -220,13 +223,13 @@ def _optimizing(
     if not run.start(stage, inputs):  # what a run with other inputs left must not be taken up
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
         # The evaluation of an adapter that will be another: without --eval nothing would ever replace it.
-        for name in ("reference.json", "steps.jsonl", "evaluation.json", "predictions.jsonl"):
+        for name in ("reference.json", ATTENTION, "steps.jsonl", "evaluation.json", "predictions.jsonl"):
             (run.path / name).unlink(missing_ok=True)
     told(preferences.name)
     _put_on_adapter(vlm, config, parent)
     rate: Rate | None = None
     chosen: list[float] = []
-    tokens = config.optimization.token_budget
+    tokens, attention = config.optimization.token_budget, SDPA
     steps = run.path / "steps.jsonl"
     try:
         for step in optimize(
@@ -246,6 +249,9 @@ def _optimizing(
                 file.write(json.dumps({"step": step.step, **step.metrics}) + "\n")
             chosen.append(step.metrics["rewards/chosen"])
             yield Metrics(stage, step.step, step.metrics)
+            if step.attention != attention:
+                attention = step.attention
+                yield from attention_events(stage, attention)
             if step.token_budget < tokens:
                 yield out_of_memory("optimization", tokens := step.token_budget)
             yield rate.at(step.step)

@@ -130,6 +130,11 @@ class OptimizationConfig:
         default=False,
         metadata={"doc": "compute activations again in the backward pass: less memory, about a third more time"},
     )
+    attention: str = _choice(
+        "auto",
+        ("auto", "sdpa", "flex"),
+        "attention over answers: sdpa, or flex, which skips blocks that none sees (CUDA); auto times both at the run's start",
+    )
     lora_rank: int = _number(16, 1, 1024, "r (paper 16)")
     lora_alpha: int = _number(32, 1, 4096, "D: LoRA scale α")
     lora_targets: str = field(

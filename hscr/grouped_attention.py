@@ -11,9 +11,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from hscr.block_attention import attended
 
 NAME = "grouped_sdpa"
 
@@ -23,12 +26,14 @@ def grouped_sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, Q, d], key and value [B, G, K, d], mask [B, 1, Q, K] or none → [B, Q, H, d]."""
+    """query [B, H, Q, d], key and value [B, G, K, d], mask [B, 1, Q, K], blocks or none → [B, Q, H, d]."""
+    if isinstance(attention_mask, BlockMask):  # packed rows by blocks
+        return attended(query, key, value, attention_mask, scaling), None
     b, h, q, d = query.shape
     g, k = key.shape[1:3]
     mask_is_smaller = q < 2 * g * d  # Q·K numbers a head of a group, against 2·G·K·d

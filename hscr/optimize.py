@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hscr.artifacts import write_json
+from hscr.attention_choice import SDPA, Attention, Guarded, chosen
 from hscr.checkpoints import restore_checkpoint, save_checkpoint
 from hscr.config import OptimizationConfig
 from hscr.images import Images
@@ -34,14 +35,15 @@ _READ = {"sft": 0, "dpo": 1}  # levels that an objective reads, where not all: t
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimiser step: `step` of `total` (from 1), batch means of the metrics, the digest of a checkpoint written after it, and the
-    tokens that a forward may have: below `OptimizationConfig.token_budget` once the device ran out of memory."""
+    """One optimiser step: `step` of `total` (from 1), batch means of the metrics, the digest of a checkpoint written after it, the
+    tokens that a forward may have, below `OptimizationConfig.token_budget` once the device ran out of memory, and the attention taken."""
 
     step: int
     total: int
     metrics: dict[str, float]
     checkpoint: str | None
     token_budget: int
+    attention: Attention = SDPA
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,21 @@ def optimize(
     checkpoint_gradients(vlm, config.gradient_checkpointing)
     budget = TokenBudget(config.token_budget)
     # Before a checkpoint is restored: the policy may have begun as its own reference.
+    attention = SDPA
     if rank() == 0:
-        _keep_reference(vlm, items, open_image, config, budget, folder / "reference.json")
+
+        def scored(blocks: bool) -> None:
+            def first(tokens: int) -> None:
+                _scored_first(vlm, items[: config.batch_size], open_image, tokens, config, blocks)
+
+            # Flex may need more memory than there is; that must not halve what SDPA works with.
+            first(budget.tokens) if blocks else budget.within(first)
+
+        attention = chosen(vlm, config.attention, folder, len(items) * config.epochs, scored)
+        guard = Guarded(attention, folder)
+        guard(lambda: _keep_reference(vlm, items, open_image, config, budget, folder / "reference.json", guard))
+        attention = guard.attention
+    guard = Guarded(told(attention), folder if rank() == 0 else None)
     reference = [torch.tensor(row) for row in told(_kept(folder / "reference.json") if rank() == 0 else None)]
     plan = batch_plan(len(items), config.batch_size, config.epochs, seed)
     parameters = {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
@@ -112,7 +127,12 @@ def optimize(
             metrics: defaultdict[str, list[float]] = defaultdict(list)
             share = own_share(batch)
             for part, scored in answer_logprobs(
-                vlm, [items[i] for i in share], open_image, tokens, checkpointing=config.gradient_checkpointing
+                vlm,
+                [items[i] for i in share],
+                open_image,
+                tokens,
+                checkpointing=config.gradient_checkpointing,
+                blocks=guard.attention.blocks,
             ):
                 losses = []
                 for at, policy in zip(part, scored, strict=True):
@@ -124,7 +144,7 @@ def optimize(
                 (torch.stack(losses).sum() / len(batch)).backward()
             return metrics
 
-        shares = gathered(budget.within(gradients))
+        shares = gathered(guard(lambda gradients=gradients: budget.within(gradients)))  # type: ignore[misc]
         add_up(parameters.values())
         metrics = {name: [v for own in shares for v in own.get(name, ())] for own in shares for name in own}
         budget.tokens = min(gathered(budget.tokens))
@@ -142,7 +162,7 @@ def optimize(
         if stop or step % config.checkpoint_every == 0 or step == len(plan):
             state = {"step": step, "plan": plan, "token_budget": budget.tokens}
             digest = told(save_checkpoint(checkpoints, state, parameters, optimizer) if rank() == 0 else None)
-        yield TrainStep(step, len(plan), means, digest, budget.tokens)
+        yield TrainStep(step, len(plan), means, digest, budget.tokens, guard.attention)
         if stop:
             return
 
@@ -173,6 +193,7 @@ def answer_logprobs(
     budget: int,
     *,
     checkpointing: bool = False,
+    blocks: bool = False,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Summed log-probabilities [1 + J] of records' answers, one forward a batch of at most `budget` tokens.
 
@@ -183,7 +204,7 @@ def answer_logprobs(
     lengths = [len(p.input_ids) + sum(map(len, i.answers)) for p, i in zip(prompts, items, strict=True)]
     for part in budget_batches(lengths, budget):
         answers = [items[i].answers for i in part]
-        logits = answer_logits(vlm, [prompts[i] for i in part], answers, checkpointing=checkpointing)
+        logits = answer_logits(vlm, [prompts[i] for i in part], answers, checkpointing=checkpointing, blocks=blocks)
         yield (
             part,
             [
@@ -206,6 +227,7 @@ def _keep_reference(
     config: OptimizationConfig,
     budget: TokenBudget,
     path: Path,
+    guard: Guarded,
 ) -> None:
     """Write log π_sft of every answer, adapter off, to `path` unless it is there."""
     if not path.is_file():
@@ -216,10 +238,32 @@ def _keep_reference(
 
                 def scored(tokens: int, chunk: Sequence[Item] = chunk) -> dict[int, list[float]]:
                     batches = answer_logprobs(
-                        vlm, chunk, open_image, tokens, checkpointing=config.gradient_checkpointing
+                        vlm,
+                        chunk,
+                        open_image,
+                        tokens,
+                        checkpointing=config.gradient_checkpointing,
+                        blocks=guard.attention.blocks,
                     )
                     return {i: sums.tolist() for part, made in batches for i, sums in zip(part, made, strict=True)}
 
                 made = budget.within(scored)
                 rows += [made[i] for i in range(len(chunk))]
         write_json(path, rows)
+
+
+def _scored_first(
+    vlm: VLM,
+    items: Sequence[Item],
+    open_image: Callable[[VQARecord], Images],
+    tokens: int,
+    config: OptimizationConfig,
+    blocks: bool,
+) -> None:
+    """Forward and backward of the first records that share a pass; gradients are thrown away."""
+    batches = answer_logprobs(
+        vlm, items, open_image, tokens, checkpointing=config.gradient_checkpointing, blocks=blocks
+    )
+    _, sums = next(batches)
+    torch.stack([own.sum() for own in sums]).sum().backward()
+    vlm.model.zero_grad(set_to_none=True)

@@ -9,10 +9,12 @@ mask of answer × answer, for long ones. The language-model head runs on answer 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hscr.block_attention import BLOCK, segment_blocks
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
 from hscr.plain_decoder import decoder_without_gradients, logits_of
@@ -22,13 +24,20 @@ from hscr.visual_tokens import Prompt
 
 
 def answer_logits(
-    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]], *, checkpointing: bool = False
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[Sequence[int]]],
+    *,
+    checkpointing: bool = False,
+    blocks: bool = False,
 ) -> list[list[Tensor]]:
     """Logits that predict each answer's tokens, teacher-forced: for record b and its answer j a tensor [A_bj, V].
 
     `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights. Layers that checkpoint gradients take no
-    cache.
+    cache. `blocks`: packed, attention by blocks (hscr/block_attention.py).
     """
+    if blocks:
+        return packed_logits(vlm, prompts, answers, blocks=True)
     if checkpointing or not holds_trees(vlm):
         return packed_logits(vlm, prompts, answers)
     logits: list[list[Tensor]] = [[] for _ in prompts]
@@ -54,9 +63,9 @@ def _routes(
 
 
 def packed_logits(
-    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]
+    vlm: VLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]], *, blocks: bool = False
 ) -> list[list[Tensor]]:
-    """`answer_logits` by one packed row a record."""
+    """`answer_logits` by one packed row a record; with `blocks` attended by blocks, which a row of whole blocks needs."""
     rows = []
     for prompt, group in zip(prompts, answers, strict=True):
         n = len(prompt.input_ids)
@@ -73,6 +82,8 @@ def packed_logits(
             at += a
         rows.append((torch.cat(ids), torch.cat(positions, -1), torch.cat(segments), torch.cat(index)))
     width, kept = max(len(r[0]) for r in rows), max(len(r[3]) for r in rows)
+    if blocks:
+        width = -(-width // BLOCK) * BLOCK
 
     def padded(column: int, size: int, value: int) -> Tensor:
         """[B, size], or [3, B, size] for a column of three axes."""
@@ -82,10 +93,12 @@ def packed_logits(
         return out.to(vlm.device)
 
     input_ids, position_ids = padded(0, width, vlm.eos_id), padded(1, width, 0)
+    whose = padded(2, width, -1)
+    mask: Any = segment_blocks(whose) if blocks else attention(vlm, tree_mask(whose), input_ids, position_ids)
     logits = vlm.model(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=attention(vlm, tree_mask(padded(2, width, -1)), input_ids, position_ids),
+        attention_mask=mask,
         use_cache=False,
         logits_to_keep=padded(3, kept, 0),
         **image_inputs(vlm, prompts),

@@ -73,7 +73,7 @@ class _StaticLora:
 
 
 class StaticStep:
-    """A step of q columns a row over the buffers of a cache: its inputs lie in tensors that stay, so `compute` is the same work each time."""
+    """A step of q columns a row over a cache's buffers: its inputs lie in tensors that stay, so `compute` is the same work each time."""
 
     def __init__(
         self, decoder: PlainDecoder, buffers: Sequence[tuple[Tensor, Tensor]], positions: Tensor, lora: LoraRows | None
