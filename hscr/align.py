@@ -37,6 +37,7 @@ from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
 from hscr.shard import batch_lengths, batches_made, generation_inputs, part_inputs
 from hscr.similarity import load_similarity
+from hscr.static_steps import captured_events
 from hscr.token_budget import TokenBudget, out_of_memory
 
 
@@ -167,6 +168,7 @@ def _generating(
             yield rate.at(position)
             if should_stop():
                 raise Stopped(stage)
+    yield from captured_events(vlm, stage)
     partial.rename(final)
     run.finish(stage, [final.name])
     records = list(read_preferences(final))

@@ -19,7 +19,7 @@ import torch
 
 from hscr.artifacts import write_json
 from hscr.block_attention import why_not
-from hscr.events import Event, Metrics, Warning_
+from hscr.events import Event, Metrics, Warning_, first_line
 from hscr.model import VLM
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def _measured(work: Callable[[bool], object]) -> Attention:
     try:
         flex = _ms(work, True)
     except Exception as error:  # no compiler, no kernel for this shape, out of memory: the other way works
-        return Attention("sdpa", sdpa, why=_told(error))
+        return Attention("sdpa", sdpa, why=first_line(error))
     log.info("attention: %.1f ms with SDPA, %.1f ms with flex_attention", sdpa, flex)
     return Attention("flex" if flex < sdpa else "sdpa", sdpa, flex)
 
@@ -127,14 +127,8 @@ class Guarded:
         except Exception as error:
             if not self.attention.blocks:
                 raise
-            self.attention = Attention("sdpa", self.attention.sdpa_ms, self.attention.flex_ms, _told(error))
+            self.attention = Attention("sdpa", self.attention.sdpa_ms, self.attention.flex_ms, first_line(error))
         log.warning("flex_attention failed, going on with SDPA: %s", self.attention.why)
         if self._folder is not None:  # the first process of several keeps it
             write_json(self._folder / NAME, asdict(self.attention))
         return run()
-
-
-def _told(error: Exception) -> str:
-    """Kind and first line of an error, without paths: it is stored and shown."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:200] if "/" not in first else type(error).__name__

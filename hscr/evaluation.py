@@ -24,6 +24,7 @@ from hscr.model import VLM, require_images
 from hscr.predictions import read_predictions
 from hscr.run_dir import PartialFile, RunDir
 from hscr.scoring import check_scorable
+from hscr.static_steps import captured_events
 from hscr.tables import summarize
 
 WEIGHTS = "adapter_model.safetensors"
@@ -130,6 +131,7 @@ def evaluation_run(
         yield rate.at(done)
         if should_stop():
             raise Stopped(stage)
+    yield from captured_events(answerer.vlm, stage)
     partial.rename(run.path / "predictions.jsonl")
     predictions = read_predictions(run.path / "predictions.jsonl")
     write_json(run.path / "evaluation.json", summarize(predictions, config.evaluation))

@@ -84,6 +84,12 @@ class Error:
 Event = Stage | Progress | Metrics | Checkpoint | Part | Warning_ | Result | Error
 
 
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error, for an event's message; the kind alone where that names a file."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:200] if first and "/" not in first else type(error).__name__
+
+
 def to_line(event: Event) -> str:
     """One JSON line, `type` first: stage, progress, metrics, checkpoint, part, warning, result or error."""
     kind = type(event).__name__.rstrip("_").lower()

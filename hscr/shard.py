@@ -23,6 +23,7 @@ from hscr.preferences import generate
 from hscr.records import PreferenceRecord
 from hscr.run_dir import PartialFile, RunDir
 from hscr.similarity import Similarity, load_similarity
+from hscr.static_steps import captured_events
 from hscr.token_budget import TokenBudget, out_of_memory
 
 STAGE = "generating"
@@ -110,6 +111,7 @@ def generate_shard(
                 yield rate.at(position - start)
                 if position < stop and should_stop():
                     raise Stopped(STAGE)
+        yield from captured_events(vlm, STAGE)
         digest = file_digest(partial.path)
         partial.rename(out if out is not None else folder / part_name(inputs, start, stop, digest))
         shutil.rmtree(scratch.path)

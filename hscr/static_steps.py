@@ -13,7 +13,7 @@ import statistics
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hscr.events import Event, Metrics, Warning_, first_line
 from hscr.lora_rows import LoraRows, Ranks
 from hscr.prefix import GrowingLayer, joinable
 
 if TYPE_CHECKING:
+    from hscr.model import VLM
     from hscr.plain_decoder import PlainDecoder
 
 log = logging.getLogger("hscr.static_steps")
@@ -177,7 +179,7 @@ class StaticSteps:
             else:
                 logits = shape.replay()
         except Exception as error:  # out of memory too: the plain step needs less
-            self.off = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            self.off = first_line(error)
             log.warning("decode steps are not captured any more, the plain ones go on: %s", self.off)
             self._shapes.clear()
             self._memory = []
@@ -263,6 +265,24 @@ class StaticSteps:
             "a decode step of %d × %d new columns over %d: %.2f ms plain, %.2f ms captured; %s",
             *(size[0], q, size[1], plain, captured, "plain" if shape.dropped else "captured"),
         )
+
+
+def captured_events(vlm: VLM, stage: str) -> Iterator[Event]:
+    """What a stage that is over tells of its captured steps: medians over shapes; their memory is given back."""
+    steps, vlm.static_steps = vlm.static_steps, None
+    if steps is None:
+        return
+    if steps.choices:
+        plain, captured = ([c[name] for c in steps.choices] for name in ("plain_ms", "captured_ms"))
+        values = {
+            "decode/shapes": float(len(plain)),
+            "decode/shapes_captured": float(sum(c < p for p, c in zip(plain, captured, strict=True))),
+            "decode/plain_ms": statistics.median(plain),
+            "decode/captured_ms": statistics.median(captured),
+        }
+        yield Metrics(stage, 0, values)
+    if steps.off is not None:
+        yield Warning_("cuda_graphs", f"decode steps went on without CUDA graphs: {steps.off}")
 
 
 def rounded_rows(n: int) -> int:

@@ -16,7 +16,7 @@ import hscr.static_steps
 from hscr.decode import decode
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.prefix import empty_cache
-from hscr.static_steps import StaticSteps, rounded_rows
+from hscr.static_steps import StaticSteps, captured_events, rounded_rows
 from hscr.trees import Prefixes
 from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture
@@ -153,6 +153,22 @@ def test_the_memory_is_one_caches_at_a_time(vlm: VLM) -> None:
 
 def test_a_cpu_takes_plain_steps(vlm: VLM) -> None:
     said(vlm, rows_of(vlm, 2, 3))
+    assert vlm.static_steps is None
+
+
+def test_a_stage_tells_what_its_steps_took_and_gives_their_memory_back(vlm: VLM) -> None:
+    assert list(captured_events(vlm, "generating")) == []
+    steps = vlm.static_steps = StaticSteps(Captured())
+    steps.choices = [{"plain_ms": p, "captured_ms": c} for p, c in ((8.0, 5.0), (4.0, 6.0), (9.0, 7.0))]
+    steps.off = "RuntimeError: capture"
+    metrics, warning = captured_events(vlm, "generating")
+    assert metrics.values == {  # type: ignore[union-attr]
+        "decode/shapes": 3,
+        "decode/shapes_captured": 2,
+        "decode/plain_ms": 8.0,
+        "decode/captured_ms": 6.0,
+    }
+    assert warning.message == "decode steps went on without CUDA graphs: RuntimeError: capture"  # type: ignore[union-attr]
     assert vlm.static_steps is None
 
 
