@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from hscr.answer import AnswerBatch, Answerer
     from hscr.chat import Turn
+    from hscr.model import VLM
     from hscr.running import Row
 
 log = logging.getLogger("hscr.engine")
@@ -89,7 +90,6 @@ class LocalEngine:
     def load(self) -> None:
         import torch
 
-        from hscr.answer import AnswerBatch, Answerer
         from hscr.model import load_model
 
         torch.set_num_threads(self.settings.engine_threads)
@@ -98,12 +98,18 @@ class LocalEngine:
         vlm = load_model(
             s.model_path, dtype=s.dtype, device=s.device, revision=s.model_revision, feature_cache=features
         )
-        self._answerer = Answerer(vlm, prefix_cache_bytes=s.prefix_cache_max_bytes)
+        self.use(vlm)
+        log.info("model %s loaded, digest %s", s.model_id, vlm.digest)
+
+    def use(self, vlm: VLM) -> None:
+        """Answer by this model; a part of `load`."""
+        from hscr.answer import AnswerBatch, Answerer
+
+        self._answerer = Answerer(vlm, prefix_cache_bytes=self.settings.prefix_cache_max_bytes)
         self._batch = AnswerBatch(self._answerer)
-        self.joins = s.scheduling == "continuous" and self._batch.joins
+        self.joins = self.settings.scheduling == "continuous" and self._batch.joins
         self.model_digest = vlm.digest
         self.several_images = vlm.family.several_images
-        log.info("model %s loaded, digest %s", s.model_id, vlm.digest)
 
     def unload(self) -> None:
         """Free the device; nothing runs. `load` brings everything back but the adapters, which come when they are asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 import hscr.preferences
 import hscr.replacement
-from benchmarks import bench_generate, bench_optimize, bench_serving
+from benchmarks import bench_generate, bench_gpu, bench_optimize, bench_serving, gpu_serving
+from benchmarks.gpu_tables import markdown
 from benchmarks.llava import Shape, save_data, save_llava
 from hscr.answer import Answerer, AnswerRequest
 from hscr.model import load_model
@@ -76,3 +78,68 @@ def test_what_is_served_is_what_generate_says(folder: Path) -> None:
 def test_mixed_adapters_say_the_same_in_one_forward(folder: Path) -> None:
     rows = bench_serving.mixed(folder, folder / "model", 1)  # asserts it
     assert [row["way"] for row in rows] == ["one forward", "one a distinct adapter", "all on the base"]
+
+
+def test_serving_in_process_answers_every_cell(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole batches and questions that join, adapters among them; what stock `generate` takes stands beside."""
+    monkeypatch.setattr(gpu_serving, "lengths", lambda n: [2 + i % 3 for i in range(n)])
+    rows: list[dict[str, Any]] = []
+    over: list[str] = []
+
+    def load() -> Any:
+        return load_model(folder / "model", device="cpu")
+
+    gpu_serving.serving(
+        load, folder / "served", 600, rows.append, lambda mode, _: over.append(mode), clients=(1, 3), each=1
+    )
+    cells = ["new", "known", "new", "known", "six questions on one", "known, base", "known, base and 4 adapters"]
+    assert [row["images"] for row in rows] == ["new", *cells, *cells]
+    assert over == ["whole batches", "joining"]
+    assert [row["answers"] for row in rows] == [4, *2 * [4, 4, 4, 4, 12, 4, 4]]
+    assert {row["cut"] for row in rows} == {""}
+    assert rows[0]["× generate"] == 1
+    joining = [row for row in rows if row["method"] == "joining"]
+    assert all(0 < row["first token p50 ms"] < row["answer p50 ms"] for row in joining)
+
+
+def test_a_cell_without_time_says_that_it_was_cut(folder: Path) -> None:
+    vlm = load_model(folder / "model", device="cpu")
+    asked = gpu_serving.questions(gpu_serving.pictures(3, 1), 0)
+    with gpu_serving.Served(vlm, "joining", 0) as served:
+        row = served.closed(asked, 2, 0.0).row("joining", "new", 2, None)
+    assert (row["answers"], row["cut"]) == (0, "of 3")
+    cell = gpu_serving.generated(vlm, gpu_serving.pictures(4, 1), 0.0)
+    assert (len(cell.answered), cell.asked) == (1, 4)
+
+
+def test_the_docs_table_says_what_is_missing() -> None:
+    found = {
+        "name": "7b",
+        "machine": "a GPU",
+        "tables": {"attention": [{"SDPA ms": 12.345, "flex ms": float("nan"), "why": "no compiler"}], "serving": []},
+        "missing": {"peers": "no time left"},
+    }
+    assert markdown(found) == (
+        "7b\na GPU\n\n**attention**\n\n| SDPA ms | flex ms | why |\n| --- | --- | --- |\n| 12.3 |  | no compiler |\n\n"
+        "peers: no time left\n"
+    )
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore")  # TRL's and transformers' about each other
+def test_the_gpu_bench_in_a_small_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part on a CPU: what only a GPU has is named as missing, and a part without time too."""
+    monkeypatch.chdir(tmp_path)
+    told = tmp_path / "told.json"
+    monkeypatch.setattr("sys.argv", ["bench_gpu", "--shape", "small", "--records", "4", "--json", str(told)])
+    bench_gpu.main()
+    found = json.loads(told.read_text())
+    assert [len(rows) for rows in found["tables"].values()] == [7, 15]
+    assert list(found["missing"]) == ["attention"]
+    monkeypatch.setattr(
+        "sys.argv", ["bench_gpu", "--shape", "small", "--records", "4", "--seconds", "0", "--json", str(told)]
+    )
+    bench_gpu.main()
+    found = json.loads(told.read_text())
+    assert found["tables"] == {}
+    assert found["missing"] == dict.fromkeys(bench_gpu.PARTS, "no time left")
