@@ -342,6 +342,7 @@ def _reporting(run: RunDir, data: DataSet, evaluation_data: DataSet | None) -> I
         "preferences.jsonl",
         "reviewed.jsonl",
         "steps.jsonl",
+        ATTENTION,
         "predictions.jsonl",
         "evaluation.json",
         "plan.json",

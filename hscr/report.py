@@ -115,7 +115,7 @@ def write_report(
         "data": {"repeats": _json(run / "repeats.json")},
         "preferences": _preferences(preferences),
         "distributions": distributions(preferences),
-        "training": _training(steps),
+        "training": {**_training(steps), "attention": _json(run / "attention.json")},
         "costs": costs(run),
         "evaluation": evaluation,
         "examples": [{k: v for k, v in e.items() if k != "record"} for e in examples],

@@ -106,7 +106,7 @@ def test_a_cell_without_time_says_that_it_was_cut(folder: Path) -> None:
     vlm = load_model(folder / "model", device="cpu")
     asked = gpu_serving.questions(gpu_serving.pictures(3, 1), 0)
     with gpu_serving.Served(vlm, "joining", 0) as served:
-        row = served.closed(asked, 2, 0.0).row("joining", "new", 2, None)
+        row = served.closed(asked, 2, 0.0).row("joining", "new", 2, gpu_serving.Cell(1.0, [1.0]))
     assert (row["answers"], row["cut"]) == (0, "of 3")
     cell = gpu_serving.generated(vlm, gpu_serving.pictures(4, 1), 0.0)
     assert (len(cell.answered), cell.asked) == (1, 4)
