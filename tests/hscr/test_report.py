@@ -171,19 +171,17 @@ def test_no_label_leaves_its_figure(draw: Callable[[], list[str]], monkeypatch: 
 
 
 def test_the_attention_that_was_chosen_stands_with_what_the_run_took(tmp_path: Path) -> None:
-    def page(folder: Path, attention: dict[str, Any] | None) -> str:
-        made(folder, [preference(0)], [0.1] * 2, evaluated=False)
-        (folder / "costs.json").write_text('{"optimizing": {"units": 2, "seconds": 1.0, "bytes": 0}}')
-        if attention is not None:
-            (folder / "attention.json").write_text(json.dumps(attention))
-        write_report(folder, [preference(0).record], lambda r: Image.new("RGB", (8, 8)))
-        assert json.loads((folder / "report.json").read_text())["training"]["attention"] == attention
-        return (folder / "report.html").read_text()
+    run = tmp_path / "run"
+    assert "Attention in training" not in made(run, [preference(0)], [0.1] * 2, evaluated=False)
+    (run / "costs.json").write_text('{"optimizing": {"units": 2, "seconds": 1.0, "bytes": 0}}')
 
-    assert "Attention in training" not in page(tmp_path / "cpu", None)
-    timed = {"kind": "flex", "sdpa_ms": 41.27, "flex_ms": 30.0, "why": None}
-    assert "flex (timed on the first records: SDPA 41.3 ms, flex_attention 30.0 ms)." in page(tmp_path / "timed", timed)
-    failed = {"kind": "sdpa", "sdpa_ms": 41.27, "flex_ms": None, "why": "RuntimeError: <no> compiler"}
-    assert "sdpa (timed on the first records: SDPA 41.3 ms): RuntimeError: &lt;no&gt; compiler." in page(
-        tmp_path / "failed", failed
-    )
+    def page(attention: dict[str, Any]) -> str:
+        (run / "attention.json").write_text(json.dumps(attention))
+        write_report(run, [preference(0).record], lambda r: Image.new("RGB", (8, 8)))
+        assert json.loads((run / "report.json").read_text())["training"]["attention"] == attention
+        return (run / "report.html").read_text()
+
+    timed = page({"kind": "flex", "sdpa_ms": 41.27, "flex_ms": 30.0, "why": None})
+    assert "flex (timed on the first records: SDPA 41.3 ms, flex_attention 30.0 ms)." in timed
+    failed = page({"kind": "sdpa", "sdpa_ms": 41.27, "flex_ms": None, "why": "RuntimeError: <no> compiler"})
+    assert "sdpa (timed on the first records: SDPA 41.3 ms): RuntimeError: &lt;no&gt; compiler." in failed
