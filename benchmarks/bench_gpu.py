@@ -230,7 +230,7 @@ class Bench:
             finally:
                 self.model = trainer.model.unload()
                 self.model.requires_grad_(False).eval()
-                self.model.gradient_checkpointing_disable()
+                self.model.activation_checkpointing_disable()
                 del trainer
 
     def generate(self, seconds: float) -> None:

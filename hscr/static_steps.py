@@ -231,7 +231,11 @@ class StaticSteps:
             return True
         if like[0].device.type == "cuda":
             n_bytes = sum(n * t.element_size() for n, t in zip(needed, like, strict=True))
-            if n_bytes > torch.cuda.mem_get_info(like[0].device)[0] / 4:
+            where = like[0].device
+            idle = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(
+                where
+            )  # kept by torch, used by nobody
+            if n_bytes > (torch.cuda.mem_get_info(where)[0] + idle) / 4:
                 return False
         for shape in self._shapes.values():  # their graphs are of the old memory
             shape.step = shape.replay = None

@@ -139,6 +139,8 @@ def test_steps_of_fixed_shape_answer_as_plain_ones(family: tuple[VLM, dict[str, 
     assert static.decoder.steps.off is None
     assert len(set(replayed)) > 2  # sizes of steps
     assert max(replayed) > 3
+    sides = {id(shape.side) for shape in static.decoder.steps._shapes.values() if shape.side is not None}
+    assert len(sides) == 1  # what lies beside each other no more is not kept
     for row, answer in got.items():
         same(answer, plain.answer([rows[row]])[0])
     close(plain)

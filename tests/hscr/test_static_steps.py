@@ -80,12 +80,26 @@ def test_trees_and_rows_of_any_shape_say_the_same(vlm: VLM, monkeypatch: pytest.
 
 
 def test_a_shape_is_captured_once_whatever_batches_come(vlm: VLM) -> None:
+    """And whatever the last one left in the memory: an answer that overflowed must not reach another."""
     capture = Captured()
     vlm.static_steps = StaticSteps(capture, samples=0)
     first = said(vlm, rows_of(vlm, 1, 3))
     shapes = capture.shapes
+    for keys, values in vlm.static_steps._memory:
+        keys.fill_(torch.nan), values.fill_(torch.nan)
     assert said(vlm, rows_of(vlm, 1, 3)) == first
     assert capture.shapes == shapes
+
+
+def test_few_shapes_are_kept_and_rows_that_nobody_has_see_themselves(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hscr.static_steps, "MOST", 2)
+    vlm.static_steps = StaticSteps(Captured(), samples=0)
+    said(vlm, rows_of(vlm, 1, 9))
+    shapes = list(vlm.static_steps._shapes.values())
+    assert len(shapes) == 2
+    for shape in shapes:
+        assert shape.step is not None
+        assert (shape.step.mask.amax(-1) == 0).all()
 
 
 @pytest.mark.parametrize(("seconds", "kept"), [(0.009, True), (0.011, False)])
