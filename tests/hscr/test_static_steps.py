@@ -15,7 +15,7 @@ from torch import Tensor
 import hscr.static_steps
 from hscr.decode import decode
 from hscr.model import VLM, encode_answer, encode_prompts
-from hscr.prefix import empty_cache
+from hscr.prefix import GrowingLayer, empty_cache
 from hscr.static_steps import StaticSteps, captured_events, rounded_rows
 from hscr.trees import Prefixes
 from hscr.visual_tokens import Prompt, dropped
@@ -91,6 +91,17 @@ def test_a_shape_is_captured_once_whatever_batches_come(vlm: VLM) -> None:
     assert capture.shapes == shapes
 
 
+def test_steps_move_with_the_memory_when_it_grows(vlm: VLM) -> None:
+    small, large = rows_of(vlm, 1, 3), rows_of(vlm, 1, 9)
+    plain = said(vlm, small)
+    vlm.static_steps = StaticSteps(Captured(), samples=0)
+    assert said(vlm, small) == plain
+    before = vlm.static_steps._memory[0][0].numel()
+    said(vlm, large)
+    assert vlm.static_steps._memory[0][0].numel() > before
+    assert said(vlm, small) == plain
+
+
 def test_few_shapes_are_kept_and_rows_that_nobody_has_see_themselves(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hscr.static_steps, "MOST", 2)
     vlm.static_steps = StaticSteps(Captured(), samples=0)
@@ -163,6 +174,18 @@ def test_the_memory_is_one_caches_at_a_time(vlm: VLM) -> None:
     del other
     assert said(vlm, rows) == plain
     assert capture.replays == 2 * replays
+
+
+def test_what_is_held_moves_within_one_memory(vlm: VLM) -> None:
+    """From 2 rows of 8 columns to 3 of 12 over the same numbers."""
+    layer, memory = GrowingLayer(), torch.zeros(2, 3 * 2 * 12 * 4)
+    states = torch.randn(2, 2, 5, 4)
+    with torch.no_grad():
+        layer.update(states, 2 * states)
+    for rows, columns in ((2, 8), (3, 12)):
+        layer.lie_in([t[: rows * 2 * columns * 4].view(rows, 2, columns, 4) for t in memory])
+        assert torch.equal(torch.as_tensor(layer.keys), states)
+        assert torch.equal(torch.as_tensor(layer.values), 2 * states)
 
 
 def test_a_cpu_takes_plain_steps(vlm: VLM) -> None:
