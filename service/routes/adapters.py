@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Path, Query, Response, UploadFile
+from fastapi import File, Path, Query, Response, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import bindparam, select
@@ -20,10 +20,11 @@ from starlette.background import BackgroundTask
 from service import adapter_upload, adapters, aliases, artifact_store, audit
 from service.models import Adapter, AdapterVersion, Alias, VersionTag
 from service.pages import After, Limit, Page, page
+from service.routing import Router
 from service.state import Service, Who
 from service.written import written
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = Router(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
 AliasName = Annotated[str, Path(pattern=adapters.NAME, examples=["champion"])]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Response
+from fastapi import Body, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
@@ -15,9 +15,10 @@ from service.pages import AfterNumber, Limit, Page, page
 from service.routes.adapters import AliasName, AliasView, Name, alias_view
 from service.routes.evaluate import check_served, evaluation_config
 from service.routes.gates import GateRequest, GateView, Reason, gate_view
+from service.routing import Router
 from service.state import Service, Who
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = Router(prefix="/adapters", tags=["adapters"])
 
 
 class AliasRequest(BaseModel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
+from fastapi import Body, Header, Path, Query, Request, Response
 from sqlalchemy import Text, cast, select
 from sqlalchemy.orm import Session
 
@@ -30,9 +30,10 @@ from service.routes.fine_tuning_view import (
 )
 from service.routes.job_requests import ask
 from service.routes.jobs import job_view
+from service.routing import Router
 from service.state import Service, Who
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"], responses=openai_errors.RESPONSES)
+router = Router(prefix="/v1/fine_tuning/jobs", tags=["openai"], responses=openai_errors.RESPONSES)
 JobId = Annotated[str, Path(max_length=40, pattern=ID, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
 Limit = Annotated[int, Query(ge=1, le=100)]
 _CURSOR = re.compile(r"^ft(?:event|ckpt)_(job_[0-9a-f]{28})_([0-9]{1,15})$")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
@@ -13,9 +12,10 @@ from service import adapters, gates
 from service.models import Gate, Job
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import AliasName, Name
+from service.routing import Router
 from service.state import Service
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = Router(prefix="/adapters", tags=["adapters"])
 Metric = Literal[
     "open/strict", "open/llava_med", "open/grounded_words", "closed/strict", "closed/llava_med",
     "caption/bleu", "caption/rouge_l",

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Response
+from fastapi import Header, Path, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import Select, bindparam, select
@@ -22,10 +22,11 @@ from service.event_stream import TYPE, event_stream
 from service.models import AdapterVersion, Job
 from service.outlook import Ahead, Outlook
 from service.pages import After, AfterNumber, Limit, Page, page
+from service.routing import Router
 from service.state import Service, State
 from service.written import written
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = Router(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(max_length=40, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
 Status = Literal["queued", "running", "paused", "awaiting_review", "succeeded", "failed", "cancelled"]
 HEARTBEAT_S = 15.0

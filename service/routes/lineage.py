@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field
 
 from service import adapters, aliases, datasets, lineage
@@ -15,9 +15,10 @@ from service.pages import After, Limit, Page, page
 from service.routes.adapters import Name, Number
 from service.routes.datasets import DatasetId
 from service.routes.jobs import VersionRef
+from service.routing import Router
 from service.state import Service
 
-router = APIRouter(tags=["lineage"])
+router = Router(tags=["lineage"])
 Use = Literal["alignment", "evaluation"]
 AfterVersion = Annotated[
     str | None,
