@@ -301,7 +301,7 @@ def get(session: Session, job_id: str) -> Job:
     """The job as it is now. Raises Problem."""
     job = session.get(Job, job_id, populate_existing=True)
     if job is None:
-        raise _not_found()
+        raise not_found()
     return job
 
 
@@ -309,11 +309,11 @@ def look(session: Session, job_id: str) -> JobRow:
     """The job's columns as they are now, for who only reads. Raises Problem."""
     row = session.execute(_JOB, {"job_id": job_id}).one_or_none()
     if row is None:
-        raise _not_found()
+        raise not_found()
     return row
 
 
-def _not_found() -> Problem:
+def not_found() -> Problem:
     return Problem("job_not_found", "No job has this id; GET /jobs lists them.")
 
 

@@ -20,7 +20,7 @@ from service.keys import Caller
 from service.routes.datasets import RepeatsView
 from service.routes.evaluate import Metadata, check_served, evaluation_config
 from service.routes.gates import GateRequest, Reason
-from service.routes.jobs import JobView, job_view
+from service.routes.job_view import JobView, job_view
 from service.routing import Router
 from service.state import Service, State, Who
 

@@ -16,7 +16,7 @@ from service.idempotency import once
 from service.models import AdapterVersion
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import Name, Number
-from service.routes.jobs import JobView, job_view
+from service.routes.job_view import JobView, job_view
 from service.routing import Router
 from service.state import Service, State, Who
 

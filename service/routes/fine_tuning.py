@@ -29,7 +29,7 @@ from service.routes.fine_tuning_view import (
     tuning_view,
 )
 from service.routes.job_requests import ask
-from service.routes.jobs import job_view
+from service.routes.job_view import job_view
 from service.routing import Router
 from service.state import Service, Who
 

@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 from service import audit, job_requests, retention
 from service.keys import Caller
 from service.models import Job
-from service.routes.jobs import JobId, JobView, job_view
+from service.routes.job_view import JobView, job_view
+from service.routes.jobs import JobId
 from service.routing import Router
 from service.state import Service, State, Who
 

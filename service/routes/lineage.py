@@ -14,7 +14,7 @@ from service.models import AdapterVersion, Dataset, Job
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import Name, Number
 from service.routes.datasets import DatasetId
-from service.routes.jobs import VersionRef
+from service.routes.job_view import VersionRef
 from service.routing import Router
 from service.state import Service
 
