@@ -89,6 +89,11 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         docs_url=None,
         redoc_url=None,
         responses=problems.RESPONSES,
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+        },  # service/tracing.py and service/metrics.py say what may be said
     )
     app.state.hscr = state
     problems.install(app)
