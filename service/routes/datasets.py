@@ -108,7 +108,7 @@ def upload(
 ) -> DatasetDetail:
     """201 with counts, the rejected rows and the repeated ones.
 
-    The same content under the same name is the same version: 200 with what is there.
+    The same content under the same name is the same version: 200 with what is there, and what was rejected and repeated in this file.
     """
     reading = Reading(format, split, tuple(languages.split(",")))
     dataset, new = take(state, who, file, name, reading)
