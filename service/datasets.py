@@ -85,7 +85,8 @@ def import_upload(
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register a zip, parquet, JSONL or JSON file; the data set and whether it is new. Raises Problem.
 
-    Equal content under one name is not new: what is told of the file (rejected rows, repeats, pictures) is this one's, not the first one's. Files of images are cleaned on the way (hscr/clean_image.py). `store`: where it is kept;
+    Equal content under one name is not new: what is told of the file (rejected rows, repeats, pictures) is this one's, not the first one's.
+    Files of images are cleaned on the way (hscr/clean_image.py). `store`: where it is kept;
     `key`: what UIDs are remapped under; the data folder's own where None.
     """
     key = key or of_folder(data_dir)

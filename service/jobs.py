@@ -322,6 +322,10 @@ def count(session: Session, owner: str, statuses: Sequence[str]) -> int:
     return session.scalar(select(func.count()).where(Job.owner == owner, Job.status.in_(statuses))) or 0
 
 
+def statuses(session: Session, job_ids: Sequence[str]) -> dict[str, str]:
+    return {row.id: row.status for row in session.execute(select(Job.id, Job.status).where(Job.id.in_(job_ids)))}
+
+
 def events_after(session: Session, job_id: str, seq: int, limit: int) -> Sequence[EventRow]:
     return session.execute(_EVENTS, {"job_id": job_id, "seq": seq, "most": limit}).all()
 

@@ -55,8 +55,8 @@ class Outlook:
             return Ahead(remaining_s=_rounded(self._left(job)))
         if job.status != "queued":
             return Ahead()
-        position = self._position(job)
         before = [other for other in self._queued if (other.queued_at, other.id) < (job.queued_at, job.id)]
+        position = 1 + len(before) if len(self._queued) < AHEAD_MAX else self._position(job)
         wait, own = self._wait(before) if position - 1 == len(before) else None, self._whole(job)
         return Ahead(position, _rounded(wait), _rounded(None if wait is None or own is None else wait + own))
 

@@ -9,7 +9,7 @@ from fastapi import Body, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
-from service import adapters, aliases, gates, job_requests
+from service import adapters, aliases, gates, job_requests, jobs
 from service.models import AliasMove
 from service.pages import AfterNumber, Limit, Page, page
 from service.routes.adapters import AliasName, AliasView, Name, alias_view
@@ -81,7 +81,7 @@ def move(
         )
         response.status_code = 202
         response.headers["Location"] = f"/jobs/{gate.job_id}"
-        return gate_view(session, gate)
+        return gate_view(gate, jobs.statuses(session, [gate.job_id])[gate.job_id])
 
 
 @router.post("/{name}/aliases/{alias}/rollback", summary="Undo an alias's last move")

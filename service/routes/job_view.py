@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
-from sqlalchemy import bindparam, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service import datasets, jobs
@@ -123,13 +124,18 @@ class JobView(BaseModel):
     deleted_at: datetime | None = None
 
 
-def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobView:
+def job_view(session: Session, job: Job) -> JobView:
     """The public form of a job in somebody's transaction. Also the body that POST /align stores for replays."""
-    ahead = Ahead() if job.status in jobs.ENDED else (outlook or Outlook(session)).of(job)
-    made = None
-    if job.status == "succeeded" and job.kind == "align":
-        found = session.scalar(_MADE_BY, {"job_id": job.id})
-        made = VersionRef(name=found.adapter_name, version=found.version, digest=found.digest) if found else None
+    return job_views(session, [job])[0]
+
+
+def job_views(session: Session, rows: Sequence[Job]) -> list[JobView]:
+    outlook, made = Outlook(session), _made_by(session, rows)
+    return [_job_view(session, row, outlook, made.get(row.id)) for row in rows]
+
+
+def _job_view(session: Session, job: Job, outlook: Outlook, made: VersionRef | None) -> JobView:
+    ahead = Ahead() if job.status in jobs.ENDED else outlook.of(job)
     tested = job.evaluation_dataset_id
     digests = (
         datasets.facts(session, job.dataset_id).digest,
@@ -138,7 +144,11 @@ def job_view(session: Session, job: Job, outlook: Outlook | None = None) -> JobV
     return view(job, ahead, made, digests)
 
 
-_MADE_BY = select(AdapterVersion).where(AdapterVersion.job_id == bindparam("job_id"))
+def _made_by(session: Session, rows: Sequence[Job]) -> dict[str, VersionRef]:
+    """The versions that these jobs made, by job: a job makes one when it succeeds, not before."""
+    ids = [job.id for job in rows if job.status == "succeeded" and job.kind == "align"]
+    found = session.scalars(select(AdapterVersion).where(AdapterVersion.job_id.in_(ids))) if ids else ()
+    return {str(v.job_id): VersionRef(name=v.adapter_name, version=v.version, digest=v.digest) for v in found}
 
 
 def view(job: jobs.JobRow, ahead: Ahead, made: VersionRef | None, digests: tuple[str, str | None]) -> JobView:
