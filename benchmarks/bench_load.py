@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -224,6 +225,7 @@ async def measure(
         "rate": len(late) / seconds,
         "unanswered": unanswered,
         "not_200": sum(s != 200 for s in statuses),
+        "statuses": dict(Counter(statuses)),
         "p50_ms": 1000 * cut[499],
         "p95_ms": 1000 * cut[949],
         "p99_ms": 1000 * cut[989],
