@@ -110,10 +110,14 @@ def checked_preferences(path: Path, records: Iterable[VQARecord]) -> Iterator[Pr
                 raise ValueError("id: used by an earlier line")
             if preference.record != known.get(identity):
                 raise ValueError("record: is none of the data set's")
-            right = wording(preference.record.answer)
-            same = next((n for n, level in enumerate(preference.levels, 1) if wording(level.text) == right), None)
-            if same is not None:
-                raise ValueError(f"levels: level {same} is the right answer")
+            said = {
+                wording(preference.record.answer): 0
+            }  # each level is worse than the one before, so none says the same
+            for n, level in enumerate(preference.levels, 1):
+                if (same := said.setdefault(wording(level.text), n)) != n:
+                    raise ValueError(
+                        f"levels: level {n} {f'says the same as level {same}' if same else 'is the right answer'}"
+                    )
             numbers = [*(level.similarity for level in preference.levels), *(w.reward for w in preference.words)]
             if not all(map(math.isfinite, numbers)):
                 raise ValueError("similarity, reward: must be finite")

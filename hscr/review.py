@@ -17,7 +17,7 @@ from hscr.artifacts import bytes_digest
 from hscr.record_fields import text as checked_text
 from hscr.records import Level, PreferenceRecord, preference_record
 from hscr.similarity import Similarity
-from hscr.words import normalized
+from hscr.words import wording
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ def corrected_levels(preference: PreferenceRecord, levels: dict[int, LevelReview
     if unknown:
         raise ValueError(f"level {unknown[0]}: the record has {len(preference.levels)} levels, counted from 1")
     standing: list[Level] = []
-    seen = {normalized(preference.record.answer): "the right answer"}
+    seen = {wording(preference.record.answer): "the right answer"}
     for number, level in enumerate(preference.levels, 1):
         given = levels.get(number, LevelReview())
         if given.rejected:
             continue
         if given.text is not None:
             text = checked_text(given.text, f"level {number}")
-            same = seen.get(normalized(text))
+            same = seen.get(wording(text))
             if same is not None:
                 raise ValueError(f"level {number}: says the same as {same}; reject the level instead")
             level = Level(text, level.similarity, source="corrected")
-        elif seen.get(normalized(level.text), "").startswith("corrected"):
+        elif seen.get(wording(level.text), "").startswith("corrected"):
             raise ValueError(f"level {number}: an earlier level was corrected to the same; reject one of them")
-        seen.setdefault(normalized(level.text), f"{'corrected ' if given.text is not None else ''}level {number}")
+        seen.setdefault(wording(level.text), f"{'corrected ' if given.text is not None else ''}level {number}")
         standing.append(level)
     return standing
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy import Row, bindparam, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -116,8 +116,12 @@ def next_version(session: Session, name: str) -> int:
 def get(session: Session, name: str) -> Adapter:
     adapter = session.scalar(_ADAPTER, {"name": name})
     if adapter is None:
-        raise Problem("adapter_not_found", "No adapter has this name; GET /adapters lists them.")
+        raise not_found()
     return adapter
+
+
+def not_found() -> Problem:
+    return Problem("adapter_not_found", "No adapter has this name; GET /adapters lists them.")
 
 
 def get_version(session: Session, name: str, number: int) -> AdapterVersion:
@@ -146,7 +150,7 @@ def resolve(session: Session, reference: str) -> Resolved:
     return Resolved(name, version.version, version.digest, version.model, flag(version)["threshold"])
 
 
-def flag(version: AdapterVersion) -> dict[str, float | None]:
+def flag(version: AdapterVersion | Row[Any]) -> dict[str, float | None]:
     """What the version's evaluation says about its grounding score: `auroc` against wrong answers and the `threshold` of the flag (nats).
 
     No threshold where the evaluation scored with another dropout ratio than the engine does: the two scores are not one.

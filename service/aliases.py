@@ -6,6 +6,9 @@ write transaction. No torch and no web framework here.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection
+
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
@@ -50,9 +53,17 @@ def roll_back(session: Session, by: str, name: str, alias: str, reason: str | No
     return _move(session, by, row, back)
 
 
-def of(session: Session, name: str, number: int | None = None) -> list[Alias]:
-    """An adapter's aliases by name; with `number` only those that point at that version."""
-    return [row for row in session.scalars(_OF, {"name": name}) if number is None or row.version == number]
+def of(session: Session, name: str) -> list[Alias]:
+    """An adapter's aliases by name."""
+    return list(session.scalars(_OF, {"name": name}))
+
+
+def pointing(session: Session, names: Collection[str]) -> dict[tuple[str, int], list[str]]:
+    """The aliases of these adapters, by the version that they point at."""
+    found: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for row in session.scalars(select(Alias).where(Alias.adapter_name.in_(names)).order_by(Alias.alias)):
+        found[row.adapter_name, row.version].append(row.alias)
+    return found
 
 
 def locked(session: Session, name: str, alias: str) -> Alias | None:

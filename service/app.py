@@ -49,6 +49,7 @@ from service.routes import (
     vqa,
     webhooks,
 )
+from service.routing import include
 from service.settings import Settings
 from service.state import State
 from service.upstream.server import check_settings as check_upstream
@@ -88,10 +89,15 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         docs_url=None,
         redoc_url=None,
         responses=problems.RESPONSES,
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+        },  # service/tracing.py and service/metrics.py say what may be said
     )
     app.state.hscr = state
     problems.install(app)
-    for module in (
+    modules = (
         datasets,
         align,
         evaluate,
@@ -111,8 +117,8 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         fine_tuning,
         keys,
         health,
-    ):
-        app.include_router(module.router)
+    )
+    include(app, (module.router for module in modules))
     _documentation(app)
     app.add_middleware(Auth, settings=settings, database=state.database)
     app.add_middleware(Edge, settings=settings, metrics=counters)

@@ -85,7 +85,8 @@ def import_upload(
 ) -> tuple[Dataset, bool]:
     """Check, unpack and register a zip, parquet, JSONL or JSON file; the data set and whether it is new. Raises Problem.
 
-    Equal content under one name is not new. Files of images are cleaned on the way (hscr/clean_image.py). `store`: where it is kept;
+    Equal content under one name is not new: what is told of the file (rejected rows, repeats, pictures) is this one's, not the first one's.
+    Files of images are cleaned on the way (hscr/clean_image.py). `store`: where it is kept;
     `key`: what UIDs are remapped under; the data folder's own where None.
     """
     key = key or of_folder(data_dir)
@@ -117,7 +118,9 @@ def import_upload(
                 dataset, new = _register(session, name, content, files, n_bytes)
                 if new:
                     audit.record(session, actor, "dataset.create", dataset.id, digest=dataset.digest)
-                return dataset, new
+            if not new:
+                _tell(dataset, content)
+            return dataset, new
     finally:
         discard(incoming)
 
@@ -284,12 +287,9 @@ def _register(session: Session, name: str, content: Content, files: str, n_bytes
         files_digest=files,
         n_records=len(content.records),
         n_images=len(content.images),
-        n_rejected=len(content.rejected),
-        rejected=content.rejected[:REJECTED_KEPT],
         n_bytes=n_bytes,
-        pictures=content.pictures,
-        repeats=content.repeats,
     )
+    _tell(dataset, content)
     session.add(dataset)
     session.flush()
     rows = [
@@ -298,6 +298,12 @@ def _register(session: Session, name: str, content: Content, files: str, n_bytes
     ]
     session.execute(insert(DatasetRecord), rows)
     return dataset, True
+
+
+def _tell(dataset: Dataset, content: Content) -> None:
+    """What is said of the file that was sent, beside what was kept of it."""
+    dataset.n_rejected, dataset.rejected = len(content.rejected), content.rejected[:REJECTED_KEPT]
+    dataset.pictures, dataset.repeats = content.pictures, content.repeats
 
 
 def get(session: Session, dataset_id: str, *, hold: bool = False) -> Dataset:

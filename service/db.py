@@ -1,4 +1,4 @@
-"""The database connection: read and write transactions on SQLite or PostgreSQL, and schema upgrades.
+"""The database connection: read and write transactions on SQLite or PostgreSQL, single looks, and schema upgrades.
 
 On SQLite every write transaction is BEGIN IMMEDIATE from its start: a read that later wants to write would else meet "database is locked".
 Parameters never appear in an exception's text, for they may be health data.
@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 _WRITE = "hscr_write"
+_POSTGRES: dict[str, Any] = {"connect_timeout": 5, "options": "-c timezone=utc -c lock_timeout=30s"}
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -42,11 +43,28 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
         self._writer = self.engine.execution_options(**{_WRITE: True})
+        self._lookers = _lookers(self.engine)
+        assert self.engine.dialect.dbapi is not None
+        self.driver_errors: type[Exception] = self.engine.dialect.dbapi.Error
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         with Session(self.engine, expire_on_commit=False) as session:
             yield session
+
+    @contextmanager
+    def looker(self) -> Iterator[Any]:
+        """A driver's own connection that is in no transaction, for service/look.py. Raises what the driver raises."""
+        held = self._lookers.raw_connection()
+        try:
+            yield held.driver_connection
+        except self.driver_errors as error:
+            if self.engine.dialect.is_disconnect(error, held.driver_connection, None):  # type: ignore[arg-type]
+                held.invalidate()
+                self._lookers.dispose()  # the others were lost with it
+            raise
+        finally:
+            held.close()
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -71,6 +89,7 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+        self._lookers.dispose()
 
 
 def _engine(url: str) -> Engine:
@@ -83,7 +102,7 @@ def _engine(url: str) -> Engine:
             pool_pre_ping=True,
             pool_size=10,
             max_overflow=30,
-            connect_args={"connect_timeout": 5, "options": "-c timezone=utc -c lock_timeout=30s"},
+            connect_args=_POSTGRES,
         )
     if address.database and address.database != ":memory:":
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +116,28 @@ def _engine(url: str) -> Engine:
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _lookers(engine: Engine) -> Engine:
+    """Where connections for single looks come from. SQLite's are in no transaction until `begin`; PostgreSQL's are kept apart."""
+    if engine.dialect.name != "postgresql":
+        return engine
+    lookers = create_engine(
+        engine.url,
+        hide_parameters=True,
+        pool_size=4,
+        max_overflow=30,
+        pool_reset_on_return=None,
+        connect_args=_POSTGRES | {"autocommit": True},
+    )
+    event.listen(lookers, "connect", _json_as_text)
+    return lookers
+
+
+def _json_as_text(connection: Any, record: Any) -> None:
+    from psycopg.types.string import TextLoader
+
+    connection.adapters.register_loader("json", TextLoader)
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

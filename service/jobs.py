@@ -301,7 +301,7 @@ def get(session: Session, job_id: str) -> Job:
     """The job as it is now. Raises Problem."""
     job = session.get(Job, job_id, populate_existing=True)
     if job is None:
-        raise _not_found()
+        raise not_found()
     return job
 
 
@@ -309,17 +309,21 @@ def look(session: Session, job_id: str) -> JobRow:
     """The job's columns as they are now, for who only reads. Raises Problem."""
     row = session.execute(_JOB, {"job_id": job_id}).one_or_none()
     if row is None:
-        raise _not_found()
+        raise not_found()
     return row
 
 
-def _not_found() -> Problem:
+def not_found() -> Problem:
     return Problem("job_not_found", "No job has this id; GET /jobs lists them.")
 
 
 def count(session: Session, owner: str, statuses: Sequence[str]) -> int:
     """How many of an owner's jobs are in these statuses."""
     return session.scalar(select(func.count()).where(Job.owner == owner, Job.status.in_(statuses))) or 0
+
+
+def statuses(session: Session, job_ids: Sequence[str]) -> dict[str, str]:
+    return {row.id: row.status for row in session.execute(select(Job.id, Job.status).where(Job.id.in_(job_ids)))}
 
 
 def events_after(session: Session, job_id: str, seq: int, limit: int) -> Sequence[EventRow]:

@@ -5,6 +5,7 @@ Answers name their version by digest (`adapter.digest`), so the way begins at a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import literal, or_, select, tuple_
@@ -26,11 +27,26 @@ class Origin:
     aliases: list[str]
 
 
-def origin(session: Session, version: AdapterVersion) -> Origin:
+def origins(session: Session, versions: Sequence[AdapterVersion]) -> list[Origin]:
+    """In as many questions as for one: what they rest on is fetched together, and then found in the session."""
+    jobs = list(session.scalars(select(Job).where(Job.id.in_([v.job_id for v in versions if v.job_id]))))
+    data = {v.dataset_id for v in versions} | {j.evaluation_dataset_id for j in jobs}
+    below = [(j.source_name, j.source_version) for j in jobs if j.source_name]
+    of_version = tuple_(AdapterVersion.adapter_name, AdapterVersion.version)
+    held = [
+        *session.scalars(select(Dataset).where(Dataset.id.in_([d for d in data if d]))),
+        *session.scalars(select(AdapterVersion).where(of_version.in_(below))),
+    ]
+    pointing = aliases.pointing(session, {v.adapter_name for v in versions})
+    found = [_origin(session, v, pointing.get((v.adapter_name, v.version), [])) for v in versions]
+    del held  # a session holds weakly what nobody else does
+    return found
+
+
+def _origin(session: Session, version: AdapterVersion, names: list[str]) -> Origin:
     job = session.get_one(Job, version.job_id) if version.job_id else None
     tested = session.get_one(Dataset, job.evaluation_dataset_id) if job and job.evaluation_dataset_id else None
     dataset = session.get_one(Dataset, version.dataset_id) if version.dataset_id else None
-    names = [a.alias for a in aliases.of(session, version.adapter_name, version.version)]
     return Origin(version, job, dataset, tested, parent(session, version), names)
 
 

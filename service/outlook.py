@@ -1,17 +1,20 @@
 """What lies ahead of a job that is not over: its place in the queue, when it may start, and how long it may take.
 
 Times come from finished jobs of the same model: the median time a record that each stage took, times this job's records. Where too little
-is known there is no number rather than a guess. One Outlook is one look at the database; it answers for all jobs of a page.
+is known there is no number rather than a guess. One Outlook is one look at the database; it answers for all jobs of a page. A `glance` may
+know of the finished jobs what was so a second ago.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import bindparam, func, or_, select
 from sqlalchemy.exc import DBAPIError
@@ -26,6 +29,8 @@ STAGES = ("generating", "optimizing", "evaluating", "reporting")
 HISTORY, AHEAD_MAX = 20, 500
 _KNOWN: dict[tuple[str, ...], dict[str, float]] = {}  # rates by the jobs that they come from
 _KNOWN_MAX = 256
+GLANCE_S = 1.0
+_GLANCED: WeakKeyDictionary[Any, dict[str, tuple[float, dict[str, float]]]] = WeakKeyDictionary()  # by engine, by model
 _J = Job.__table__.c
 _ENDED = select(_J.id).where(_J.model == bindparam("model"), _J.status == "succeeded")  # made once: run with every look
 _ENDED = _ENDED.order_by(_J.id.desc()).limit(HISTORY)
@@ -41,8 +46,8 @@ class Ahead:
 
 
 class Outlook:
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, glance: bool = False) -> None:
+        self._session, self._glance = session, glance
         self._rates: dict[str, dict[str, float]] = {}
 
     def of(self, job: JobRow) -> Ahead:
@@ -50,8 +55,8 @@ class Outlook:
             return Ahead(remaining_s=_rounded(self._left(job)))
         if job.status != "queued":
             return Ahead()
-        position = self._position(job)
         before = [other for other in self._queued if (other.queued_at, other.id) < (job.queued_at, job.id)]
+        position = 1 + len(before) if len(self._queued) < AHEAD_MAX else self._position(job)
         wait, own = self._wait(before) if position - 1 == len(before) else None, self._whole(job)
         return Ahead(position, _rounded(wait), _rounded(None if wait is None or own is None else wait + own))
 
@@ -98,6 +103,9 @@ class Outlook:
 
     def _history(self, model: str) -> dict[str, float]:
         """Seconds a unit of each stage, over the model's last jobs that succeeded: what those took never changes, so it is remembered."""
+        glanced = _GLANCED.setdefault(self._session.get_bind(), {})
+        if self._glance and model in glanced and time.monotonic() < glanced[model][0]:
+            return glanced[model][1]
         if model not in self._rates:
             ids = tuple(self._session.scalars(_ENDED, {"model": model}))
             if ids not in _KNOWN:
@@ -105,6 +113,8 @@ class Outlook:
                     _KNOWN.clear()
                 _KNOWN[ids] = self._measured(ids)
             self._rates[model] = _KNOWN[ids]
+            if ids:
+                glanced[model] = (time.monotonic() + GLANCE_S, _KNOWN[ids])
         return self._rates[model]
 
     def _measured(self, ids: tuple[str, ...]) -> dict[str, float]:

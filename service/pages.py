@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -28,3 +29,11 @@ def page(rows: Sequence[Row], limit: int, view: Callable[[Row], Any], cursor: Ca
     """A page of `rows`, which were asked for with one row more than `limit`."""
     shown, more = rows[:limit], len(rows) > limit
     return {"data": [view(r) for r in shown], "has_more": more, "next": str(cursor(shown[-1])) if more else None}
+
+
+def page_text(rows: Sequence[tuple[Any, str]], limit: int) -> str:
+    """The same as JSON, of rows that are written already: the cursor and the text of each."""
+    shown, more = rows[:limit], len(rows) > limit
+    cursor = json.dumps(str(shown[-1][0])) if more else "null"
+    data = ",".join(text for _, text in shown)
+    return f'{{"data":[{data}],"has_more":{"true" if more else "false"},"next":{cursor}}}'

@@ -9,11 +9,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service import adapters, aliases, datasets, gates, jobs, lineage
+from service.db import Database
 from service.errors import Problem
-from service.models import AdapterVersion, Job
+from service.look import Look
+from service.models import AdapterVersion, Gate, Job
 
 
 def check(
@@ -70,3 +73,13 @@ def _carry_out(session: Session, job: Job, version: AdapterVersion, wish: dict[s
         reason=wish["reason"],
     )
     return {"decision": "pending", "job_id": asked.job_id}
+
+
+_DECISION = Look(select(Gate.__table__.c.decision).where(Gate.__table__.c.job_id == bindparam("job_id")))
+
+
+def gate_decision(database: Database, said: dict[str, Any]) -> str | None:
+    """What the gate that a job's last event names has decided by now; None where it names none."""
+    job_id = said["promotion"].get("job_id")
+    rows = _DECISION.rows(database, job_id=job_id) if job_id is not None else []
+    return str(rows[0][0]) if rows else None

@@ -21,13 +21,15 @@ _LIMITER: RunVar[CapacityLimiter | None] = RunVar("readers")
 P = ParamSpec("P")
 
 
-def written(handler: Callable[P, BaseModel]) -> Callable[P, Awaitable[Response]]:
-    """The handler with its model as a response, 200 and JSON. Not for handlers that set a status or headers by a parameter."""
+def written(handler: Callable[P, BaseModel | str]) -> Callable[P, Awaitable[Response]]:
+    """The handler with its model, or the JSON that it wrote itself, as a response. Not for handlers that set a status or headers."""
 
     @wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
         def made() -> Response:
-            return Response(handler(*args, **kwargs).model_dump_json(by_alias=True), media_type="application/json")
+            found = handler(*args, **kwargs)
+            text = found if isinstance(found, str) else found.model_dump_json(by_alias=True)
+            return Response(text, media_type="application/json")
 
         return await to_thread.run_sync(made, limiter=_readers())
 

@@ -7,23 +7,26 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Path, Query, Response, UploadFile
+from fastapi import File, Path, Query, Response, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from sqlalchemy import bindparam, select
+from sqlalchemy import Dialect, Text, bindparam, cast, func, select
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
 from service import adapter_upload, adapters, aliases, artifact_store, audit
+from service.look import Look, Raw
 from service.models import Adapter, AdapterVersion, Alias, VersionTag
-from service.pages import After, Limit, Page, page
+from service.pages import After, Limit, Page, page, page_text
+from service.routing import Router
 from service.state import Service, Who
 from service.written import written
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = Router(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
 AliasName = Annotated[str, Path(pattern=adapters.NAME, examples=["champion"])]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -88,41 +91,68 @@ class AnnotateRequest(BaseModel):
     notes: Annotated[str, StringConstraints(max_length=10_000)] | None = None
 
 
-# Made once: to build a statement costs as much as to run it.
-_PAGE = select(Adapter).where(Adapter.name > bindparam("after")).order_by(Adapter.name).limit(bindparam("most"))
-_V = AdapterVersion.__table__.c
-_NUMBERS = select(_V.version).where(_V.adapter_name == bindparam("name")).order_by(_V.version.desc()).limit(100)
-
-
-@router.get("", summary="Adapters by name")
-@written
-def index(state: Service, limit: Limit = 50, after: After = None) -> Page[AdapterView]:
-    with state.database.read() as session:
-        rows = session.scalars(_PAGE, {"after": after or "", "most": limit + 1}).all()
-    return Page[AdapterView](
-        **page(rows, limit, lambda r: AdapterView.model_validate(r, from_attributes=True), lambda r: r.name)
+# One statement a look. Words of many rows come as one text with commas, which neither a tag nor an alias can hold.
+_A, _L = Adapter.__table__.c, Alias.__table__.c
+_V, _T = AdapterVersion.__table__.c, VersionTag.__table__.c
+_PAGE = Look(
+    select(_A.name, _A.last_version, _A.created_at)
+    .where(_A.name > bindparam("after"))
+    .order_by(_A.name)
+    .limit(bindparam("most"))
+)
+_NEWEST = (
+    select(_V.version).where(_V.adapter_name == bindparam("name")).order_by(_V.version.desc()).limit(100).subquery()
+)
+_ADAPTER = Look(
+    select(
+        _A.name,
+        _A.last_version,
+        _A.created_at,
+        select(func.aggregate_strings(cast(_NEWEST.c.version, Text), ",")).scalar_subquery().label("versions"),
+        _L.alias,
+        _L.version,
+        _L.updated_at,
     )
+    .select_from(Adapter.__table__.outerjoin(Alias.__table__, _L.adapter_name == _A.name))
+    .where(_A.name == bindparam("name"))
+    .order_by(_L.alias)
+)
+_TAGS = select(func.aggregate_strings(_T.tag, ",")).where(_T.adapter_name == _V.adapter_name, _T.version == _V.version)
+_POINTING = select(func.aggregate_strings(_L.alias, ","))
+_POINTING = _POINTING.where(_L.adapter_name == _V.adapter_name, _L.version == _V.version)
+_VERSION = Look(
+    select(*_V, _TAGS.scalar_subquery().label("tags"), _POINTING.scalar_subquery().label("aliases")).where(
+        _V.adapter_name == bindparam("name"), _V.version == bindparam("number")
+    )
+)
 
 
-@router.get("/{name}", summary="One adapter with its aliases")
+@router.get("", summary="Adapters by name", response_model=Page[AdapterView])
 @written
-def show(state: Service, name: Name) -> AdapterDetail:
-    with state.database.read() as session:
-        adapter = adapters.get(session, name)
-        return AdapterDetail(
-            name=adapter.name,
-            last_version=adapter.last_version,
-            created_at=adapter.created_at,
-            aliases=[alias_view(a) for a in aliases.of(session, name)],
-            versions=list(session.scalars(_NUMBERS, {"name": name})),
-        )
+def index(state: Service, limit: Limit = 50, after: After = None) -> str:
+    rows = _PAGE.rows(state.database, after=after or "", most=limit + 1)
+    return page_text([(row[0], _adapter_text(state.database.engine.dialect, row)) for row in rows], limit)
 
 
-@router.get("/{name}/versions/{version}", summary="One version: from its digest to its job and data")
+@router.get("/{name}", summary="One adapter with its aliases", response_model=AdapterDetail)
 @written
-def show_version(state: Service, name: Name, version: Number) -> VersionView:
-    with state.database.read() as session:
-        return _views(session, [adapters.get_version(session, name, version)])[0]
+def show(state: Service, name: Name) -> str:
+    rows = _ADAPTER.rows(state.database, name=name)
+    if not rows:
+        raise adapters.not_found()
+    return _detail_text(state.database.engine.dialect, tuple(rows))
+
+
+@router.get(
+    "/{name}/versions/{version}", summary="One version: from its digest to its job and data", response_model=VersionView
+)
+@written
+def show_version(state: Service, name: Name, version: Number) -> str:
+    rows = _VERSION.rows(state.database, name=name, number=version)
+    if not rows:
+        with state.database.read() as session:  # there is none; which of the two it is that there is not
+            return _views(session, [adapters.get_version(session, name, version)])[0].model_dump_json()
+    return _version_text(state.database.engine.dialect, rows[0])
 
 
 @router.get("/{name}/versions", summary="An adapter's versions, newest first")
@@ -193,7 +223,36 @@ def download(state: Service, name: Name, version: Number) -> FileResponse:
     )
 
 
-def alias_view(row: Alias) -> AliasView:
+# Each written once for equal rows, as jobs are (service/routes/job_looks.py).
+@lru_cache(512)
+def _adapter_text(dialect: Dialect, raw: Raw) -> str:
+    return AdapterView.model_validate(_PAGE.read(dialect, raw), from_attributes=True).model_dump_json()
+
+
+@lru_cache(128)
+def _detail_text(dialect: Dialect, raw: tuple[Raw, ...]) -> str:
+    rows = [_ADAPTER.read(dialect, row) for row in raw]
+    first = rows[0]
+    return AdapterDetail(
+        name=first.name,
+        last_version=first.last_version,
+        created_at=first.created_at,
+        aliases=[alias_view(row) for row in rows if row.alias is not None],
+        versions=sorted(map(int, _words(first.versions)), reverse=True),
+    ).model_dump_json()
+
+
+@lru_cache(512)
+def _version_text(dialect: Dialect, raw: Raw) -> str:
+    row = _VERSION.read(dialect, raw)
+    return _view(row, sorted(_words(row.tags)), sorted(_words(row.aliases))).model_dump_json()
+
+
+def _words(text: str | None) -> list[str]:
+    return text.split(",") if text else []
+
+
+def alias_view(row: Any) -> AliasView:
     return AliasView.model_validate(row, from_attributes=True)
 
 
@@ -206,13 +265,13 @@ def _views(session: Session, rows: Sequence[AdapterVersion]) -> list[VersionView
     return [_view(row, tags[row.version], [a.alias for a in pointing if a.version == row.version]) for row in rows]
 
 
-def _view(row: AdapterVersion, tags: list[str], names: list[str]) -> VersionView:
+def _view(row: Any, tags: list[str], names: list[str]) -> VersionView:
     return VersionView(
         name=row.adapter_name,
         version=row.version,
         digest=row.digest,
         model=row.model,
-        source=row.source,  # type: ignore[arg-type]
+        source=row.source,
         job_id=row.job_id,
         dataset_id=row.dataset_id,
         dataset_digest=row.dataset_digest,

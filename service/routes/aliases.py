@@ -5,19 +5,20 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Response
+from fastapi import Body, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
-from service import adapters, aliases, gates, job_requests
+from service import adapters, aliases, gates, job_requests, jobs
 from service.models import AliasMove
 from service.pages import AfterNumber, Limit, Page, page
 from service.routes.adapters import AliasName, AliasView, Name, alias_view
 from service.routes.evaluate import check_served, evaluation_config
 from service.routes.gates import GateRequest, GateView, Reason, gate_view
+from service.routing import Router
 from service.state import Service, Who
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = Router(prefix="/adapters", tags=["adapters"])
 
 
 class AliasRequest(BaseModel):
@@ -80,7 +81,7 @@ def move(
         )
         response.status_code = 202
         response.headers["Location"] = f"/jobs/{gate.job_id}"
-        return gate_view(session, gate)
+        return gate_view(gate, jobs.statuses(session, [gate.job_id])[gate.job_id])
 
 
 @router.post("/{name}/aliases/{alias}/rollback", summary="Undo an alias's last move")

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi import Body, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
@@ -20,10 +20,11 @@ from service.keys import Caller
 from service.routes.datasets import RepeatsView
 from service.routes.evaluate import Metadata, check_served, evaluation_config
 from service.routes.gates import GateRequest, Reason
-from service.routes.jobs import JobView, job_view
+from service.routes.job_view import JobView, job_view
+from service.routing import Router
 from service.state import Service, State, Who
 
-router = APIRouter(tags=["align"])
+router = Router(tags=["align"])
 
 EXAMPLES = {
     "plain": {

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Any, Literal
 from uuid import uuid4
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
@@ -29,9 +29,10 @@ from service.errors import Problem
 from service.event_stream import event_stream
 from service.routes.chat_request import ChatRequest, conversation, read
 from service.routes.vqa import ModelRef, model_ref
+from service.routing import Router
 from service.state import Service, State
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = Router(prefix="/v1", tags=["openai"])
 MAX_TOKENS = 256  # where a request names no limit
 _NO_SUCH = ("adapter_not_found", "alias_not_found", "version_not_found", "adapter_for_other_model")
 

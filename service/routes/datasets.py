@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Form, Path, Response, UploadFile
+from fastapi import File, Form, Path, Response, UploadFile
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import select
@@ -21,10 +21,11 @@ from service.foreign import Reading
 from service.keys import Caller
 from service.models import Dataset, DatasetRecord
 from service.pages import After, AfterNumber, Limit, Page, page
+from service.routing import Router
 from service.state import Service, State, Who
 from service.uid_key import uid_key
 
-router = APIRouter(prefix="/datasets", tags=["datasets"])
+router = Router(prefix="/datasets", tags=["datasets"])
 DatasetId = Annotated[str, Path(max_length=40, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
 
 
@@ -107,7 +108,7 @@ def upload(
 ) -> DatasetDetail:
     """201 with counts, the rejected rows and the repeated ones.
 
-    The same content under the same name is the same version: 200 with what is there.
+    The same content under the same name is the same version: 200 with what is there, and what was rejected and repeated in this file.
     """
     reading = Reading(format, split, tuple(languages.split(",")))
     dataset, new = take(state, who, file, name, reading)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Response
+from fastapi import Body, Header, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.orm import Session
 
@@ -16,10 +16,11 @@ from service.idempotency import once
 from service.models import AdapterVersion
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import Name, Number
-from service.routes.jobs import JobView, job_view
+from service.routes.job_view import JobView, job_view
+from service.routing import Router
 from service.state import Service, State, Who
 
-router = APIRouter(tags=["evaluate"])
+router = Router(tags=["evaluate"])
 _WORD = r"^[^\x00]*$"  # PostgreSQL reads no JSON text with a NUL
 Metadata = dict[
     Annotated[str, StringConstraints(max_length=64, pattern=_WORD)],

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Form, Path, Query, Response, UploadFile
+from fastapi import File, Form, Path, Query, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import Select, select
@@ -24,9 +24,10 @@ from service.models import Dataset, Job
 from service.pages import After
 from service.routes.datasets import RejectedView, RepeatsView, take
 from service.routes.jobs import report
+from service.routing import Router
 from service.state import Service, State, Who
 
-router = APIRouter(prefix="/v1/files", tags=["openai"], responses=openai_errors.RESPONSES)
+router = Router(prefix="/v1/files", tags=["openai"], responses=openai_errors.RESPONSES)
 FileId = Annotated[str, Path(max_length=60, pattern=r"^[A-Za-z0-9_]+$", examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
 RESULTS = "results_"  # and a job's id: the file of its report
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"

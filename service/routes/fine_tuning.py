@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
+from fastapi import Body, Header, Path, Query, Request, Response
 from sqlalchemy import Text, cast, select
 from sqlalchemy.orm import Session
 
 from service import job_requests, jobs, openai_errors
 from service.errors import Problem
 from service.models import Job, JobEvent
-from service.outlook import Outlook
 from service.pages import After
 from service.routes.align import start
 from service.routes.fine_tuning_request import ID, FineTuningRequest, align_request, in_their_words
@@ -29,10 +28,11 @@ from service.routes.fine_tuning_view import (
     tuning_view,
 )
 from service.routes.job_requests import ask
-from service.routes.jobs import job_view
+from service.routes.job_view import job_view, job_views
+from service.routing import Router
 from service.state import Service, Who
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"], responses=openai_errors.RESPONSES)
+router = Router(prefix="/v1/fine_tuning/jobs", tags=["openai"], responses=openai_errors.RESPONSES)
 JobId = Annotated[str, Path(max_length=40, pattern=ID, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
 Limit = Annotated[int, Query(ge=1, le=100)]
 _CURSOR = re.compile(r"^ft(?:event|ckpt)_(job_[0-9a-f]{28})_([0-9]{1,15})$")
@@ -74,8 +74,8 @@ def index(state: Service, request: Request, limit: Limit = 20, after: After = No
         elif name.startswith("metadata"):
             query = query.where(Job.meta[_key(name, value)].as_string() == value)
     with state.database.read() as session:
-        rows, outlook = session.scalars(query).all(), Outlook(session)
-        shown = [tuning_view(job_view(session, row, outlook)) for row in rows[:limit]]
+        rows = session.scalars(query).all()
+        shown = [tuning_view(view) for view in job_views(session, rows[:limit])]
     return JobList(data=shown, has_more=len(rows) > limit)
 
 

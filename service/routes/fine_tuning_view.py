@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from service.models import Job, JobEvent
 from service.routes.files import RESULTS
 from service.routes.fine_tuning_request import METHODS
-from service.routes.jobs import JobView
+from service.routes.job_view import JobView
 
 _STATUS = {"awaiting_review": "paused"}  # all others are called the same
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from sqlalchemy.orm import Session
 
-from service import adapters, gates
-from service.models import Gate, Job
+from service import adapters, gates, jobs
+from service.models import Gate
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import AliasName, Name
+from service.routing import Router
 from service.state import Service
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = Router(prefix="/adapters", tags=["adapters"])
 Metric = Literal[
     "open/strict", "open/llava_med", "open/grounded_words", "closed/strict", "closed/llava_med",
     "caption/bleu", "caption/rouge_l",
@@ -72,9 +71,10 @@ def index(state: Service, name: Name, alias: AliasName, limit: Limit = 50, after
     with state.database.read() as session:
         adapters.get(session, name)
         rows = gates.of_alias(session, name, alias, after or "", limit + 1)
-        return Page(**page(rows, limit, lambda row: gate_view(session, row), lambda row: row.job_id))
+        statuses = jobs.statuses(session, [row.job_id for row in rows])
+        return Page(**page(rows, limit, lambda row: gate_view(row, statuses[row.job_id]), lambda row: row.job_id))
 
 
-def gate_view(session: Session, gate: Gate) -> GateView:
+def gate_view(gate: Gate, job_status: str) -> GateView:
     fields = {name: getattr(gate, name) for name in GateView.model_fields if name != "job_status"}
-    return GateView(**fields, job_status=session.get_one(Job, gate.job_id).status)
+    return GateView(**fields, job_status=job_status)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
 from service import audit, job_requests, retention
 from service.keys import Caller
 from service.models import Job
-from service.routes.jobs import JobId, JobView, job_view
+from service.routes.job_view import JobView, job_view
+from service.routes.jobs import JobId
+from service.routing import Router
 from service.state import Service, State, Who
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = Router(prefix="/jobs", tags=["jobs"])
 
 
 @router.post("/{job_id}/cancel", status_code=202, summary="Cancel")

@@ -5,16 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Path, Query
+from fastapi import Body, Path, Query
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import select
 
 from service import keys
 from service.models import ApiKey, AuditEntry
 from service.pages import After, AfterNumber, Limit, Page, page
+from service.routing import Router
 from service.state import Service, Who
 
-router = APIRouter(tags=["keys"])
+router = Router(tags=["keys"])
 KeyId = Annotated[str, Path(max_length=40, examples=["key_019ab2c4d5e6f708192a3b4c5d6e"])]
 ScopeName = Literal["vqa", "align", "admin"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field
 
 from service import adapters, aliases, datasets, lineage
@@ -14,10 +14,11 @@ from service.models import AdapterVersion, Dataset, Job
 from service.pages import After, Limit, Page, page
 from service.routes.adapters import Name, Number
 from service.routes.datasets import DatasetId
-from service.routes.jobs import VersionRef
+from service.routes.job_view import VersionRef
+from service.routing import Router
 from service.state import Service
 
-router = APIRouter(tags=["lineage"])
+router = Router(tags=["lineage"])
 Use = Literal["alignment", "evaluation"]
 AfterVersion = Annotated[
     str | None,
@@ -80,7 +81,7 @@ class UseView(BaseModel):
 @router.get("/adapters/{name}/versions/{version}/lineage", summary="From a version back to its rows")
 def of_version(state: Service, name: Name, version: Number) -> OriginView:
     with state.database.read() as session:
-        return _origin(lineage.origin(session, adapters.get_version(session, name, version)))
+        return _origin(lineage.origins(session, [adapters.get_version(session, name, version)])[0])
 
 
 @router.get("/lineage", summary="From an answer's adapter digest back to its rows")
@@ -94,7 +95,7 @@ def of_digest(
     name, _, number = (after or ":0").rpartition(":")
     with state.database.read() as session:
         rows = lineage.versions_of_digest(session, digest, (name, int(number)), limit + 1)
-        views = [_origin(lineage.origin(session, v)) for v in rows]
+        views = [_origin(found) for found in lineage.origins(session, rows)]
     if not views and after is None:
         raise Problem("version_not_found", "No version has this digest; answers name theirs in `adapter.digest`.")
     return Page(**page(views, limit, lambda view: view, lambda view: f"{view.version.name}:{view.version.version}"))
@@ -106,13 +107,14 @@ def of_dataset(state: Service, dataset_id: DatasetId, limit: Limit = 50, after: 
     with state.database.read() as session:
         datasets.get(session, dataset_id)
         rows = lineage.jobs_on(session, dataset_id, after or "", limit + 1)
+        pointing = aliases.pointing(session, {made.adapter_name for _, made in rows if made})
         views = [
             UseView(
                 job_id=job.id,
                 status=job.status,
                 use=_use(job, dataset_id),
                 version=VersionRef(name=made.adapter_name, version=made.version, digest=made.digest) if made else None,
-                aliases=[a.alias for a in aliases.of(session, made.adapter_name, made.version)] if made else [],
+                aliases=pointing.get((made.adapter_name, made.version), []) if made else [],
             )
             for job, made in rows
         ]

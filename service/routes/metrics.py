@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field, StringConstraints
 from sqlalchemy import func, select
 
@@ -13,9 +13,10 @@ from service.events import StageName
 from service.models import JobEvent
 from service.pages import AfterNumber
 from service.routes.jobs import JobId
+from service.routing import Router
 from service.state import Service
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = Router(prefix="/jobs", tags=["jobs"])
 Name = Annotated[str, StringConstraints(max_length=80)]
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from service.adapters import get_version
 from service.models import AdapterVersion, Alias
 from service.routes.chat import model_of
+from service.routing import Router
 from service.state import Service, State
 
-router = APIRouter(prefix="/v1/models", tags=["openai"])
+router = Router(prefix="/v1/models", tags=["openai"])
 OWNER = "hscr"
 
 

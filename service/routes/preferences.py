@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.background import BackgroundTask
@@ -17,9 +17,10 @@ from service.errors import Problem
 from service.models import Dataset, PreferenceEdit
 from service.pages import AfterNumber, Page, page
 from service.routes.jobs import JobId
+from service.routing import Router
 from service.state import Service, Who
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = Router(prefix="/jobs", tags=["jobs"])
 Form = Literal["trl", "hscr", "ms-swift", "llama-factory"]  # hscr.export.FORMATS, held equal by a test
 Limit = Annotated[int, Query(ge=1, le=100, description="Most records of a page.")]
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
@@ -28,9 +28,10 @@ from service.engine import Question
 from service.errors import Problem
 from service.event_stream import event, event_stream
 from service.problems import invalid_fields
+from service.routing import Router
 from service.state import Service, State
 
-router = APIRouter(tags=["vqa"])
+router = Router(tags=["vqa"])
 
 
 class Parameters(BaseModel):

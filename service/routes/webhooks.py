@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path
+from fastapi import Path
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 
@@ -13,9 +13,10 @@ from service import audit, jobs, webhooks
 from service.models import WebhookDelivery
 from service.pages import After, Limit, Page, page
 from service.routes.jobs import JobId
+from service.routing import Router
 from service.state import Service, Who
 
-router = APIRouter(prefix="/jobs", tags=["webhooks"])
+router = Router(prefix="/jobs", tags=["webhooks"])
 DeliveryId = Annotated[str, Path(max_length=40, examples=["msg_019ab2c4d5e6f708192a3b4c5d6e"])]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -17,6 +18,7 @@ import psutil
 import psycopg
 
 from service.up import _free_port
+from tests.chaos.children import started
 
 # Write-ahead log reaches the kernel at every commit, not the disk: enough for killed processes, and quick. Shared memory lies in the
 # data folder: what a killed server leaves behind goes with it.
@@ -47,10 +49,7 @@ class Postgres:
         until = time.monotonic() + 60
         while time.monotonic() < until:
             if self.process is None or self.process.poll() is not None:
-                with self._log.open("ab") as log:
-                    self.process = subprocess.Popen(
-                        self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, user=self._user
-                    )
+                self.process = started(self._command, self._log, signal.SIGQUIT, user=self._user)
             with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(self.url(), connect_timeout=2).close()
                 return

@@ -21,6 +21,7 @@ import redis
 from service.db import Database
 from service.settings import Settings
 from service.up import _free_port, valkey_binary
+from tests.chaos.children import started
 from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres
 from tests.chaos.proxy import Proxy
@@ -108,15 +109,7 @@ class Rig:
             "sweep": [sys.executable, "-m", "worker.sweep"],
             "api": [sys.executable, "-m", "service.serve"],
         }.get(part, [*(w if w != "worker.tasks" else "tests.chaos.watched" for w in WORKER), "-n", f"{part}@here"])
-        with self.log.open("ab") as log:
-            self._parts[part] = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=self._environment | self._links.get(part, {}),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
+        self._parts[part] = started(command, self.log, cwd=ROOT, env=self._environment | self._links.get(part, {}))
 
     def keep(self) -> None:
         """Start again whatever has ended by itself, as the broker without a disk or a sweep without a database may."""

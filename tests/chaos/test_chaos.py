@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from service.datasets import import_upload
 from service.db import Database, upgrade
 from service.models import GenerationShard, Job, JobEvent
 from service.settings import Settings
+from tests.chaos.children import started
 from tests.chaos.invariants import check, orphans
 from tests.chaos.points import POINTS
 from tests.chaos.postgres import Postgres
@@ -225,8 +225,7 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
     command = [sys.executable, "-m", "tests.chaos.real_runs", str(socket), str(folders[0]), "--eval", str(folders[1])]
     command += ["--model", str(model), "--out", str(here / "first"), "--events", "json"]
     command += ["-s", "preference.similarity=token_f1", "-s", "evaluation.n_bootstrap=100"]
-    with (here / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    server = started(command, here / "log", cwd=ROOT, env=environment)
     yield {"model": model, "folders": folders, "socket": socket, "pid": server.pid}
     server.kill()
     server.wait()

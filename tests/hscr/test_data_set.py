@@ -83,6 +83,16 @@ def test_an_answer_that_is_preferred_to_itself_is_no_pair(folder: Path, answer: 
     assert (found[1] == RejectedRow(2, "levels: level 2 is the right answer")) is not taken
 
 
+@pytest.mark.parametrize(("text", "taken"), [("A bone!", False), ("a bone here", True), ("+", True)])
+def test_two_levels_that_say_the_same_are_no_order(folder: Path, text: str, taken: bool) -> None:
+    """Nearest to right first, each better than the next (equation of the multi-level loss): a text is not better than itself."""
+    first, second, _ = graded(folder)
+    levels = (Level("a bone", 0.5), Level("-", 0.4), Level(text, 0.1))
+    write_jsonl(folder / "preferences.jsonl", [first, replace(second, levels=levels)])
+    found = list(checked_preferences(folder / "preferences.jsonl", read_records(folder)[0]))
+    assert (found[1] == RejectedRow(2, "levels: level 3 says the same as level 1")) is not taken
+
+
 def test_repeats_are_told_by_line_and_kept(tmp_path: Path) -> None:
     """One picture under two names; a bad line and an empty one count as lines; another frame, or another order, is another picture."""
     folder = save_records(tmp_path / "data", 2)

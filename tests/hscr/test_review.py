@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def test_correction_is_scored_anew_and_takes_its_place_among_the_levels() -> Non
 def test_correction_that_teaches_nothing_is_refused(levels: dict[int, LevelReview], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         corrected_levels(PREFERENCE, levels)
+
+
+def test_signs_are_told_apart_though_they_hold_no_word() -> None:
+    signs = PreferenceRecord(replace(RECORD, answer="+"), (Level("++", 0.5), Level("+-", 0.1)), (), {})
+    assert [level.text for level in corrected_levels(signs, {2: LevelReview(text="-")})] == ["++", "-"]
+    for text, words in (("+", "says the same as the right answer"), (" ++ ", "says the same as level 1")):
+        with pytest.raises(ValueError, match=words):
+            corrected_levels(signs, {2: LevelReview(text=text)})
 
 
 def test_level_may_take_a_rejected_ones_words() -> None:

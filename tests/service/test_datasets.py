@@ -220,6 +220,20 @@ def test_contradictions_duplicates_and_closed_answers_outside_their_options_are_
     assert client.get(f"/v1/files/{file['id']}").json() == file
 
 
+def test_equal_content_is_answered_with_what_is_true_of_the_file_that_was_sent(client: TestClient) -> None:
+    """Two files that leave the same records: one has a bad line behind them, the other one before them, and one is clean."""
+    pictures = {"images/0.png": png(0)}
+    good, bad = lines(record(0)), b"{\n"
+    first, before, clean = (
+        send(client, zip_of({"records.jsonl": text, **pictures})) for text in (good + bad, bad + good, good)
+    )
+    assert (first.status_code, before.status_code, clean.status_code) == (201, 200, 200)
+    assert first.json()["id"] == before.json()["id"] == clean.json()["id"]
+    told = [(a.json()["n_rejected"], [row["line"] for row in a.json()["rejected"]]) for a in (first, before, clean)]
+    assert told == [(1, [2]), (1, [1]), (0, [])]
+    assert client.get(f"/datasets/{first.json()['id']}").json() == first.json(), "the first stays as it was noted"
+
+
 def test_a_preference_for_an_answer_over_itself_is_a_rejected_row(client: TestClient) -> None:
     same = graded(1).replace(b'"right"', b'"the lesion is in the left frontal lobe"')
     files = {"preferences.jsonl": graded(0) + same, **{f"images/{i}.png": png(i) for i in (0, 1)}}

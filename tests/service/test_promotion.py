@@ -40,8 +40,14 @@ def test_alias_moves_in_the_transaction_that_publishes(
     client: TestClient, align: Align, stand_in: Callable[..., None]
 ) -> None:
     stand_in()
-    _, last = align({"reason": "nightly"})
+    job_id, last = align({"reason": "nightly"})
     assert (last["adapter"]["version"], last["promotion"]) == (1, {"alias": "champion", "decision": "moved"})
+    job = client.get(f"/jobs/{job_id}").json()
+    assert job["promote"] == {"alias": "champion", "reason": "nightly", "gate": None}
+    nothing = {"gate_job_id": None, "decisions_url": None, "code": None, "message": None}
+    assert job["promotion"] == {"decision": "moved"} | nothing
+    (listed,) = client.get("/jobs").json()["data"]
+    assert (listed["promote"], listed["promotion"]) == (job["promote"], None)
     (moved,) = client.get(f"{PATH}/history").json()["data"]
     assert (moved["to_version"], moved["reason"], moved["actor"], moved["gate_job_id"]) == (1, "nightly", "local", None)
     told = client.get("/audit", params={"limit": 200}).json()["data"]
@@ -58,12 +64,17 @@ def test_gate_decides_about_the_version_once_it_is_there(
     (gate,) = client.get(f"{PATH}/gates").json()["data"]
     assert last["promotion"] == {"alias": "champion", "decision": "pending", "job_id": gate["job_id"]}
     assert (gate["candidate"], gate["champion"], gate["decision"]) == (2, 1, "pending")
-    assert client.get(f"/jobs/{job_id}").json()["status"] == "succeeded"
+    job = client.get(f"/jobs/{job_id}").json()
+    assert job["status"] == "succeeded"
+    assert (job["promote"]["gate"]["dataset_id"], job["promote"]["gate"]["rule"]["metric"]) == (unseen, "open/strict")
+    assert (job["promotion"]["decision"], job["promotion"]["gate_job_id"]) == ("pending", gate["job_id"])
+    assert client.get(job["promotion"]["decisions_url"]).json()["data"] == [gate]
     assert client.get("/adapters/brain").json()["aliases"][0]["version"] == 1
     stand_in(metrics=gain("gain_over_before", 0.01))
     run_job(database, settings, gate["job_id"], lambda: False)
     assert client.get("/adapters/brain").json()["aliases"][0]["version"] == 2
     assert client.get(f"{PATH}/history").json()["data"][-1]["gate_job_id"] == gate["job_id"]
+    assert client.get(f"/jobs/{job_id}").json()["promotion"]["decision"] == "moved"
 
 
 def test_wish_that_cannot_be_carried_out_costs_no_version(
@@ -78,7 +89,9 @@ def test_wish_that_cannot_be_carried_out_costs_no_version(
         "adapter": "brain",
         "promote": {"gate": {"dataset": unseen, "metric": "open/strict"}},
     }
-    job_id = client.post("/align", json=body).json()["id"]
+    asked = client.post("/align", json=body).json()
+    job_id = asked["id"]
+    assert (asked["promote"]["alias"], asked["promotion"]) == ("champion", None)
     with database.write() as session:
         datasets.delete(session, unseen, "local")
     stand_in(steps=9)
@@ -86,6 +99,8 @@ def test_wish_that_cannot_be_carried_out_costs_no_version(
     gone = client.get(f"/jobs/{job_id}/events").json()["data"][-1]["data"]
     assert (gone["status"], gone["promotion"]["decision"]) == ("succeeded", "impossible")
     assert gone["promotion"]["code"] == "dataset_not_found"
+    shown = client.get(f"/jobs/{job_id}").json()["promotion"]
+    assert (shown["decision"], shown["code"], shown["gate_job_id"]) == ("impossible", "dataset_not_found", None)
     assert client.get("/adapters/brain").json() | {"created_at": 0, "aliases": 0} == {
         "name": "brain", "last_version": 3, "versions": [3, 2, 1], "created_at": 0, "aliases": 0
     }  # fmt: skip

@@ -1,0 +1,40 @@
+"""The routes of the application in one flat list, each of which knows by a path's fixed beginning whether it can be meant.
+
+FastAPI's own `include_router` wraps a router, and every request asks every route of every wrapper in turn, and those of the one that is
+meant twice: with sixty routes half a millisecond of the event loop, more than the rest of what it did for a small read (decision 0097).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import Match
+from starlette.types import Scope
+
+from service.problems import RESPONSES
+
+
+class _Route(APIRoute):
+    def __init__(self, path: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(path, *args, **kwargs)
+        self._begins = path.partition("{")[0]
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if not scope["path"].startswith(self._begins):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+class Router(APIRouter):
+    """A router of one module. Every error of its routes is described as a problem, unless `responses` says otherwise."""
+
+    def __init__(self, *, responses: dict[int | str, dict[str, Any]] | None = None, **values: Any) -> None:
+        super().__init__(responses=RESPONSES | (responses or {}), route_class=_Route, **values)
+
+
+def include(app: FastAPI, routers: Iterable[Router]) -> None:
+    """Serve these routers' routes, in this order. What the application itself would add to each route it does not get."""
+    app.router.routes.extend(route for router in routers for route in router.routes)
