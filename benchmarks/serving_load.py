@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,7 @@ class Service:
         self._environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def __enter__(self) -> Service:
+        self._line: HTTPConnection | None = None
         command = [sys.executable, "-m", "service.serve"]
         self._process = subprocess.Popen(command, cwd=ROOT, env=self._environment, stderr=subprocess.DEVNULL)
         for _ in range(1200):
@@ -79,6 +83,8 @@ class Service:
         raise RuntimeError("the service did not become ready")
 
     def __exit__(self, *raised: object) -> None:
+        if self._line is not None:
+            self._line.close()
         self._process.terminate()
         try:
             self._process.wait(60)
@@ -101,6 +107,23 @@ class Service:
         address = f"{self.address}/adapters/{name}/versions"
         answer = httpx.post(address, files={"file": ("adapter.zip", packed)}, timeout=300).raise_for_status()
         return f"{name}:{answer.json()['version']}"
+
+    def alone(self, bodies: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+        """Each asked when the last is answered, on one open connection: seconds from its first byte to its answer's last, and the answer.
+
+        What the client spends on writing and reading JSON, and on opening connections, is its own and does not count.
+        """
+        if self._line is None:
+            self._line = HTTPConnection(*self.address.removeprefix("http://").split(":"), timeout=600)
+            self._line.connect()
+            self._line.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        told = []
+        for data in [json.dumps(b).encode() for b in bodies]:
+            start = time.perf_counter()
+            self._line.request("POST", "/vqa", data, {"Content-Type": "application/json"})
+            answer = self._line.getresponse().read()
+            told.append((time.perf_counter() - start, json.loads(answer)))
+        return told
 
     def closed(self, bodies: Sequence[dict[str, Any]], clients: int) -> Load:
         """So many clients, each asking the next question when its last is answered."""
