@@ -114,7 +114,7 @@ class Service:
         What the client spends on writing and reading JSON, and on opening connections, is its own and does not count.
         """
         if self._line is None:
-            self._line = HTTPConnection(*self.address.removeprefix("http://").split(":"), timeout=600)
+            self._line = HTTPConnection(self.address.removeprefix("http://"), timeout=600)
             self._line.connect()
             self._line.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         told = []

@@ -76,7 +76,8 @@ class Running:
         said = [[rows[i] for i in part.numbers] for part in begun]
         ended = [self._say(own, part.logits[:, -1], part.rows) for own, part in zip(said, begun, strict=True)]
         try:  # nothing joins before all have spoken
-            for part, own, over in zip(begun, said, ended, strict=True):
+            parts = sorted(zip(begun, said, ended, strict=True), key=lambda part: -len(part[1]))
+            for part, own, over in parts:  # the largest first: it need not be copied to take the others in
                 self._take(part.rows, own, over)
         except Exception:
             self.clear()  # some layers may have the newcomers already
