@@ -140,7 +140,9 @@ def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]], m
     """Put keys and values [heads, T, d] by layer, of one row each, into an empty cache, left-padded; `more` rows are expected to join."""
     if joinable(cache) and not torch.is_grad_enabled():
         held: list[Any] = cache.layers
-        held += [GrowingLayer() for _ in range(len(held), len(rows[0]))]  # some caches make theirs when they are first used
+        held += [
+            GrowingLayer() for _ in range(len(held), len(rows[0]))
+        ]  # some caches make theirs when they are first used
         for number, layer in enumerate(held):
             layer.lay([own[number] for own in rows], more)
         return

@@ -110,6 +110,7 @@ class Running:
             raise
         return ended
 
+    @torch.inference_mode()  # other rows move into the places that become free
     def leave(self, rows: Sequence[Row]) -> None:
         """Take rows out; those that do not run are passed over."""
         gone = [i for i, row in enumerate(self.rows) if row in rows]
