@@ -21,7 +21,8 @@ from hscr.families import handed_with_deepstack
 from hscr.grouped_attention import grouped_sdpa
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM
-from hscr.prefix import Rows, seen as visible_columns
+from hscr.prefix import Rows
+from hscr.prefix import seen as visible_columns
 from hscr.shared_prefix import Sharing, sharing
 
 PLAIN = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen3VLText"))

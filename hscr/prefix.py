@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
         return self._look(len(key_states))
 
     def lay(self, rows: Sequence[tuple[Tensor, Tensor]], more: int) -> None:
-        """Hold keys and values [heads, T, d] of one row each, left-padded, in buffers with room for `more` rows: an empty layer's beginning."""
+        """Hold keys and values [heads, T, d] of one row each, left-padded, in new buffers with room for `more` rows."""
         width = max(keys.shape[1] for keys, _ in rows)
         self._low, self._high = self.BEFORE, self.BEFORE + width
         self._buffers = []

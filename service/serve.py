@@ -74,9 +74,6 @@ def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
     gc.collect()
     gc.freeze()  # what lives as long as the process need not be looked through again and again while all requests wait
     gc.set_threshold(20_000, 20, 50)  # a request makes thousands of objects and leaves no cycles
-    import os
-
-    sys.setswitchinterval(float(os.environ.get("XSW", "0.005")))
     server = Server(config, app.state.hscr)
     server.run()
     return 0 if server.started else 1
