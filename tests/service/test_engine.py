@@ -222,22 +222,3 @@ def test_who_leaves_is_answered_no_further(start: Any, plain: Callable[[Question
     assert stays.result(60).text == plain(replace(WHERE, max_tokens=12))
     wait_for(lambda: not engine._entries and not len(engine._batch), 10)  # type: ignore[arg-type]
     assert engine.stats.questions == 1
-
-
-def test_the_first_of_several_leaves_and_the_others_are_answered(start: Any, plain: Callable[[Question], str]) -> None:
-    """The last row moves into its place, in buffers that steps have written."""
-    engine, batcher = start()
-    together, go = threading.Event(), threading.Event()
-
-    def hold(delta: Delta) -> None:
-        if len(engine._entries) == 3:
-            together.set()
-            assert go.wait(30)
-
-    gone = batcher.submit(replace(WHERE, max_tokens=1000), hold)
-    stay = [replace(WHERE, max_tokens=n) for n in (60, 64)]
-    futures = [batcher.submit(question) for question in stay]
-    assert together.wait(60)
-    assert gone.cancel()
-    go.set()
-    assert [f.result(60).text for f in futures] == [plain(question) for question in stay]
