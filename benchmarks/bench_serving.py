@@ -1,9 +1,9 @@
 """`/vqa` over real HTTP beside one request at a time through stock `generate`: `python -m benchmarks.bench_serving [--quick]`.
 
 A random LLaVA of benchmarks/llava.py, answers of 8 to 40 tokens. `generate` is called in a process with nothing beside it: no HTTP, no
-queue, no decoding of files. The service runs as a process, once with whole batches, once with questions joining between steps. New images
-are met for the first time; known ones were asked about before, with another question. The rest runs in this process, in processor time.
-What has a target stands at the end, beside it.
+queue, no decoding of files; the model has as many threads there as in the service. The service runs as a process, once with whole batches,
+once with questions joining between steps. New images are met for the first time; known ones were asked about before, with another question.
+The rest runs in this process, in processor time. What has a target stands at the end, beside it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,11 @@ from benchmarks.llava import Shape, report, save_data, save_llava
 from benchmarks.served_demo import MODES, mixed_over_http, save_adapters, served_demo
 from benchmarks.serving_load import Load, Service, body, percentile
 from hscr.answer import Answerer, AnswerRequest
+from hscr.image_limits import ImageLimits
+from hscr.image_view import View
+from hscr.images import read_images
 from hscr.model import load_model
+from service.decoding import Decoders
 
 QUESTIONS = [f"What does this picture show in the {where}?" for where in "left right middle top bottom corner".split()]
 
@@ -48,6 +54,10 @@ def opened(image: bytes) -> Image.Image:
 def generated(model: Path, images: list[bytes]) -> Load:
     """Each image asked about alone by stock `generate`, its pixels decoded already."""
     vlm = load_model(model, device="cpu")
+    for module in vlm.base.modules():
+        module.__dict__.pop(
+            "forward", None
+        )  # the stock tower, which computes a layer that nobody reads (hscr/tower.py)
     load = Load(0, 0)
     pixels = [opened(image) for image in images]
     start, cpu = time.perf_counter(), time.process_time()
@@ -130,33 +140,60 @@ def overload(folder: Path, model: Path, n: int) -> list[dict[str, Any]]:
 
 
 def added(folder: Path, model: Path, n: int) -> list[dict[str, Any]]:
-    """What a lone client waits beyond the model's own time: known images, in turn with the same questions asked in this process."""
-    images = pictures(folder, n, 4000)
+    """What a lone client waits beyond the model's own time, by images known and new; the same questions asked in this process in turn.
+
+    The model's own time is that of the engine's call in a process that does nothing else: the same caches, threads and decoded pixels.
+    Counted is what lies between the first byte that a client sends on an open connection and the last that it gets.
+    """
     answerer = Answerer(load_model(model, device="cpu"), prefix_cache_bytes=2**30)
-    asked = [AnswerRequest(opened(i), QUESTIONS[1], max_tokens=16) for i in images]
-    answerer.answer([AnswerRequest(opened(i), QUESTIONS[0], max_tokens=2) for i in images])
+
+    def answered(image: Image.Image, question: str, tokens: int) -> float:
+        start = time.perf_counter()
+        answerer.answer([AnswerRequest(image, question, max_tokens=tokens)])
+        return 1000 * (time.perf_counter() - start)
+
+    found: dict[str, list[tuple[float, float, float, float]]] = {"known": [], "new": []}
     with Service(folder / "added", model) as service:
-        service.closed([body(i, QUESTIONS[0], 2) for i in images], 1)
-        rows = []
-        for image, request in zip(images, asked, strict=True):
+        for image in pictures(folder, n + 4, 4000):
+            for kind, question in (("new", QUESTIONS[0]), ("known", QUESTIONS[1])):
+                own = answered(opened(image), question, 16)
+                ((client, answer),) = service.alone([body(image, question, 16)])
+                told = answer["timing_ms"]
+                found[kind].append((1000 * client, told["total"], told["model"], own))
+    rows = []
+    for kind, measured in found.items():
+        client, total, engine, own = (statistics.median(column) for column in zip(*measured[4:], strict=True))
+        rows.append(
+            {
+                "image": kind,
+                "client p50 ms": client,
+                "in the service": total,
+                "in queue and engine": engine,
+                "the model in one process": own,
+                "added p50 ms": statistics.median(m[0] - m[3] for m in measured[4:]),
+                "of it around the engine": statistics.median(m[0] - m[2] for m in measured[4:]),
+            }
+        )
+    return rows
+
+
+def decoding(folder: Path, n: int) -> list[dict[str, Any]]:
+    """An image's way through a warm process of the service's pool, and decoding it here; files of another byte each time."""
+    rows = []
+    with closing(Decoders(1, 2**31, 20)) as pool:
+        pool.warm()
+        pool.decode(pictures(folder, 1, 7000), ImageLimits(), [View()])
+        times: dict[str, list[float]] = {"in a process of the pool": [], "here": []}
+        for image in pictures(folder, n, 7001):
             start = time.perf_counter()
-            answerer.answer([request])
+            pool.decode([image], ImageLimits(), [View()])
             middle = time.perf_counter()
-            service.closed([], 1)
-            load = service.closed([body(image, QUESTIONS[1], 16)], 1)
-            told = load.answers[0]["timing_ms"]
-            rows.append((1000 * load.answered[0], told["model"], told["total"], 1000 * (middle - start)))
-    client, engine, total, own = (statistics.median(column) for column in zip(*rows, strict=True))
-    return [
-        {
-            "client p50 ms": client,
-            "in the service": total,
-            "in queue and engine": engine,
-            "the model in one process": own,
-            "added p50 ms": statistics.median(r[0] - r[3] for r in rows),
-            "added before and after the engine": total - engine,
-        }
-    ]
+            read_images([image], ImageLimits(), [View()])
+            times["in a process of the pool"].append(1000 * (middle - start))
+            times["here"].append(1000 * (time.perf_counter() - middle))
+    for where, found in times.items():
+        rows.append({"a PNG of 400 × 400 decoded": where, "p50 ms": statistics.median(found), "least": min(found)})
+    return rows
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -247,7 +284,10 @@ def targets(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             told(what, asked[cell]["× generate"], limit)
             told(f"{what}, processor time", asked[cell]["× generate (CPU)"], limit)
     for r in tables.get("added", []):
-        told("added to the model's own time, p50", r["added p50 ms"], 5, "ms", most=True)
+        told(f"added to the model's own time, {r['image']} image, p50", r["added p50 ms"], 5, "ms", most=True)
+    if pooled := tables.get("decoding"):
+        more = pooled[0]["p50 ms"] - pooled[1]["p50 ms"]
+        told("decoding a PNG in a process of the pool, more than here, p50", more, 5, "ms", most=True)
     for r in tables.get("overload", []):
         told("answers at four times the capacity, of the best", r["of the best"], 0.9)
         told("a refusal, p50", r["a refusal p50 ms"], 50, "ms", most=True)
@@ -264,11 +304,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few questions: a minute or two")
     parser.add_argument(
-        "--only", choices=["throughput", "overload", "added", "mixed", "mixed_http", "grounding", "demo"]
+        "--only", choices=["throughput", "overload", "added", "decoding", "mixed", "mixed_http", "grounding", "demo"]
     )
     parser.add_argument("--questions", type=int, default=32, help="questions a cell")
     parser.add_argument("--out", type=Path, help="folder for the tables as JSON")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the model: here, for `generate`, and in the service alike"
+    )
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    os.environ["HSCR_ENGINE_THREADS"] = str(given.threads)
     n = 12 if given.quick else given.questions
     clients = [1, 16]
     repeats = 3
@@ -279,6 +324,7 @@ def main() -> None:
             "throughput": lambda: throughput(folder, model, clients, n),
             "overload": lambda: overload(folder, model, 2 * n),
             "added": lambda: added(folder, model, 2 * n),
+            "decoding": lambda: decoding(folder, 2 * n),
             "mixed": lambda: mixed(folder, model, repeats),
             "mixed_http": lambda: mixed_http(folder, model, n, repeats),
             "demo": lambda: served_demo(folder, n),

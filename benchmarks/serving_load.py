@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,7 @@ class Service:
         self._environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def __enter__(self) -> Service:
+        self._line: HTTPConnection | None = None
         command = [sys.executable, "-m", "service.serve"]
         self._process = subprocess.Popen(command, cwd=ROOT, env=self._environment, stderr=subprocess.DEVNULL)
         for _ in range(1200):
@@ -79,6 +83,8 @@ class Service:
         raise RuntimeError("the service did not become ready")
 
     def __exit__(self, *raised: object) -> None:
+        if self._line is not None:
+            self._line.close()
         self._process.terminate()
         try:
             self._process.wait(60)
@@ -102,6 +108,23 @@ class Service:
         answer = httpx.post(address, files={"file": ("adapter.zip", packed)}, timeout=300).raise_for_status()
         return f"{name}:{answer.json()['version']}"
 
+    def alone(self, bodies: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+        """Each asked when the last is answered, on one open connection: seconds from its first byte to its answer's last, and the answer.
+
+        What the client spends on writing and reading JSON, and on opening connections, is its own and does not count.
+        """
+        if self._line is None:
+            self._line = HTTPConnection(self.address.removeprefix("http://"), timeout=600)
+            self._line.connect()
+            self._line.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        told = []
+        for data in _written(bodies):
+            start = time.perf_counter()
+            self._line.request("POST", "/vqa", data, {"Content-Type": "application/json"})
+            answer = self._line.getresponse().read()
+            told.append((time.perf_counter() - start, json.loads(answer)))
+        return told
+
     def closed(self, bodies: Sequence[dict[str, Any]], clients: int) -> Load:
         """So many clients, each asking the next question when its last is answered."""
         return asyncio.run(self._measured(self._closed(bodies, clients)))
@@ -111,30 +134,35 @@ class Service:
         return asyncio.run(self._measured(self._open(bodies, rate, seed)))
 
     async def _measured(self, work: Any) -> Load:
-        cpu, start = self.cpu_s(), time.perf_counter()
+        cpu = self.cpu_s()
         load: Load = await work
-        load.wall_s, load.cpu_s = time.perf_counter() - start, self.cpu_s() - cpu
+        load.cpu_s = self.cpu_s() - cpu
         return load
 
     async def _closed(self, bodies: Sequence[dict[str, Any]], clients: int) -> Load:
-        load, left = Load(0, 0), list(reversed(bodies))
+        load, left = Load(0, 0), _written(bodies)[::-1]
 
         async def client(http: httpx.AsyncClient) -> None:
             while left:
                 await self._ask(http, left.pop(), load)
 
         async with self._http() as http:
+            start = time.perf_counter()
             await asyncio.gather(*(client(http) for _ in range(clients)))
+            load.wall_s = time.perf_counter() - start
         return load
 
     async def _open(self, bodies: Sequence[dict[str, Any]], rate: float, seed: int) -> Load:
         load, stream = Load(0, 0), random.Random(seed)
         async with self._http() as http:
             tasks = []
-            for body in bodies:
+            written = _written(bodies)
+            start = time.perf_counter()
+            for body in written:
                 tasks.append(asyncio.create_task(self._ask(http, body, load)))
                 await asyncio.sleep(stream.expovariate(rate))
             await asyncio.gather(*tasks)
+            load.wall_s = time.perf_counter() - start
         return load
 
     async def leaving(self, bodies: Sequence[dict[str, Any]], after_s: float) -> int:
@@ -151,9 +179,9 @@ class Service:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         return httpx.AsyncClient(base_url=self.address, timeout=600, limits=limits)
 
-    async def _ask(self, http: httpx.AsyncClient, body: dict[str, Any], load: Load) -> None:
+    async def _ask(self, http: httpx.AsyncClient, body: bytes, load: Load) -> None:
         start = time.perf_counter()
-        response = await http.post("/vqa", json=body)
+        response = await http.post("/vqa", content=body, headers={"Content-Type": "application/json"})
         took = time.perf_counter() - start
         if response.status_code == 200:
             load.answered.append(took)
@@ -162,6 +190,11 @@ class Service:
             load.refused.append(took)
         else:
             load.unanswered += 1
+
+
+def _written(bodies: Sequence[dict[str, Any]]) -> list[bytes]:
+    """Before the clock runs: a megabyte of JSON takes a client longer to write than the service to refuse, and all clients share a loop."""
+    return [json.dumps(body).encode() for body in bodies]
 
 
 def body(image: bytes, question: str, max_tokens: int, **more: Any) -> dict[str, Any]:

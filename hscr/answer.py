@@ -147,8 +147,7 @@ class AnswerBatch:
                 self._tell(running)
             return self._finished(self._due())
         except Exception:
-            self._asked, self._ended, self._gathering = {}, [], Gathering()
-            self._running.clear()
+            self._drop()
             raise
 
     def _due(self) -> list[Row]:
@@ -173,10 +172,18 @@ class AnswerBatch:
         return gone
 
     def leave(self, rows: Sequence[Row]) -> None:
-        """Answer these no further."""
-        self._running.leave(rows)
+        """Answer these no further. An exception leaves nothing under way."""
+        try:
+            self._running.leave(rows)
+        except Exception:
+            self._drop()
+            raise
         for row in rows:
             self._asked.pop(row, None)
+
+    def _drop(self) -> None:
+        self._asked, self._ended, self._gathering = {}, [], Gathering()
+        self._running.clear()
 
     def _tell(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
+
+import pybase64
 
 
 def is_data_url(value: Any) -> bool:
@@ -19,6 +20,6 @@ def data_of(url: str) -> bytes:
     if not head.lower().rstrip().endswith(";base64"):
         raise ValueError("a data URL must be in base64: data:image/png;base64,…")
     try:
-        return base64.b64decode(data, validate=True)
+        return pybase64.b64decode(data, validate=True)
     except ValueError:  # characters that are not ASCII, too
         raise ValueError("the base64 of the data URL is damaged") from None

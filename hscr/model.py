@@ -32,6 +32,7 @@ from hscr.grouped_attention import group_heads
 from hscr.image_text import ImageTexts, adds_special_tokens
 from hscr.images import Images, as_images
 from hscr.processor import load_processor
+from hscr.tower import pass_over_unread_layers
 from hscr.visual_tokens import Prompt
 
 
@@ -139,6 +140,7 @@ def load_model(
     if quantize is None:  # 4-bit weights are made on their device and stay there
         torch.nn.Module.to(model, where)
     model.eval()
+    pass_over_unread_layers(model)
     group_heads(next(m for n, m in model.named_modules() if n.split(".")[-1] == family.language_model))
     local = Path(name).is_dir()
     if local:

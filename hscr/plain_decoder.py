@@ -21,7 +21,9 @@ from hscr.families import handed_with_deepstack
 from hscr.grouped_attention import grouped_sdpa
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM
-from hscr.prefix import Rows, seen
+from hscr.prefix import Rows
+from hscr.prefix import seen as visible_columns
+from hscr.shared_prefix import Sharing, sharing
 from hscr.static_steps import StaticSteps, cuda_graph
 
 PLAIN = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen3VLText"))
@@ -90,14 +92,16 @@ class PlainDecoder:
             self,
             rows.ids[:, -1:],
             rows.positions[..., -1:],
-            seen(rows.mask, 1),
+            visible_columns(rows.mask, 1),
             rows.cache,
             lora,
         )
 
     def _rows_logits(self, rows: Rows, lora: LoraRows | None, last: int) -> Tensor:
         x, new = self._embedded(rows), rows.new
-        x = self._passed(x, rows.positions[..., -new:], rows.cache, lora, last, lambda q: _mask(rows, q, x.dtype))
+        shared = sharing(rows, x.dtype)
+        positions = rows.positions[..., -new:]
+        x = self._passed(x, positions, rows.cache, lora, last, lambda q: _mask(rows, q, x.dtype), shared)
         rows.images = ()
         logits: Tensor = self.head(x)
         return logits
@@ -147,13 +151,14 @@ class PlainDecoder:
         lora: LoraRows | None,
         last: int,
         mask_of: Callable[[int], Tensor | None],
+        shared: Sharing | None = None,
     ) -> Tensor:
         """The last columns [n, last, D] of x [n, T, D] behind all layers and the norm; `mask_of` gives the last q columns' mask."""
         n, new = x.shape[:2]
         cos, sin = (t.unsqueeze(2) for t in self.decoder.rotary_emb(x, positions))  # [n, T, 1, d]
         half = self.d // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # so that a half turned round needs no sign
-        mask = mask_of(new)
+        mask = mask_of(new) if shared is None else None
         caches: list[Any] = cache.layers
         for layer, held in zip(self.layers, caches, strict=True):
             states = _linear(lora, layer.qkv, _normed(layer.first, x)).view(n, new, -1, self.d)
@@ -162,7 +167,12 @@ class PlainDecoder:
             keys, values = held.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
             if layer is self.layers[-1] and last < new:  # of the others nobody asks for more than keys and values
                 x, queries, mask = x[:, -last:], queries[:, -last:], mask_of(last)
-            x += _linear(lora, layer.out, self._attended(layer.attention, queries, keys, values, mask))
+            if shared is not None:
+                own = queries.reshape(n, self.groups, self.heads // self.groups, self.d)
+                seen = shared.attention(own, keys, values, layer.attention.scaling).reshape(n, 1, -1)
+            else:
+                seen = self._attended(layer.attention, queries, keys, values, mask)
+            x += _linear(lora, layer.out, seen)
             gate, up = _linear(lora, layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
             x += _linear(lora, layer.down, layer.act(gate) * up)
         return _normed(self.decoder.norm, x)
@@ -200,7 +210,7 @@ def _mask(rows: Rows, q: int, dtype: torch.dtype) -> Tensor | None:
     """What the last q columns may look at, to be added [n, 1, q, K]; none where plain causal attention says it."""
     if rows.new == rows.mask.shape[1] and not any(rows.first) and q in (1, rows.new):
         return None
-    return _added(seen(rows.mask, q), dtype)
+    return _added(visible_columns(rows.mask, q), dtype)
 
 
 def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:

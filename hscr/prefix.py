@@ -29,6 +29,7 @@ class GrowingLayer(DynamicLayer):
 
     ROOM = 64  # tokens
     MORE = 4  # rows
+    BEFORE = 32  # columns on the left, for newcomers that are a little longer
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +56,23 @@ class GrowingLayer(DynamicLayer):
             buffer[: len(states), :, self._high : self._high + new] = states
         self._high += new
         return self._look(len(key_states))
+
+    def lay(self, rows: Sequence[tuple[Tensor, Tensor]], more: int) -> None:
+        """Hold keys and values [heads, T, d] of one row each, left-padded, in new buffers with room for `more` rows."""
+        width = max(keys.shape[1] for keys, _ in rows)
+        self._low, self._high = self.BEFORE, self.BEFORE + width
+        self._buffers = []
+        for which in (0, 1):
+            heads, _, d = rows[0][which].shape
+            buffer = rows[0][which].new_empty(len(rows) + more, heads, self._high + self.room, d)
+            for at, row in enumerate(rows):
+                start = self._high - row[which].shape[1]
+                buffer[at, :, self._low : start] = 0
+                buffer[at, :, start : self._high] = row[which]
+            self._buffers.append(buffer)
+        if not self.is_initialized:
+            self.lazy_initialization(*self._buffers)
+        self._look(len(rows))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -147,8 +165,16 @@ def empty_cache(vlm: VLM) -> DynamicCache:
     return copy.deepcopy(vlm.empty_cache)
 
 
-def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
-    """Put keys and values [heads, T, d] by layer, of one row each, into an empty cache, left-padded."""
+def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]], more: int = 0) -> None:
+    """Put keys and values [heads, T, d] by layer, of one row each, into an empty cache, left-padded; `more` rows are expected to join."""
+    if joinable(cache) and not torch.is_grad_enabled():
+        held: list[Any] = cache.layers
+        held += [
+            GrowingLayer() for _ in range(len(held), len(rows[0]))
+        ]  # some caches make theirs when they are first used
+        for number, layer in enumerate(held):
+            layer.lay([own[number] for own in rows], more)
+        return
     width = max(own[0][0].shape[1] for own in rows)
     for layer in range(len(rows[0])):
         keys, values = (_left_padded([own[layer][which] for own in rows], width) for which in (0, 1))
@@ -189,13 +215,15 @@ class Rows:
         rows.images = ()  # they are in what is held
         starts = [own[0][0].shape[1] for own in held]
         rows._columns([(p.input_ids[:n], p.position_ids[..., :n]) for p, n in zip(prompts, starts, strict=True)])
-        fill(rows.cache, held)
+        fill(rows.cache, held, more=GrowingLayer.MORE)
         rows._columns([tokens_of(p, n, tail) for p, n, tail in zip(prompts, starts, tails, strict=True)])
         return rows
 
     def _start(self, prompts: Sequence[Prompt]) -> None:
         self.ids = torch.empty((len(prompts), 0), dtype=torch.long, device=self.vlm.device)
         self.first: list[int] = []  # the column where a row begins
+        # A row's first tokens by name and number: rows that have a name in common have equal keys and values there; None: nobody else's.
+        self.prefixes: list[tuple[str | None, int]] = [(None, 0)] * len(prompts)
         self.mask = self.ids
         self.positions = self.ids.expand(*prompts[0].position_ids.shape[:-1], *self.ids.shape)
         self.images: Sequence[Prompt] = prompts  # whose visual tokens are among the new columns
@@ -256,7 +284,7 @@ class Rows:
         """Go on with these rows, in this order; a row may be taken several times."""
         if list(rows) == list(range(len(self.ids))):
             return
-        self.first = [self.first[row] for row in rows]
+        self.first, self.prefixes = [self.first[row] for row in rows], [self.prefixes[row] for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.vlm.device)
         self.ids, self.mask = self.ids[index], self.mask[index]
         self.positions = self.positions.index_select(-2, index)
@@ -278,6 +306,7 @@ class Rows:
         self.ids, self.mask = torch.cat([self.ids, other.ids]), torch.cat([self.mask, other.mask])
         self.positions = torch.cat([self.positions, other.positions], dim=-2)
         self.first += other.first
+        self.prefixes += other.prefixes
         layers: list[Any] = self.cache.layers
         for mine, its in zip(layers, other.cache.layers, strict=True):
             mine.join(its)
@@ -293,7 +322,7 @@ class Rows:
         if not self.can_join or n == 0:
             self.keep(order)
             return order
-        self.first = [self.first[row] for row in order]
+        self.first, self.prefixes = [self.first[row] for row in order], [self.prefixes[row] for row in order]
         cut = min(self.first)
         index = torch.tensor(order, dtype=torch.long, device=self.vlm.device)
         self.ids, self.mask = self.ids[index, cut:], self.mask[index, cut:]

@@ -100,6 +100,7 @@ def begin(
     behind = [i for i in range(len(prompts)) if i not in whole]
 
     def computed(numbers: list[int], rows: Rows) -> Begun:
+        rows.prefixes = [(keys[i], lengths[i]) for i in numbers]
         with lora.rows([adapters[i] for i in numbers]):
             return Begun(numbers, rows, logits_of(rows, decoder, lora, last))
 

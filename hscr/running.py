@@ -76,7 +76,8 @@ class Running:
         said = [[rows[i] for i in part.numbers] for part in begun]
         ended = [self._say(own, part.logits[:, -1], part.rows) for own, part in zip(said, begun, strict=True)]
         try:  # nothing joins before all have spoken
-            for part, own, over in zip(begun, said, ended, strict=True):
+            parts = sorted(zip(begun, said, ended, strict=True), key=lambda part: -len(part[1]))
+            for part, own, over in parts:  # the largest first: it need not be copied to take the others in
                 self._take(part.rows, own, over)
         except Exception:
             self.clear()  # some layers may have the newcomers already
@@ -109,6 +110,7 @@ class Running:
             raise
         return ended
 
+    @torch.inference_mode()  # other rows move into the places that become free
     def leave(self, rows: Sequence[Row]) -> None:
         """Take rows out; those that do not run are passed over."""
         gone = [i for i, row in enumerate(self.rows) if row in rows]

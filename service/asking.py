@@ -78,20 +78,26 @@ def require_images(state: State, n: int) -> None:
         raise Problem("one_image_only", "Ask with one image; docs/families.md lists the models that take several.")
 
 
-def decode(state: State, several: list[bytes], views: list[View]) -> tuple[Decoded, ...]:
+def decode(state: State, request: Request, several: list[bytes], views: list[View]) -> tuple[Decoded, ...]:
     """Images of a question, decoded in other processes. Blocks. Raises Problem."""
+    salt = request.state.caller.id if state.settings.prefix_cache_per_key else ""
     try:
         with tracing.span("vqa.decode", images=len(several), bytes=sum(map(len, several))):
-            return decoders(state.settings).decode(several, ImageLimits(), views)
+            return decoders(state.settings).decode(several, ImageLimits(), views, salt)
     except DecodersBusy:
         raise Problem("decoders_busy", "Ask again in a few seconds.", headers={"Retry-After": "5"}) from None
     except ImageError as error:
         raise Problem("invalid_image", f"{error}.") from None
 
 
+async def version(state: State, reference: str | None) -> Resolved | None:
+    """The version that a reference means now, None for the base. Raises Problem."""
+    return await asyncio.to_thread(resolve, state, reference) if reference else None
+
+
 def resolve(state: State, reference: str | None) -> Resolved | None:
-    """The version that a reference means now, None for the base. Blocks. Raises Problem."""
-    if reference is None or reference == "":
+    """The same. Blocks."""
+    if not reference:
         return None
     with state.database.read() as session:
         resolved = adapters.resolve(session, reference)

@@ -146,7 +146,7 @@ class Engine(Protocol[Item, Result]):
         ...
 
     def leave(self, entries: Sequence[Entry[Item, Result]]) -> None:
-        """Answer these no further."""
+        """Answer these no further. What it raises, all that run get."""
         ...
 
 
@@ -380,7 +380,11 @@ class Batcher(Generic[Item, Result]):
         gone = [entry for entry in self._running if entry.gone]
         if gone:
             self._running = [entry for entry in self._running if not entry.gone]
-            self._engine.leave(gone)
+            try:
+                self._engine.leave(gone)
+            except Exception as error:  # it must not end this thread
+                log.exception("the engine failed on a question that left")
+                self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         """What ran together fails together; the engine has dropped it."""

@@ -1,6 +1,7 @@
 """`python -m service.decode_child`: decodes and cleans images that others sent, one order after the other, under limits of memory and time.
 
-An order is a line of JSON and the bytes of its images on stdin; the answer a line of JSON and RGB pixels, or a cleaned file, on stdout.
+An order is a line of JSON and the bytes of its images on stdin; the answer, on stdout, JSON behind its length (4 bytes, the highest first),
+then RGB pixels or a cleaned file.
 The process ends with its stdin, writes no file, and is killed by its own alarm where whoever ordered is too late to do it.
 """
 
@@ -36,7 +37,8 @@ def main() -> None:
         except MemoryError:
             answer, pixels = {"refused": "decoding the image needs more memory than it may take"}, []
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(json.dumps(answer).encode() + b"\n")
+        told = json.dumps(answer).encode()
+        answers.write(len(told).to_bytes(4, "big") + told)
         for part in pixels:
             answers.write(part)
         answers.flush()

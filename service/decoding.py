@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import hashlib
 import json
 import os
 import queue
+import select
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +34,7 @@ from hscr.images import Decoded
 from service.settings import Settings
 
 _F_SETPIPE_SZ, _PIPE_BYTES = 1031, 2**20
+_HEAD_MAX_BYTES = 2**20  # of an answer's JSON
 
 
 class DecodersBusy(Exception):
@@ -78,10 +83,19 @@ class Decoders:
     """`processes` at most, each with `memory_bytes` of addresses and `seconds` an order. Thread-safe.
 
     Decoded images that somebody still holds (questions that wait) have `held_max_bytes` of pixels together; one order may go over it.
+    Of them `recent_max_bytes` are kept for the next question on the same file, and let go where those that wait need the room.
     """
 
-    def __init__(self, processes: int, memory_bytes: int, seconds: float, held_max_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        processes: int,
+        memory_bytes: int,
+        seconds: float,
+        held_max_bytes: int = 2**30,
+        recent_max_bytes: int = 0,
+    ) -> None:
         self.memory_bytes, self.seconds, self.held_max_bytes = memory_bytes, seconds, held_max_bytes
+        self._recent = Recent(recent_max_bytes)
         self._held: dict[
             object, int
         ] = {}  # changed by single calls only: images are let go in any thread, at any point of it
@@ -96,17 +110,27 @@ class Decoders:
         with self._count_lock:
             return DecodeStats(self.processes, self.processes - self._free.qsize(), **self._counts)
 
-    def decode(self, several: Sequence[bytes], limits: ImageLimits, views: Sequence[View]) -> tuple[Decoded, ...]:
-        """The images of one question (hscr.images.read_images). Raises ImageError, DecodersBusy."""
-        if sum(list(self._held.values())) >= self.held_max_bytes:
+    def decode(
+        self, several: Sequence[bytes], limits: ImageLimits, views: Sequence[View], salt: str = ""
+    ) -> tuple[Decoded, ...]:
+        """The images of one question (hscr.images.read_images). Raises ImageError, DecodersBusy.
+
+        What was decoded a moment ago for the same salt is not decoded again.
+        """
+        common = _common(limits, views)
+        key = _key(several, common, salt)
+        if (known := self._recent.get(key)) is not None:
+            return known
+        if self._holds_too_much() and not (self._recent.clear() and not self._holds_too_much()):
             self._count("no_room")
             raise DecodersBusy
-        order = {"sizes": [len(data) for data in several], **_common(limits, views)}
-        answer, pixels = self._ask(order, several)
-        return tuple(
+        answer, pixels = self._ask({"sizes": [len(data) for data in several], **common}, several)
+        decoded = tuple(
             Decoded(self._hold(Image.frombytes("RGB", tuple(told["size"]), data), len(data)), _note(told))
             for told, data in zip(answer["images"], pixels, strict=True)
         )
+        self._recent.put(key, decoded)
+        return decoded
 
     def check(self, path: Path, limits: ImageLimits = ImageLimits(), view: View = View()) -> Note:
         """Whether a file can be decoded; no pixels come back. Raises ImageError, DecodersBusy."""
@@ -118,7 +142,7 @@ class Decoders:
         order = {"sizes": [], "path": str(path.resolve()), "key": key.hex(), **_common(limits, [view])}
         answer, content = self._ask(order, ())
         told = answer["images"][0]
-        return Cleaned(_note(told), content[0] if "bytes" in told else None)
+        return Cleaned(_note(told), bytes(content[0]) if "bytes" in told else None)
 
     def warm(self) -> None:
         """Start one process now, so that the first question does not wait for it."""
@@ -133,7 +157,7 @@ class Decoders:
                 if child is not None:
                     child.end()
 
-    def _ask(self, order: dict[str, Any], data: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    def _ask(self, order: dict[str, Any], data: Sequence[bytes]) -> tuple[dict[str, Any], list[bytearray]]:
         try:
             child = self._free.get(timeout=self.seconds)
         except queue.Empty:
@@ -146,25 +170,24 @@ class Decoders:
                     child.end()
                 child = None
                 child = self._start()
-            late = threading.Timer(self.seconds, child.process.kill)
-            late.start()
             try:
-                answer, pixels = _exchange(child, order, data)
-            except (OSError, EOFError, ValueError):
-                stalled = not late.is_alive()
+                answer, pixels = _exchange(child, order, data, self.seconds)
+            except (OSError, EOFError, ValueError) as error:
                 child.end()
                 child = None
                 self._count("lost")
+                stalled = isinstance(error, TimeoutError)
                 what = f"takes more than {self.seconds:g} s" if stalled else "ended the process that did it"
                 raise ImageError(f"decoding the image {what}") from None
-            finally:
-                late.cancel()
         finally:
             self._free.put(child)
         if "refused" in answer:
             self._count("refused")
             raise ImageError(answer["refused"])
         return answer, pixels
+
+    def _holds_too_much(self) -> bool:
+        return sum(list(self._held.values())) >= self.held_max_bytes
 
     def _hold(self, image: Image.Image, n_bytes: int) -> Image.Image:
         token = object()
@@ -180,9 +203,12 @@ class Decoders:
         names = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")  # no key, no database address
         environment = {k: os.environ[k] for k in names if k in os.environ}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        # Pages that an image took serve the next: given back each time, they cost half as much again as decoding a small PNG.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
         child = _Child(
             subprocess.Popen(
                 [sys.executable, "-m", "service.decode_child", str(self.memory_bytes), str(self.seconds)],
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # a traceback may quote a header
@@ -190,16 +216,61 @@ class Decoders:
                 start_new_session=True,  # Ctrl-C is for the API, which waits for its answers
             )
         )
-        if sys.platform == "linux":
-            for pipe in child.pipes:
+        for pipe in child.pipes:
+            os.set_blocking(pipe.fileno(), False)  # our ends only
+            if sys.platform == "linux":
                 with suppress(OSError):
                     fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
         return child
 
 
+class Recent:
+    """Decoded images of the last questions, by what they were made from; least recently used out first, bounded in bytes. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._items: OrderedDict[bytes, tuple[Decoded, ...]] = OrderedDict()
+        self._n_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> tuple[Decoded, ...] | None:
+        with self._lock:
+            if (found := self._items.get(key)) is not None:
+                self._items.move_to_end(key)
+            return found
+
+    def put(self, key: bytes, decoded: tuple[Decoded, ...]) -> None:
+        size = _pixel_bytes(decoded)
+        with self._lock:
+            if key in self._items or size > self.max_bytes:
+                return
+            self._items[key] = decoded
+            self._n_bytes += size
+            while self._n_bytes > self.max_bytes:
+                self._n_bytes -= _pixel_bytes(self._items.popitem(last=False)[1])
+
+    def clear(self) -> bool:
+        """Let all go; whether there were any."""
+        with self._lock:
+            held, self._items, self._n_bytes = self._items, OrderedDict(), 0
+        return bool(held)
+
+
+def _pixel_bytes(decoded: tuple[Decoded, ...]) -> int:
+    return sum(3 * d.image.width * d.image.height for d in decoded)
+
+
+def _key(several: Sequence[bytes], common: dict[str, Any], salt: str) -> bytes:
+    """Of everything that decoding depends on, and of who may share it."""
+    whole = hashlib.sha256(json.dumps([len(several), common, salt]).encode())
+    for data in several:
+        whole.update(hashlib.sha256(data).digest())
+    return whole.digest()
+
+
 @cache
-def _shared(processes: int, memory_bytes: int, seconds: float, held_max_bytes: int) -> Decoders:
-    decoders = Decoders(processes, memory_bytes, seconds, held_max_bytes)
+def _shared(processes: int, memory_bytes: int, seconds: float, held_max_bytes: int, recent_max_bytes: int) -> Decoders:
+    decoders = Decoders(processes, memory_bytes, seconds, held_max_bytes, recent_max_bytes)
     atexit.register(decoders.close)
     return decoders
 
@@ -207,7 +278,9 @@ def _shared(processes: int, memory_bytes: int, seconds: float, held_max_bytes: i
 def decoders(settings: Settings) -> Decoders:
     """The one pool of this process."""
     s = settings
-    return _shared(s.decode_processes, s.decode_memory_max_bytes, s.decode_max_s, s.decoded_max_bytes)
+    return _shared(
+        s.decode_processes, s.decode_memory_max_bytes, s.decode_max_s, s.decoded_max_bytes, s.decoded_recent_max_bytes
+    )
 
 
 def _common(limits: ImageLimits, views: Sequence[View]) -> dict[str, Any]:
@@ -218,20 +291,43 @@ def _note(told: dict[str, Any]) -> Note:
     return Note(told["format"], told["modality"], tuple(told["flags"]))
 
 
-def _exchange(child: _Child, order: dict[str, Any], data: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
-    orders, answers = child.pipes
-    orders.write(json.dumps(order).encode() + b"\n")
-    for part in data:
-        orders.write(part)
-    orders.flush()
-    line = answers.readline()
-    if not line.endswith(b"\n"):
-        raise EOFError
-    answer: dict[str, Any] = json.loads(line)
-    pixels = []
-    for told in answer.get("images", ()):
-        size = told["size"][0] * told["size"][1] * 3 if "size" in told else told.get("bytes", 0)
-        pixels.append(answers.read(size))
-        if len(pixels[-1]) != size:
+def _exchange(
+    child: _Child, order: dict[str, Any], data: Sequence[bytes], seconds: float
+) -> tuple[dict[str, Any], list[bytearray]]:
+    """Raises TimeoutError after so many seconds, EOFError or OSError where the process ended, ValueError where it said something else."""
+    orders, answers = (pipe.fileno() for pipe in child.pipes)
+    until = time.monotonic() + seconds
+    for part in (json.dumps(order).encode() + b"\n", *data):
+        _through(orders, select.POLLOUT, memoryview(part), until, os.write)
+    if (length := int.from_bytes(_read(answers, 4, until), "big")) > _HEAD_MAX_BYTES:
+        raise ValueError
+    answer: dict[str, Any] = json.loads(_read(answers, length, until))
+    sizes = (
+        told["size"][0] * told["size"][1] * 3 if "size" in told else told.get("bytes", 0)
+        for told in answer.get("images", ())
+    )
+    return answer, [_read(answers, size, until) for size in sizes]
+
+
+def _read(descriptor: int, n: int, until: float) -> bytearray:
+    out = bytearray(n)
+    _through(descriptor, select.POLLIN, memoryview(out), until, lambda fd, left: os.readv(fd, [left]))
+    return out
+
+
+def _through(
+    descriptor: int, event: int, left: memoryview, until: float, moved: Callable[[int, memoryview], int]
+) -> None:
+    """All bytes of `left` through a pipe that does not block, in either direction."""
+    ready = select.poll()
+    ready.register(descriptor, event)
+    while left:
+        try:
+            n = moved(descriptor, left)
+        except BlockingIOError:
+            if not ready.poll(max(0.0, 1000 * (until - time.monotonic()))):
+                raise TimeoutError from None
+            continue
+        if n == 0:
             raise EOFError
-    return answer, pixels
+        left = left[n:]

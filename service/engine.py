@@ -170,7 +170,11 @@ class LocalEngine:
             return
         assert self._batch is not None
         rows = [row for row, entry in self._entries.items() if entry in entries]
-        self._batch.leave(rows)
+        try:
+            self._batch.leave(rows)
+        except Exception:
+            self._entries = {}
+            raise
         for row in rows:
             del self._entries[row]
 

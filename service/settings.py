@@ -150,6 +150,9 @@ class Settings(BaseSettings):
     decode_processes: int = Field(default=2, ge=1)  # that decode images, each with the limits below
     decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
     decoded_max_bytes: int = Field(default=2**30, ge=2**20)  # pixels of questions that wait or are answered
+    decoded_recent_max_bytes: int = Field(
+        default=128 * 2**20, ge=0
+    )  # of them kept for the next question on the same file
     decode_max_s: float = Field(default=20.0, gt=0)
     uid_key: SecretStr | None = Field(
         default=None, min_length=16

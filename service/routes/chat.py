@@ -129,7 +129,7 @@ async def chat(state: Service, request: Request) -> ChatCompletion | StreamingRe
     turns, data, views = conversation(wish)
     asking.require_images(state, len(data))
     resolved = await asyncio.to_thread(model_of, state, wish.model)
-    decoded = await asyncio.to_thread(asking.decode, state, data, views)
+    decoded = await asyncio.to_thread(asking.decode, state, request, data, views)
     question = Question(
         images=tuple(d.image for d in decoded),
         text=turns,

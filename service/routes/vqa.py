@@ -6,12 +6,12 @@ The adapter is resolved to an immutable version first; from there on only its di
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
+import pybase64
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
@@ -181,10 +181,10 @@ async def vqa(state: Service, request: Request) -> Any:
     asking.ready(state, request)
     parameters, data, views = await _read(request)
     asking.require_images(state, len(data))
-    decoded = await asyncio.to_thread(asking.decode, state, data, views)
-    versions = [await asyncio.to_thread(asking.resolve, state, parameters.adapter)]
+    decoded = await asyncio.to_thread(asking.decode, state, request, data, views)
+    versions = [await asking.version(state, parameters.adapter)]
     if parameters.compare is not None:
-        versions.append(await asyncio.to_thread(asking.resolve, state, parameters.compare))
+        versions.append(await asking.version(state, parameters.compare))
     questions = [await _question(state, parameters, decoded, version) for version in versions]
     asked = time.perf_counter()
 
@@ -269,7 +269,7 @@ async def _read(request: Request) -> tuple[Parameters, list[bytes], list[View]]:
         if kind == "application/json":
             body = VQARequest.model_validate_json(await request.body())
             given = body.images or ([body.image] if body.image else [])
-            return body, [base64.b64decode(i.base64, validate=True) for i in given], [i.view() for i in given]
+            return body, [pybase64.b64decode(i.base64, validate=True) for i in given], [i.view() for i in given]
         if kind == "multipart/form-data":
             return await _read_form(request)
     except ValidationError as error:

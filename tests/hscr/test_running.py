@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hscr import plain_decoder, shared_prefix
 from hscr.answer import AnswerBatch, Answerer, AnswerRequest
 from hscr.answers import Answer
 from hscr.config import OptimizationConfig
@@ -18,6 +19,7 @@ from hscr.model import VLM, add_lora, encode_prompts, load_model
 from hscr.plain_decoder import logits_of
 from hscr.prefix import Rows
 from hscr.prefix_cache import prefix_length
+from hscr.shared_prefix import Sharing
 from hscr.static_steps import StaticSteps
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import NAMES, save_tiny
@@ -59,12 +61,12 @@ def close(answerer: Answerer) -> None:
         answerer.unload_adapter(name)
 
 
-def asked(rng: random.Random) -> AnswerRequest:
-    image = rng.randrange(4)
+def asked(rng: random.Random, images: int = 4, adapters: Sequence[str | None] = ADAPTERS) -> AnswerRequest:
+    image = rng.randrange(images)
     return AnswerRequest(
         picture(image, ((28, 28), (40, 28))[image % 2]),
         rng.choice(QUESTIONS),
-        rng.choice(ADAPTERS),
+        rng.choice(adapters),
         max_tokens=rng.randint(1, 9),
         temperature=rng.choice([0.0, 0.0, 1.5]),
         top_p=rng.choice([1.0, 0.6]),
@@ -86,18 +88,25 @@ def same(a: Answer, b: Answer) -> None:
         assert [[x for x, _ in t.top] for t in a.logprobs] == [[x for x, _ in t.top] for t in b.logprobs]
 
 
-def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> None:
-    """Rows that join at any step, leave at any step, repeat images, and a prefix cache that holds about two of them."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_random_mixes_answer_as_alone(
+    family: tuple[VLM, dict[str, Path]], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that join at any step, leave at any step, repeat images, and a prefix cache that holds about two of them; `shared`: wherever
+    two rows stand behind one prefix, it is read once."""
+    monkeypatch.setattr(shared_prefix, "WORTH", 1 if shared else 10**9)
+    steps: list[Sharing | None] = []
+    monkeypatch.setattr(plain_decoder, "sharing", lambda *a: steps.append(shared_prefix.sharing(*a)) or steps[-1])
     plain, mixed = answerer_of(family), answerer_of(family, prefix_cache_bytes=60_000)
     said = set()
     for seed in range(2):
         rng = random.Random(seed)
         batch, rows, got = AnswerBatch(mixed), {}, {}
-        waiting = [asked(rng) for _ in range(10)]
+        waiting = [asked(rng, 2, (None,)) if shared else asked(rng) for _ in range(10)]
         cancelled = 0
         while waiting or len(batch):
             if waiting and (rng.random() < 0.6 or not len(batch)):
-                new = [waiting.pop() for _ in range(min(len(waiting), rng.randint(1, 3)))]
+                new = [waiting.pop() for _ in range(min(len(waiting), rng.randint(1, 5 if shared else 3)))]
                 rows |= dict(zip(batch.join(new), new, strict=True))
             if len(batch) > 2 and rng.random() < 0.15:
                 gone = rng.choice(list(batch._asked))
@@ -109,6 +118,11 @@ def test_random_mixes_answer_as_alone(family: tuple[VLM, dict[str, Path]]) -> No
             same(answer, plain.answer([rows[row]])[0])
             said.add(answer.text)
     assert len(said) > 8  # the answers differ, so equality says something
+    used = [s for s in steps if s is not None]
+    assert bool(used) == (shared and mixed.decoder is not None)
+    if used:  # several prefixes, also of rows that do not stand side by side
+        assert any(len(s.groups) > 1 for s in used)
+        assert any(s.order is not None for s in used)
     close(plain)
     close(mixed)
 
@@ -163,4 +177,20 @@ def test_layer_by_layer_logits_are_the_stock_forwards(family: tuple[VLM, dict[st
         held = [stock.beginning(i, prefix_length(p)) for i, p in enumerate(prompts)]
         stock, ours = Rows.after(vlm, prompts, held, tails), Rows.after(vlm, prompts, held, tails)
         torch.testing.assert_close(logits_of(ours, decoder, lora, 4), stock.logits(4), atol=2e-4, rtol=0)
+    close(answerer)
+
+
+def test_who_leaves_first_makes_room_for_who_came_last(family: tuple[VLM, dict[str, Path]]) -> None:
+    """Outside of inference mode, as the engine calls it: the last row moves into buffers that a step has written."""
+    answerer = answerer_of(family)
+    batch = AnswerBatch(answerer)
+    requests = [AnswerRequest(picture(i), QUESTIONS[i], max_tokens=9) for i in range(3)]
+    rows = batch.join(requests)
+    got = {**batch.step(), **batch.step()}
+    if rows[0] not in got:
+        batch.leave([rows[0]])
+    while len(batch):
+        got |= batch.step()
+    for row, request in list(zip(rows, requests, strict=True))[1:]:
+        same(got[row], answerer.answer([request])[0])
     close(answerer)

@@ -312,6 +312,26 @@ def test_who_leaves_while_running_makes_room_between_steps(steps: Steps, steppin
     assert len(steps.shared) <= 3
 
 
+def test_exception_at_a_leaving_reaches_who_ran_beside_it_and_the_next_is_answered(
+    steps: Steps, stepping: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(entries: Sequence[Entry[Job, str]]) -> None:
+        steps.running = []
+        raise RuntimeError("a leaving fails")
+
+    monkeypatch.setattr(steps, "leave", broken)
+    batcher = stepping(batch_max=2)
+    leaver, beside = batcher.submit(Job(steps=100)), batcher.submit(Job(steps=100))
+    wait_for(lambda: len(steps.running) == 2, 5)
+    assert leaver.cancel()
+    steps.go.release()
+    with pytest.raises(RuntimeError, match="a leaving fails"):
+        beside.result(5)
+    later = batcher.submit(Job())
+    steps.go.release()
+    assert later.result(5) == "done"
+
+
 def test_exception_in_a_step_reaches_who_shared_it_only(steps: Steps, stepping: Any) -> None:
     batcher = stepping(batch_max=2)
     futures = [batcher.submit(Job()), batcher.submit(Job(fails=True))]

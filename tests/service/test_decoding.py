@@ -122,3 +122,35 @@ def test_images_that_are_held_are_bounded_together_and_counted_out_when_they_go(
         assert second[0].image.size == third[0].image.size == (8, 8)
     finally:
         pool.close()
+
+
+def test_a_file_that_was_decoded_a_moment_ago_is_not_decoded_again() -> None:
+    """But another view of it is, for another salt, and once it had to go."""
+    one = 8 * 8 * 3
+    pool = Decoders(1, 2**30, 20.0, held_max_bytes=3 * one, recent_max_bytes=2 * one)
+    try:
+        first = pool.decode([png(0)], LIMITS, [View()])
+        assert pool.decode([png(0)], LIMITS, [View()]) is first
+        assert pool.stats().orders == 1
+        pool.decode([png(0)], LIMITS, [View()], "another key")
+        assert pool.stats().orders == 2
+        with pytest.raises(ImageError):
+            pool.decode([png(0)], LIMITS, [View(frame=1)])
+        pool.decode([png(1)], LIMITS, [View()])  # two are kept: the longest unused goes
+        assert pool.decode([png(0)], LIMITS, [View()]) is not first
+        assert pool.stats().orders == 5
+    finally:
+        pool.close()
+
+
+def test_kept_images_make_room_for_questions_that_wait() -> None:
+    one = 8 * 8 * 3
+    pool = Decoders(1, 2**30, 20.0, held_max_bytes=2 * one, recent_max_bytes=2 * one)
+    try:
+        assert [pool.decode([png(n)], LIMITS, [View()])[0].image.size for n in range(4)] == [(8, 8)] * 4
+        held = [pool.decode([png(n)], LIMITS, [View()]) for n in range(2)]
+        with pytest.raises(DecodersBusy):
+            pool.decode([png(2)], LIMITS, [View()])
+        assert len(held) == 2
+    finally:
+        pool.close()
