@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hscr.adapted_decoder import AdaptedDecoder
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
 from hscr.plain_decoder import decoder_without_gradients, logits_of
@@ -31,6 +32,8 @@ def answer_logits(
     """
     if checkpointing or not holds_trees(vlm):
         return packed_logits(vlm, prompts, answers)
+    if (decoder := AdaptedDecoder.of(vlm)) is not None:
+        return decoder.answer_logits(prompts, answers)
     logits: list[list[Tensor]] = [[] for _ in prompts]
     for route, records in _routes(prompts, answers):
         found = route(vlm, [prompts[b] for b in records], [answers[b] for b in records])

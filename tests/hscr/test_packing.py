@@ -171,6 +171,7 @@ def test_long_answers_get_a_row_each_and_short_ones_a_tree(vlm: VLM, monkeypatch
 
         return route
 
+    monkeypatch.setattr(hscr.packing.AdaptedDecoder, "of", lambda vlm: None)  # a decoder that is not plain
     for name in ("row_logits", "tree_logits", "packed_logits"):
         monkeypatch.setattr(hscr.packing, name, noting(name))
     answers = [[[5] * most[0]] * 2, [[5] * (most[1] + 1)] * 2]
