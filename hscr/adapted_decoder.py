@@ -15,7 +15,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from hscr.adapted_layer import Adapted, AttentionHalf, AttentionPart, MLPHalf, MLPPart
-from hscr.families import handed_with_deepstack
 from hscr.model import VLM
 from hscr.plain_decoder import PLAIN, joined
 from hscr.prompt_attention import Layout

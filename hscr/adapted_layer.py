@@ -3,7 +3,7 @@
 Autograd over the stock layer keeps some thirty tensors a layer and computes LoRA's small products apart. Here B·A is added to a copy of the
 weight, which costs what r tokens would, so that a forward is the base's; and what is kept is the halves' inputs, queries, keys, values,
 attention's output, and the MLP's two products: everything else is computed again in passes over memory that cost less than keeping it.
-T tokens without padding, D wide. Knows nothing of models and records (hscr/adapted_decoder.py) nor who sees whom (hscr/prompt_attention.py).
+T tokens without padding, D wide. Models and records are hscr/adapted_decoder.py's, who sees whom is hscr/prompt_attention.py's.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Attention of answers to their prompt and to themselves, forward and backward, without a mask: on a CPU.
 
-A prompt's tokens see each other causally; an answer's see the prompt and, causally, themselves. Each of these is a call of the plain kernel,
-which skips what is not seen. What an answer sees in two calls is merged by their log-sum-exps (Milakov and Gimelshein 2018, arXiv 1805.02867),
-and each call's backward is the kernel's own, given the merged sum: it needs the probabilities exp(q·k − lse) and nothing else of the
-other call (Dao et al. 2022, arXiv 2205.14135, §3.1 and appendix B.2). H heads, G of keys and values, d wide.
+A prompt's tokens see each other causally; an answer's see the prompt and, causally, themselves. Each of these is a call of the plain
+kernel, which skips what is not seen. What an answer sees in two calls is merged by their log-sum-exps (Milakov and Gimelshein 2018, arXiv
+1805.02867), and each call's backward is the kernel's own, given the merged sum: it needs the probabilities exp(q·k − lse) and nothing
+else of the other call (Dao et al. 2022, arXiv 2205.14135, appendix B.2). H heads, G of keys and values, d wide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Layout:
     def of(cls, prompts: list[int], answers: list[list[int]]) -> Layout:
         """From the numbers of tokens."""
         ends = list(accumulate([*prompts, *(n for own in answers for n in own)], initial=0))
-        spans = iter([slice(start, end) for start, end in zip(ends, ends[1:], strict=False)])
+        spans = iter([slice(start, end) for start, end in pairwise(ends)])
         return cls(tuple(next(spans) for _ in prompts), tuple(tuple(next(spans) for _ in own) for own in answers))
 
     @property
@@ -39,7 +39,7 @@ class Layout:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-    """Outputs [Q, H, d] and log-sum-exps [Q, H] of queries [Q, H, d] over keys and values [T, G, d]; Q is T, or the answers' tokens only."""
+    """Outputs [Q, H, d] and log-sum-exps [Q, H] of queries [Q, H, d] over keys and values [T, G, d]; Q is T, or the answers' tokens."""
     gone = len(k) - len(q)
     k, v = _for_every_head(k, q.shape[1]), _for_every_head(v, q.shape[1])
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])
