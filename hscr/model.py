@@ -32,6 +32,7 @@ from hscr.grouped_attention import group_heads
 from hscr.image_text import ImageTexts, adds_special_tokens
 from hscr.images import Images, as_images
 from hscr.processor import load_processor
+from hscr.tower import unread_layers_passed_by
 from hscr.visual_tokens import Prompt
 
 
@@ -342,7 +343,8 @@ def _encoded(vlm: VLM, missing: dict[str, dict[str, torch.Tensor]]) -> Iterator[
             part = keys[start : start + size]
             inputs = {name: torch.cat([missing[key][name] for key in part]) for name in missing[part[0]]}
             inputs = {n: t.to(vlm.device, vlm.base.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
-            out = vlm.base.get_image_features(**inputs, return_dict=True)
+            with unread_layers_passed_by(vlm.base):
+                out = vlm.base.get_image_features(**inputs, return_dict=True)
             yield from zip(part, vlm.family.features_of(out, len(part)), strict=True)
 
 
