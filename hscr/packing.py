@@ -1,9 +1,10 @@
-"""Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Three routes, the same numbers.
+"""Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Four routes, the same numbers.
 
 A row a record, [prompt | y_1 | y_2 | …], with a tree mask and positions that restart after the prompt: each answer sees the prompt and
 itself, never another answer. Packed: in one forward pass. Tree: the prompt first, under the plain causal mask, then the answers over its
 cache (hscr/trees.py), which spares the mask of prompt × prompt. Rows: the same with the cache expanded to a row an answer, which spares the
-mask of answer × answer, for long ones. The language-model head runs on answer positions only.
+mask of answer × answer, for long ones. Plain decoders in training on a CPU: hscr/adapted_decoder.py. The language-model head runs on answer
+positions only.
 """
 
 from __future__ import annotations
