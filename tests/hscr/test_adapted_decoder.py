@@ -53,8 +53,8 @@ def test_logits_and_gradients_are_those_of_the_packed_row(vlm: VLM, batch: Any, 
     decoder = AdaptedDecoder.of(vlm)
     assert decoder is not None
     ours, stock = decoder.answer_logits(prompts, ids), packed_logits(vlm, prompts, ids)
-    for mine, its in zip([x for g in ours for x in g], [x for g in stock for x in g], strict=True):
-        torch.testing.assert_close(mine, its, atol=2e-5, rtol=1e-5)
+    for left, right in zip([x for g in ours for x in g], [x for g in stock for x in g], strict=True):
+        torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-5)
     mine, its = gradients(vlm, ours), gradients(vlm, stock)
     assert mine.keys() == its.keys()
     largest = max(float(g.abs().max()) for g in its.values())
@@ -129,10 +129,9 @@ def test_attention_without_masks_is_attention_under_the_tree_mask(groups: int, l
             seen[answer, prompt] = seen[answer, answer] = True
     seen &= torch.ones(t, t, dtype=torch.bool).tril()
     first = layout.n_prompt if last else 0
-    by_head = [x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v)]
-    stock = torch.nn.functional.scaled_dot_product_attention(*by_head, attn_mask=seen, scale=0.3).transpose(0, 1)[
-        first:
-    ]
+    own, keys, values = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v))
+    rows = torch.nn.functional.scaled_dot_product_attention(own, keys, values, attn_mask=seen, scale=0.3)
+    stock = rows.transpose(0, 1)[first:]
     grad = torch.randn_like(stock)
     wanted = torch.autograd.grad(stock, (q, k, v), grad)
     with torch.no_grad():

@@ -28,6 +28,7 @@ def test_features_are_the_stock_towers_and_layers_behind_them_are_not_computed(
     for layer in vlm.base.model.vision_tower.encoder.layers:
         layer.mlp.register_forward_hook(lambda *_: computed.append(1))
     features = encode_prompts(vlm, [picture(0)], ["What?"])[0].features
+    assert features is not None
     assert torch.equal(features, stock.pooler_output[0])
     assert len(computed) == 2 - unread
     assert all("forward" not in vars(layer) for layer in layers)
