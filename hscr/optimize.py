@@ -32,6 +32,9 @@ from hscr.visual_tokens import derived_seed
 
 _READ = {"sft": 0, "dpo": 1}  # levels that an objective reads, where not all: the others are not scored
 
+# Of a forward on a CPU: its products are at their full rate there, and more tokens only leave its caches and take memory.
+CPU_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class TrainStep:
@@ -202,6 +205,8 @@ def answer_logprobs(
     """
     prompts = encode_prompts(vlm, [open_image(i.record) for i in items], [i.record.question for i in items])
     lengths = [len(p.input_ids) + sum(map(len, i.answers)) for p, i in zip(prompts, items, strict=True)]
+    if vlm.device.type == "cpu":
+        budget = min(budget, CPU_TOKENS)
     for part in budget_batches(lengths, budget):
         answers = [items[i].answers for i in part]
         logits = answer_logits(vlm, [prompts[i] for i in part], answers, checkpointing=checkpointing, blocks=blocks)

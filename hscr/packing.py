@@ -1,9 +1,10 @@
-"""Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Three routes, the same numbers.
+"""Several answers to one prompt scored with the prompt, and all its visual tokens, computed once. Four routes, the same numbers.
 
 A row a record, [prompt | y_1 | y_2 | …], with a tree mask and positions that restart after the prompt: each answer sees the prompt and
 itself, never another answer. Packed: in one forward pass. Tree: the prompt first, under the plain causal mask, then the answers over its
 cache (hscr/trees.py), which spares the mask of prompt × prompt. Rows: the same with the cache expanded to a row an answer, which spares the
-mask of answer × answer, for long ones. The language-model head runs on answer positions only.
+mask of answer × answer, for long ones. Plain decoders in training on a CPU: hscr/adapted_decoder.py. The language-model head runs on answer
+positions only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hscr.adapted_decoder import AdaptedDecoder
 from hscr.block_attention import BLOCK, segment_blocks
 from hscr.inputs import attention, image_inputs, tree_mask
 from hscr.model import VLM
@@ -40,6 +42,8 @@ def answer_logits(
         return packed_logits(vlm, prompts, answers, blocks=True)
     if checkpointing or not holds_trees(vlm):
         return packed_logits(vlm, prompts, answers)
+    if (decoder := AdaptedDecoder.of(vlm)) is not None:
+        return decoder.answer_logits(prompts, answers)
     logits: list[list[Tensor]] = [[] for _ in prompts]
     for route, records in _routes(prompts, answers):
         found = route(vlm, [prompts[b] for b in records], [answers[b] for b in records])

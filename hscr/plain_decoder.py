@@ -268,7 +268,7 @@ def _part(layer: Any, name: str) -> Any:
 
 def _layer(name: str, layer: Any) -> _Layer:
     def joint(part: str, *names: str) -> _Joint:
-        return _joined([f"{name}.{part}.{n}" for n in names], [_part(layer, n) for n in names])
+        return joined([f"{name}.{part}.{n}" for n in names], [_part(layer, n) for n in names])
 
     return _Layer(
         layer.input_layernorm,
@@ -282,7 +282,7 @@ def _layer(name: str, layer: Any) -> _Layer:
     )
 
 
-def _joined(names: Sequence[str], layers: Sequence[torch.nn.Linear]) -> _Joint:
+def joined(names: Sequence[str], layers: Sequence[torch.nn.Linear]) -> _Joint:
     """Lay weights one after the other, the layers' own becoming views of them: no second copy stays."""
     outs = tuple(layer.out_features for layer in layers)
     weights = [layer.weight.data for layer in layers]

@@ -21,6 +21,7 @@ from hscr.config import AlignConfig
 from hscr.data_set import DataSet
 from hscr.families import family_of, makes_features
 from hscr.model import VLM, encode_answer, processed
+from hscr.optimize import CPU_TOKENS
 from hscr.probe import LAYERS, Probe
 from hscr.processor import load_processor
 from hscr.records import VQARecord
@@ -268,11 +269,13 @@ class _Counted:
             decode_s += per_record * tokens * (self._layers_s("decode_s", batch, held) / batch + self._head_s(1))
         each = full_s + (p.n_masks * cut_s) + self._head_s(2 * t.answer) + decode_s
         each += self._flops_s(SIMILARITY_FLOPS * (1 + p.n_candidates)) if p.similarity == "minilm" else 0.0
-        together = min(p.token_budget, p.batch_size * (t.prompt + t.answer))
+        records = min(p.batch_size, self.n)
+        together = min(p.token_budget, records * (t.prompt + t.answer))
         cache = 2 * self.layers * self.probe.kv_heads * self.probe.head_dim * self.itemsize  # bytes a token
         logits = together / (t.prompt + t.answer) * t.answer * self.vocabulary * 4 * 4
-        # Both branches' caches are kept while the cache of the rows that decode grows beside them.
-        memory = together * cache * (1 + cut / t.prompt) + p.token_budget * cache + logits
+        # Both branches' caches are kept while that of the answers grows beside them: a prompt once, whatever continues it (hscr/trees.py).
+        decoded = min(p.token_budget, records * (t.prompt + p.n_candidates * t.answer))
+        memory = together * cache * (1 + cut / t.prompt) + decoded * cache + logits
         return StagePlan(
             "generating", self.n, self.n * each + self._images_s(self.n_images), int(self.weights + memory)
         )
@@ -287,7 +290,8 @@ class _Counted:
         if o.gradient_checkpointing:
             step += forward
         each = forward + o.epochs * step + self._head_s(answers * (1 + 2 * o.epochs))
-        together = min(o.token_budget, o.batch_size * length)
+        most = min(o.token_budget, CPU_TOKENS) if self.device.type == "cpu" else o.token_budget
+        together = min(max(most, length), o.batch_size * length)
         share = max(1.0, together / length)
         layer = self.probe.saved_bytes(min(length, 256))
         kept = (self.layers * self.hidden * self.itemsize + layer) if o.gradient_checkpointing else self.layers * layer

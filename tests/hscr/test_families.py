@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import hscr.model
+from hscr.adapted_decoder import AdaptedDecoder
 from hscr.config import OptimizationConfig
 from hscr.decode import decode
 from hscr.families import (
@@ -260,7 +261,13 @@ def test_packed_answers_of_a_padded_batch_equal_separate_stock_rows(vlm: VLM, ho
         assert n > len(alone.features if alone.features is not None else ())
 
 
-def test_tree_and_expanded_cache_equal_the_packed_row_in_logits_and_gradients(vlm: VLM) -> None:
+def plain_logits(vlm: VLM, prompts: list[Prompt], ids: list[list[list[int]]]) -> list[list[Tensor]]:
+    decoder = AdaptedDecoder.of(vlm)
+    assert decoder is not None
+    return decoder.answer_logits(prompts, ids)
+
+
+def test_trees_expanded_caches_and_plain_training_equal_the_packed_row_in_logits_and_gradients(vlm: VLM) -> None:
     full = prompts_of(vlm)
     prompts = [*full, *(dropped(p, 0.7, i, 0) for i, p in enumerate(full))]
     groups = [[ANSWER, "no", "A small dark lesion."], ["axial", "This is a coronal slice."]] * len(full)
@@ -272,7 +279,9 @@ def test_tree_and_expanded_cache_equal_the_packed_row_in_logits_and_gradients(vl
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     made = []
-    for route in (packed_logits, tree_logits, row_logits):
+    plain = AdaptedDecoder.of(vlm)
+    assert (plain is None) == (vlm.family.name == "gemma3")
+    for route in (packed_logits, tree_logits, row_logits, *(() if plain is None else (plain_logits,))):
         logits = route(vlm, prompts, ids)
         vlm.model.zero_grad()
         sum(row.float().log_softmax(-1)[:, 5].sum() for group in logits for row in group).backward()  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -143,12 +144,15 @@ def test_gradients_of_the_packed_loss_equal_those_of_separate_rows(
     if checkpointing:
         vlm.model.train()
         vlm.base.activation_checkpointing_enable({"use_reentrant": False})
-    packed = gradients(packed_logits(vlm, prompts, ids))
-    assert plain.keys() == packed.keys() == parameters.keys()
     largest = max(float(g.abs().max()) for g in plain.values())
     assert largest > 0.1
-    for name, gradient in plain.items():
-        assert float((gradient - packed[name]).abs().max()) < 2e-6 * max(1.0, largest), name
+    # In float32 each is 1e-6 to 4e-6 of the largest gradient from float64; the second rounds weights with the adapter in them.
+    default = partial(hscr.packing.answer_logits, checkpointing=checkpointing)
+    for route, tolerance in ((packed_logits, 2e-6), (default, 4e-6)):
+        packed = gradients(route(vlm, prompts, ids))
+        assert plain.keys() == packed.keys() == parameters.keys()
+        for name, gradient in plain.items():
+            assert float((gradient - packed[name]).abs().max()) < tolerance * max(1.0, largest), name
 
 
 def test_token_logprobs_by_hand() -> None:
@@ -171,6 +175,7 @@ def test_long_answers_get_a_row_each_and_short_ones_a_tree(vlm: VLM, monkeypatch
 
         return route
 
+    monkeypatch.setattr(hscr.packing.AdaptedDecoder, "of", lambda vlm: None)  # a decoder that is not plain
     for name in ("row_logits", "tree_logits", "packed_logits"):
         monkeypatch.setattr(hscr.packing, name, noting(name))
     answers = [[[5] * most[0]] * 2, [[5] * (most[1] + 1)] * 2]

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from hscr.config import AlignConfig, preset
 from hscr.data_set import DataSet
 from hscr.model import add_lora, load_model
 from hscr.plan import SHARE, Plan, estimate, skeleton
+from hscr.preferences import generate
 from hscr.probe import Probe
 from hscr.records import to_json
+from hscr.similarity import load_similarity
+from hscr.trees import Prefixes, Trees
 from tests.hscr.tiny_families import NAMES, save_tiny
 
 CPU = torch.device("cpu")
@@ -118,6 +122,35 @@ def test_more_epochs_and_conditions_take_longer(model: Path, data: DataSet) -> N
     assert optimizing(epochs=20) == pytest.approx(41 / 5 * optimizing(epochs=2), rel=0.01)
     blank = AlignConfig.from_dict({"evaluation": {"counterfactual": False}})
     assert planned(model, data).stages[2].seconds > 1.5 * planned(model, data, blank).stages[2].seconds
+
+
+@pytest.mark.usefixtures("steady")
+def test_memory_of_generation_is_near_what_its_caches_hold(
+    model: Path, data: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers as long as the references. Counted: keys and values that are kept of both branches, and those of the answers' trees."""
+    config = AlignConfig.from_dict(
+        {"preference": {"continuation": "redecode", "max_new_tokens": 8, "similarity": "token_f1"}}
+    )
+    kept, grown = [0], [0]
+    put, append = Prefixes.put, Trees.append
+
+    def noting_put(self: Prefixes, prompts: Any, tails: Any, cache: Any) -> None:
+        put(self, prompts, tails, cache)
+        kept[0] += sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+
+    def noting_append(self: Trees, chosen: Any) -> None:
+        append(self, chosen)
+        layers: list[Any] = self.cache.layers
+        grown[0] = max(grown[0], sum(t.untyped_storage().nbytes() for x in layers for t in (x.keys, x.values)))
+
+    monkeypatch.setattr(Prefixes, "put", noting_put)
+    monkeypatch.setattr(Trees, "append", noting_append)
+    vlm = load_model(model, device="cpu")
+    list(generate(vlm, data.records, data.open_images, config.preference, load_similarity("token_f1")))
+    plan = planned(model, data, config)
+    assert grown[0] > 0
+    assert kept[0] + grown[0] < 1.2 * (plan.stages[0].bytes - plan.weights_bytes) < 4 * (kept[0] + grown[0])
 
 
 @pytest.mark.thorough
