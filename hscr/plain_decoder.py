@@ -21,8 +21,7 @@ from hscr.families import handed_with_deepstack
 from hscr.grouped_attention import grouped_sdpa
 from hscr.lora_rows import LoraRows
 from hscr.model import VLM
-from hscr.prefix import Rows
-from hscr.prefix import seen as visible_columns
+from hscr.prefix import Rows, seen
 from hscr.shared_prefix import Sharing, sharing
 from hscr.static_steps import StaticSteps, cuda_graph
 
@@ -92,7 +91,7 @@ class PlainDecoder:
             self,
             rows.ids[:, -1:],
             rows.positions[..., -1:],
-            visible_columns(rows.mask, 1),
+            seen(rows.mask, 1),
             rows.cache,
             lora,
         )
@@ -169,10 +168,10 @@ class PlainDecoder:
                 x, queries, mask = x[:, -last:], queries[:, -last:], mask_of(last)
             if shared is not None:
                 own = queries.reshape(n, self.groups, self.heads // self.groups, self.d)
-                seen = shared.attention(own, keys, values, layer.attention.scaling).reshape(n, 1, -1)
+                attended = shared.attention(own, keys, values, layer.attention.scaling).reshape(n, 1, -1)
             else:
-                seen = self._attended(layer.attention, queries, keys, values, mask)
-            x += _linear(lora, layer.out, seen)
+                attended = self._attended(layer.attention, queries, keys, values, mask)
+            x += _linear(lora, layer.out, attended)
             gate, up = _linear(lora, layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
             x += _linear(lora, layer.down, layer.act(gate) * up)
         return _normed(self.decoder.norm, x)
@@ -210,7 +209,7 @@ def _mask(rows: Rows, q: int, dtype: torch.dtype) -> Tensor | None:
     """What the last q columns may look at, to be added [n, 1, q, K]; none where plain causal attention says it."""
     if rows.new == rows.mask.shape[1] and not any(rows.first) and q in (1, rows.new):
         return None
-    return _added(visible_columns(rows.mask, q), dtype)
+    return _added(seen(rows.mask, q), dtype)
 
 
 def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
