@@ -28,8 +28,7 @@ from hscr.demo.data import build
 from hscr.records import read_records
 from tests.hscr.test_cli import hscr  # noqa: F401 - a fixture
 
-# Each death costs a worker, a lease and a run's start; tests/chaos kills real runs too.
-STAGES = ("generating", "optimizing", "evaluating") if os.environ.get("HSCR_THOROUGH") else ("optimizing",)
+STAGES = ("generating", "optimizing", "evaluating")
 
 
 @pytest.fixture(scope="module")
