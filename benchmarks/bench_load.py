@@ -55,6 +55,9 @@ class Connection:
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
         await reader.readexactly(length)
+        if b"\r\nconnection: close\r\n" in head:  # a refusal ends its connection
+            writer.close()
+            self._pair = None
         return int(head[9:12])
 
     async def follow(self, path: str) -> int:
@@ -193,7 +196,10 @@ async def measure(
 
     async def one(path: str, due: float) -> None:
         connection = idle.pop() if idle else Connection(port, key)
-        statuses.append(await connection.get(path))
+        try:
+            statuses.append(await connection.get(path))
+        except (OSError, asyncio.IncompleteReadError):  # unanswered, and the connection is gone
+            return
         late.append(time.perf_counter() - due)
         by_path.setdefault(path.split("?")[0].rstrip("0123456789abcdef"), []).append(late[-1])
         idle.append(connection)
