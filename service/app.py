@@ -88,7 +88,6 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         lifespan=_lifespan,
         docs_url=None,
         redoc_url=None,
-        responses=problems.RESPONSES,
         telemetry={
             "tracing": False,
             "metrics": False,

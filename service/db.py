@@ -125,7 +125,7 @@ def _lookers(engine: Engine) -> Engine:
     lookers = create_engine(
         engine.url,
         hide_parameters=True,
-        pool_size=4,
+        pool_size=4,  # no more than service/written.py has readers are asked for at once
         max_overflow=30,
         pool_reset_on_return=None,
         connect_args=_POSTGRES | {"autocommit": True},

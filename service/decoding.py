@@ -126,7 +126,7 @@ class Decoders:
             raise DecodersBusy
         answer, pixels = self._ask({"sizes": [len(data) for data in several], **common}, several)
         decoded = tuple(
-            Decoded(self._hold(Image.frombytes("RGB", tuple(told["size"]), data), len(data)), _note(told))
+            Decoded(self._hold(Image.frombytes("RGB", tuple(told["size"]), data)), _note(told))
             for told, data in zip(answer["images"], pixels, strict=True)
         )
         self._recent.put(key, decoded)
@@ -179,6 +179,10 @@ class Decoders:
                 stalled = isinstance(error, TimeoutError)
                 what = f"takes more than {self.seconds:g} s" if stalled else "ended the process that did it"
                 raise ImageError(f"decoding the image {what}") from None
+            except BaseException:  # half an answer may be left in the pipe, and it is somebody's image
+                child.end()
+                child = None
+                raise
         finally:
             self._free.put(child)
         if "refused" in answer:
@@ -189,9 +193,9 @@ class Decoders:
     def _holds_too_much(self) -> bool:
         return sum(list(self._held.values())) >= self.held_max_bytes
 
-    def _hold(self, image: Image.Image, n_bytes: int) -> Image.Image:
+    def _hold(self, image: Image.Image) -> Image.Image:
         token = object()
-        self._held[token] = n_bytes
+        self._held[token] = _held_bytes(image)
         weakref.finalize(image, self._held.pop, token, None)
         return image
 
@@ -225,10 +229,14 @@ class Decoders:
 
 
 class Recent:
-    """Decoded images of the last questions, by what they were made from; least recently used out first, bounded in bytes. Thread-safe."""
+    """Decoded images of the last questions, by what they were made from: bounded in bytes, least recently used out first. Thread-safe.
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    Where for `seconds` nobody asks about any of them all are let go: they are somebody's pictures.
+    """
+
+    def __init__(self, max_bytes: int, seconds: float = 300) -> None:
+        self.max_bytes, self.seconds = max_bytes, seconds
+        self._used, self._waits = 0.0, False
         self._items: OrderedDict[bytes, tuple[Decoded, ...]] = OrderedDict()
         self._n_bytes = 0
         self._lock = threading.Lock()
@@ -237,6 +245,7 @@ class Recent:
         with self._lock:
             if (found := self._items.get(key)) is not None:
                 self._items.move_to_end(key)
+                self._used = time.monotonic()
             return found
 
     def put(self, key: bytes, decoded: tuple[Decoded, ...]) -> None:
@@ -246,8 +255,24 @@ class Recent:
                 return
             self._items[key] = decoded
             self._n_bytes += size
+            self._used = time.monotonic()
+            if not self._waits:
+                self._wait(self.seconds)
             while self._n_bytes > self.max_bytes:
                 self._n_bytes -= _pixel_bytes(self._items.popitem(last=False)[1])
+
+    def _wait(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, self._let_go)
+        timer.daemon = self._waits = True
+        timer.start()
+
+    def _let_go(self) -> None:
+        with self._lock:
+            if (left := self._used + self.seconds - time.monotonic()) > 0:
+                self._wait(left)
+                return
+            held, self._items, self._n_bytes, self._waits = self._items, OrderedDict(), 0, False
+        del held  # outside of the lock: images tell of their end
 
     def clear(self) -> bool:
         """Let all go; whether there were any."""
@@ -257,7 +282,11 @@ class Recent:
 
 
 def _pixel_bytes(decoded: tuple[Decoded, ...]) -> int:
-    return sum(3 * d.image.width * d.image.height for d in decoded)
+    return sum(_held_bytes(d.image) for d in decoded)
+
+
+def _held_bytes(image: Image.Image) -> int:
+    return 4 * image.width * image.height  # Pillow's RGB
 
 
 def _key(several: Sequence[bytes], common: dict[str, Any], salt: str) -> bytes:

@@ -7,7 +7,7 @@ weights) does not cost the version: the job's last event says why. No torch and 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
@@ -75,11 +75,23 @@ def _carry_out(session: Session, job: Job, version: AdapterVersion, wish: dict[s
     return {"decision": "pending", "job_id": asked.job_id}
 
 
-_DECISION = Look(select(Gate.__table__.c.decision).where(Gate.__table__.c.job_id == bindparam("job_id")))
+class GateNow(NamedTuple):
+    """`pending` for ever where its evaluation failed or was cancelled: the job's status tells."""
+
+    decision: str
+    job_status: str
 
 
-def gate_decision(database: Database, said: dict[str, Any]) -> str | None:
-    """What the gate that a job's last event names has decided by now; None where it names none."""
-    job_id = said["promotion"].get("job_id")
-    rows = _DECISION.rows(database, job_id=job_id) if job_id is not None else []
-    return str(rows[0][0]) if rows else None
+_G, _J = Gate.__table__.c, Job.__table__.c
+_NOW = Look(
+    select(_G.decision, _J.status)
+    .select_from(Gate.__table__.join(Job.__table__, _J.id == _G.job_id))
+    .where(_G.job_id == bindparam("job_id"))
+)
+
+
+def gate_of(database: Database, told: dict[str, Any]) -> GateNow | None:
+    """How the gate stands that a job's last event told of; None where it told of none."""
+    job_id = told.get("job_id")
+    rows = _NOW.rows(database, job_id=job_id) if job_id is not None else []
+    return GateNow(*map(str, rows[0])) if rows else None

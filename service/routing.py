@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
+from starlette._utils import get_route_path
 from starlette.routing import Match
 from starlette.types import Scope
 
@@ -23,7 +24,7 @@ class _Route(APIRoute):
         self._begins = path.partition("{")[0]
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if not scope["path"].startswith(self._begins):
+        if not get_route_path(scope).startswith(self._begins):
             return Match.NONE, {}
         return super().matches(scope)
 

@@ -40,13 +40,17 @@ class _Joined:
             data, self._head = self._head + data, b""
         elif data.startswith(_HEAD):  # so may a body that says so itself: it is sent no later than the next turn
             self._head = data
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._next_turn)
             return
         self._transport.write(data)
 
     def close(self) -> None:
         self._flush()
         self._transport.close()
+
+    def _next_turn(self) -> None:
+        if not self._transport.is_closing():  # the client may have gone in between
+            self._flush()
 
     def _flush(self) -> None:
         if self._head:

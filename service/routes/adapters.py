@@ -7,7 +7,6 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -24,7 +23,7 @@ from service.models import Adapter, AdapterVersion, Alias, VersionTag
 from service.pages import After, Limit, Page, page, page_text
 from service.routing import Router
 from service.state import Service, Who
-from service.written import written
+from service.written import kept, written
 
 router = Router(prefix="/adapters", tags=["adapters"])
 Name = Annotated[str, Path(pattern=adapters.NAME, examples=["brain-mri"])]
@@ -224,12 +223,12 @@ def download(state: Service, name: Name, version: Number) -> FileResponse:
 
 
 # Each written once for equal rows, as jobs are (service/routes/job_looks.py).
-@lru_cache(512)
+@kept(2**20)
 def _adapter_text(dialect: Dialect, raw: Raw) -> str:
     return AdapterView.model_validate(_PAGE.read(dialect, raw), from_attributes=True).model_dump_json()
 
 
-@lru_cache(128)
+@kept(2**20)
 def _detail_text(dialect: Dialect, raw: tuple[Raw, ...]) -> str:
     rows = [_ADAPTER.read(dialect, row) for row in raw]
     first = rows[0]
@@ -242,10 +241,10 @@ def _detail_text(dialect: Dialect, raw: tuple[Raw, ...]) -> str:
     ).model_dump_json()
 
 
-@lru_cache(512)
+@kept(8 * 2**20)
 def _version_text(dialect: Dialect, raw: Raw) -> str:
     row = _VERSION.read(dialect, raw)
-    return _view(row, sorted(_words(row.tags)), sorted(_words(row.aliases))).model_dump_json()
+    return _view(row, _words(row.tags), _words(row.aliases)).model_dump_json()
 
 
 def _words(text: str | None) -> list[str]:
@@ -279,9 +278,9 @@ def _view(row: Any, tags: list[str], names: list[str]) -> VersionView:
         metrics=row.metrics,
         grounding=FlagView(**adapters.flag(row)),
         preferences_digest=row.preferences_digest,
-        tags=tags,
+        tags=sorted(tags),  # as strings here, not by the database's rules of a language
         notes=row.notes,
-        aliases=names,
+        aliases=sorted(names),
         download_url=f"/adapters/{row.adapter_name}/versions/{row.version}/download",
         created_at=row.created_at,
     )

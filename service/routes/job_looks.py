@@ -1,14 +1,13 @@
 """How the most read answers of the API are made: jobs, one or a page, from one statement, each job written once for equal rows.
 
-What was written of a row is taken again while the database gives the very same row, so that nothing is remembered that a write would have
-to put right (docs/decisions/0097).
+What was written of a row is taken again while the database gives the very same row, for a minute at most, so that no write has to put
+anything right (docs/decisions/0097).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Dialect, Select, bindparam, func, select
@@ -19,8 +18,7 @@ from service.look import Look, Raw
 from service.models import AdapterVersion, Dataset, GenerationShard, Job, JobEvent
 from service.outlook import Ahead, Outlook
 from service.routes.job_view import PromotionView, Sharing, VersionRef, view
-
-WRITTEN_MAX = 512  # jobs
+from service.written import kept
 
 # What is shown of a job, and what Outlook looks at; with the version that it made, and its data sets' digests.
 _J, _V, _E, _S = Job.__table__.c, AdapterVersion.__table__.c, JobEvent.__table__.c, GenerationShard.__table__.c
@@ -72,8 +70,8 @@ def one(database: Database, job_id: str) -> str:
     if not rows:
         raise jobs.not_found()
     said = rows[0][_SAID]
-    decision = promotion.gate_decision(database, json.loads(said)) if said is not None and "promotion" in said else None
-    return _texts(database, _ONE, rows, decision)[0]
+    told = json.loads(said).get("promotion") if said is not None else None
+    return _texts(database, _ONE, rows, promotion.gate_of(database, told) if told is not None else None)[0]
 
 
 def page(database: Database, after: str | None, status: str | None, most: int) -> list[tuple[str, str]]:
@@ -84,7 +82,7 @@ def page(database: Database, after: str | None, status: str | None, most: int) -
     return [(row[_ID], text) for row, text in zip(rows, _texts(database, look, rows), strict=True)]
 
 
-def _texts(database: Database, look: Look, rows: Sequence[Raw], decision: str | None = None) -> list[str]:
+def _texts(database: Database, look: Look, rows: Sequence[Raw], gate: promotion.GateNow | None = None) -> list[str]:
     dialect = database.engine.dialect
     open_ = [row for row in rows if row[_STATUS] in ("queued", "running")]
     ahead: dict[str, Ahead] = {}
@@ -92,11 +90,11 @@ def _texts(database: Database, look: Look, rows: Sequence[Raw], decision: str | 
         with database.read() as session:
             outlook = Outlook(session, glance=True)
             ahead = {row[_ID]: outlook.of(look.read(dialect, row)) for row in open_}
-    return [_text(dialect, look, row, ahead.get(row[_ID], Ahead()), decision) for row in rows]
+    return [_text(dialect, look, row, ahead.get(row[_ID], Ahead()), gate) for row in rows]
 
 
-@lru_cache(WRITTEN_MAX)
-def _text(dialect: Dialect, look: Look, raw: Raw, ahead: Ahead, decision: str | None) -> str:
+@kept(8 * 2**20)
+def _text(dialect: Dialect, look: Look, raw: Raw, ahead: Ahead, gate: promotion.GateNow | None) -> str:
     row = look.read(dialect, raw)
     made = row.made_name and VersionRef(name=row.made_name, version=row.made_version, digest=row.made_digest)
     shown = view(row, ahead, made or None, (row.data_digest, row.tested_digest))
@@ -104,17 +102,18 @@ def _text(dialect: Dialect, look: Look, raw: Raw, ahead: Ahead, decision: str | 
         if row.shards:
             shown.sharing = Sharing(shards=row.shards, made=row.shards_made, working=row.shards_running)
         if row.said and "promotion" in row.said:
-            shown.promotion = _promotion(row, decision)
+            shown.promotion = _promotion(row, gate)
     return shown.model_dump_json()
 
 
-def _promotion(row: Any, decision: str | None) -> PromotionView:
-    """What the last event said, and what the gate has decided since."""
+def _promotion(row: Any, gate: promotion.GateNow | None) -> PromotionView:
+    """What the last event said, and what became of the gate since."""
     told = row.said["promotion"]
     where = f"/adapters/{row.adapter_name}/aliases/{told['alias']}/gates" if "job_id" in told else None
     return PromotionView(
-        decision=decision or told["decision"],  # type: ignore[arg-type]
+        decision=gate.decision if gate is not None else told["decision"],  # type: ignore[arg-type]
         gate_job_id=told.get("job_id"),
+        gate_job_status=gate.job_status if gate is not None else None,  # type: ignore[arg-type]
         decisions_url=where,
         code=told.get("code"),
         message=told.get("message"),

@@ -66,6 +66,7 @@ class PromotionView(BaseModel):
 
     decision: Literal["moved", "pending", "refused", "overtaken", "impossible"]
     gate_job_id: str | None = Field(None, description="The evaluation that decides, or has decided.")
+    gate_job_status: Status | None = Field(None, description="`failed` and `cancelled`: the decision stays pending.")
     decisions_url: str | None = Field(None, description="The decisions about the alias, this one among them.")
     code: str | None = Field(None, description="Of the problem that made it impossible.")
     message: str | None = None
@@ -109,7 +110,7 @@ class JobView(BaseModel):
     promote: PromoteView | None = Field(None, description="What becomes of its version; null: nothing was asked for.")
     promotion: PromotionView | None = Field(
         default=None,
-        description="What became of it. Only in GET /jobs/{id}; null: there is no version yet, or nothing was asked for.",
+        description="What became of it. Only in GET /jobs/{id}; null: no version yet, nothing asked for, or the job deleted.",
     )
     metrics: dict[str, Any]
     stage_seconds: dict[str, float] = {}

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import datetime
-from functools import lru_cache
 from typing import Annotated, Any
 
 from fastapi import Header, Path, Query, Response
@@ -25,7 +24,7 @@ from service.routes import job_looks
 from service.routes.job_view import JobView, Status
 from service.routing import Router
 from service.state import Service, State
-from service.written import written
+from service.written import kept, written
 
 router = Router(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(max_length=40, examples=["job_019ab2c4d5e6f708192a3b4c5d6e"])]
@@ -121,7 +120,7 @@ _EVENTS = Look(
 )
 
 
-@lru_cache(4096)
+@kept(8 * 2**20)
 def _event_text(dialect: Dialect, raw: Raw) -> str:
     """An event as a page shows it, written once for those who look at the same page."""
     return _event(_EVENTS.read(dialect, raw)).model_dump_json()

@@ -40,7 +40,7 @@ from tests.worker.test_celery import ROOT
 
 STEPS = int(os.environ.get("HSCR_CHAOS_STEPS", "5"))
 ROUND = 5 if STEPS < 100 else 20
-# One job in so many is a real run: over a hundred in the long form.
+# One job in so many is a real run: about a hundred in the long form.
 REAL_EVERY = 12 if STEPS < 100 else max(2, min(8, STEPS // 110))
 MANY = 16  # records of a job of which a worker without a job makes parts
 STILL_S = 60  # peace is broken where for so long nothing moves

@@ -13,9 +13,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from hscr.images import ImageError, ImageLimits, View, decode_image
-from service.decoding import Decoders, DecodersBusy
-from tests.conftest import png
+from hscr.image_limits import Note
+from hscr.images import Decoded, ImageError, ImageLimits, View, decode_image
+from service import decoding
+from service.decoding import Decoders, DecodersBusy, Recent
+from tests.conftest import png, wait_for
 from tests.hscr.medical import dicom
 from tests.hscr.test_images import encoded
 
@@ -111,7 +113,7 @@ def test_processes_end_with_their_stdin(decoders: Decoders) -> None:
 
 def test_images_that_are_held_are_bounded_together_and_counted_out_when_they_go() -> None:
     """64 waiting questions of 40 Mpx, each a PNG of a few kilobytes, would be 7.7 GB."""
-    pool = Decoders(1, 2**30, 20.0, held_max_bytes=2 * 8 * 8 * 3)
+    pool = Decoders(1, 2**30, 20.0, held_max_bytes=2 * 8 * 8 * 4)
     try:
         first, second = (pool.decode([png(n)], ImageLimits(), [View()]) for n in range(2))
         with pytest.raises(DecodersBusy):
@@ -126,7 +128,7 @@ def test_images_that_are_held_are_bounded_together_and_counted_out_when_they_go(
 
 def test_a_file_that_was_decoded_a_moment_ago_is_not_decoded_again() -> None:
     """But another view of it is, for another salt, and once it had to go."""
-    one = 8 * 8 * 3
+    one = 8 * 8 * 4
     pool = Decoders(1, 2**30, 20.0, held_max_bytes=3 * one, recent_max_bytes=2 * one)
     try:
         first = pool.decode([png(0)], LIMITS, [View()])
@@ -144,7 +146,7 @@ def test_a_file_that_was_decoded_a_moment_ago_is_not_decoded_again() -> None:
 
 
 def test_kept_images_make_room_for_questions_that_wait() -> None:
-    one = 8 * 8 * 3
+    one = 8 * 8 * 4
     pool = Decoders(1, 2**30, 20.0, held_max_bytes=2 * one, recent_max_bytes=2 * one)
     try:
         assert [pool.decode([png(n)], LIMITS, [View()])[0].image.size for n in range(4)] == [(8, 8)] * 4
@@ -154,3 +156,34 @@ def test_kept_images_make_room_for_questions_that_wait() -> None:
         assert len(held) == 2
     finally:
         pool.close()
+
+
+def test_kept_images_are_let_go_when_nobody_asks() -> None:
+    """They are somebody's pictures; a question in between puts it off, once."""
+    kept, image = Recent(2**20, 0.3), Decoded(Image.new("RGB", (8, 8)), Note("PNG", None, ()))
+    kept.put(b"key", (image,))
+    time.sleep(0.2)
+    assert kept.get(b"key") is not None
+    time.sleep(0.2)
+    assert kept._items
+    wait_for(lambda: not kept._items, 5)
+    kept.put(b"key", (image,))
+    wait_for(lambda: not kept._items, 5)
+
+
+def test_a_process_whose_answer_was_not_read_whole_answers_nobody_else(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pipe may hold the rest of somebody's picture."""
+    decoders.warm()
+    first = child(decoders)
+
+    def no_memory(*_: object) -> bytearray:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "_read", no_memory)
+        with pytest.raises(MemoryError):
+            decoders.decode([png(0)], LIMITS, [View()])
+    assert not first.is_running()
+    assert decoders.decode([png(1)], LIMITS, [View()])[0].image.size == (8, 8)

@@ -235,3 +235,10 @@ def test_not_ready_while_draining_or_without_a_database(settings: Settings) -> N
 def test_vqa_without_an_engine_says_so(client: TestClient) -> None:
     answer = client.post("/vqa", json={})
     assert (answer.status_code, answer.json()["code"]) == (503, "engine_unavailable")
+
+
+def test_routes_are_found_behind_a_prefix_too(settings: Settings) -> None:
+    """Of a reverse proxy that keeps it, or of an application that ours is mounted in."""
+    app = create_app(settings)
+    with TestClient(app, base_url="http://localhost", root_path="/hscr") as client:
+        assert client.get("/hscr/healthz").status_code == client.get("/hscr/jobs").status_code == 200

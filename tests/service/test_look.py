@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import bindparam, select, text
 from sqlalchemy.exc import DBAPIError
 
-from service import jobs
+from service import jobs, written
 from service.db import Database
 from service.look import Look
 from service.models import Job
@@ -75,3 +76,25 @@ def test_refusals_are_those_that_the_api_knows(
     with pytest.raises(DBAPIError) as caught:
         Look(select(text("secret_column")).select_from(text("nowhere"))).rows(database)
     assert type(caught.value).__name__ in ("OperationalError", "ProgrammingError")
+
+
+def test_what_was_written_is_kept_for_a_while_and_within_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a caller deletes is not remembered for longer; texts of any length take so much and no more."""
+    monkeypatch.setattr(written, "KEPT_S", 0.2)
+    made: list[int] = []
+
+    @written.kept(10_000)
+    def text_of(number: int, length: int) -> str:
+        made.append(number)
+        return "x" * length
+
+    assert [len(text_of(1, 9)), len(text_of(1, 9))] == [9, 9]
+    for number in range(2, 6):
+        text_of(number, 2000)  # of which two fit
+    text_of(5, 2000)
+    text_of(2, 2000)
+    assert made == [1, 2, 3, 4, 5, 2]
+    time.sleep(0.25)
+    text_of(2, 2000)
+    assert made[-2:] == [2, 2]
+    assert len(text_of(9, 20_000)) == 20_000  # too long to be kept

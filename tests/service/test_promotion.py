@@ -44,7 +44,7 @@ def test_alias_moves_in_the_transaction_that_publishes(
     assert (last["adapter"]["version"], last["promotion"]) == (1, {"alias": "champion", "decision": "moved"})
     job = client.get(f"/jobs/{job_id}").json()
     assert job["promote"] == {"alias": "champion", "reason": "nightly", "gate": None}
-    nothing = {"gate_job_id": None, "decisions_url": None, "code": None, "message": None}
+    nothing = {"gate_job_id": None, "gate_job_status": None, "decisions_url": None, "code": None, "message": None}
     assert job["promotion"] == {"decision": "moved"} | nothing
     (listed,) = client.get("/jobs").json()["data"]
     assert (listed["promote"], listed["promotion"]) == (job["promote"], None)
@@ -68,13 +68,26 @@ def test_gate_decides_about_the_version_once_it_is_there(
     assert job["status"] == "succeeded"
     assert (job["promote"]["gate"]["dataset_id"], job["promote"]["gate"]["rule"]["metric"]) == (unseen, "open/strict")
     assert (job["promotion"]["decision"], job["promotion"]["gate_job_id"]) == ("pending", gate["job_id"])
+    assert job["promotion"]["gate_job_status"] == "queued"
     assert client.get(job["promotion"]["decisions_url"]).json()["data"] == [gate]
     assert client.get("/adapters/brain").json()["aliases"][0]["version"] == 1
     stand_in(metrics=gain("gain_over_before", 0.01))
     run_job(database, settings, gate["job_id"], lambda: False)
     assert client.get("/adapters/brain").json()["aliases"][0]["version"] == 2
     assert client.get(f"{PATH}/history").json()["data"][-1]["gate_job_id"] == gate["job_id"]
-    assert client.get(f"/jobs/{job_id}").json()["promotion"]["decision"] == "moved"
+    shown = client.get(f"/jobs/{job_id}").json()["promotion"]
+    assert (shown["decision"], shown["gate_job_status"]) == ("moved", "succeeded")
+
+
+def test_an_adapter_may_be_called_promotion(
+    client: TestClient, database: Database, settings: Settings, dataset: Any, stand_in: Callable[..., None]
+) -> None:
+    stand_in()
+    job_id = client.post("/align", json={"dataset": dataset.id, "adapter": "promotion"}).json()["id"]
+    run_job(database, settings, job_id, lambda: False)
+    job = client.get(f"/jobs/{job_id}")
+    assert job.status_code == 200, job.text
+    assert (job.json()["status"], job.json()["promotion"]) == ("succeeded", None)
 
 
 def test_wish_that_cannot_be_carried_out_costs_no_version(

@@ -41,3 +41,15 @@ def test_head_and_body_are_one_piece_and_a_head_alone_does_not_wait() -> None:
 
     ok, bad = b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"
     assert asyncio.run(answers()) == [ok + b"body", b"more", ok, b"event", bad, b"closed"]
+
+
+def test_a_head_for_a_client_that_has_gone_is_dropped() -> None:
+    async def answers() -> list[bytes]:
+        wire = Wire()
+        joined = _Joined(wire, asyncio.get_running_loop())
+        joined.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        wire.close()  # by the other side
+        await asyncio.sleep(0)
+        return wire.sent
+
+    assert asyncio.run(answers()) == [b"closed"]
