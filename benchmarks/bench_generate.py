@@ -22,7 +22,7 @@ from torch import Tensor
 
 import hscr.preferences
 import hscr.replacement
-from benchmarks.child import arguments_of, interleaved, measured, run
+from benchmarks.child import arguments_of, interleaved, measured, run, with_stock_tower
 from benchmarks.llava import Shape, report, save_data, save_llava
 from hscr.artifacts import bytes_digest
 from hscr.config import PreferenceConfig, preset
@@ -147,6 +147,8 @@ def made_by(method: str, vlm: VLM, data: Path, tokens: int) -> list[PreferenceRe
 def child(method: str, model: Path, data: Path, tokens: int) -> None:
     torch.set_num_threads(1)
     vlm = load_model(model)
+    if method != "hscr":
+        with_stock_tower(vlm.base)
 
     def work() -> dict[str, float]:
         made = made_by(method, vlm, data, tokens)

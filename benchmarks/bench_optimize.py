@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.child import arguments_of, interleaved, measured, run
+from benchmarks.child import arguments_of, interleaved, measured, run, with_stock_tower
 from benchmarks.llava import Shape, report, save_data, save_llava
 from hscr.config import OptimizationConfig, preset
 from hscr.images import decode_image
@@ -202,6 +202,7 @@ def child(method: str, model: Path, data: Path, levels: int, count: bool) -> Non
 
         def work() -> None:
             if method == "naive":
+                with_stock_tower(vlm.base)
                 naive(vlm, data, preferences, config)
             else:
                 tokens = 1 if method == "hscr_one_record_a_forward" else config.token_budget

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.child import with_stock_tower
 from benchmarks.llava import Shape, report, save_data, save_llava
 from benchmarks.served_demo import MODES, mixed_over_http, save_adapters, served_demo
 from benchmarks.serving_load import Load, Service, body, percentile
@@ -54,10 +55,7 @@ def opened(image: bytes) -> Image.Image:
 def generated(model: Path, images: list[bytes]) -> Load:
     """Each image asked about alone by stock `generate`, its pixels decoded already."""
     vlm = load_model(model, device="cpu")
-    for module in vlm.base.modules():
-        module.__dict__.pop(
-            "forward", None
-        )  # the stock tower, which computes a layer that nobody reads (hscr/tower.py)
+    with_stock_tower(vlm.base)
     load = Load(0, 0)
     pixels = [opened(image) for image in images]
     start, cpu = time.perf_counter(), time.process_time()
