@@ -87,6 +87,7 @@ def _is_plain(vlm: VLM, decoder: Any) -> bool:
         and vlm.device.type == "cpu"
         and type(vlm.base.lm_head) is torch.nn.Linear
         and all(_is_linear(m) for m in linear)
+        and all(not p.requires_grad or ".lora_" in n for n, p in decoder.named_parameters())  # no others get gradients
         and decoder.config._attn_implementation in ("sdpa", "grouped_sdpa")
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hscr.adapted_decoder import AdaptedDecoder
 from hscr.config import OptimizationConfig
 from hscr.model import VLM, add_lora, encode_answer, encode_prompts
-from hscr.packing import packed_logits
+from hscr.packing import answer_logits, packed_logits
 from hscr.prompt_attention import Layout, attend, attend_backward
 from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture
@@ -101,6 +101,17 @@ def test_an_adapter_that_is_more_than_lora_is_left_to_the_stock_forward(vlm: VLM
 
     vlm.model = get_peft_model(vlm.model, LoraConfig(target_modules=vlm.family.language_model_linear, **odd))
     assert AdaptedDecoder.of(vlm) is None
+
+
+def test_weights_that_are_trained_beside_lora_keep_autograd(vlm: VLM, batch: Any) -> None:
+    """A parent may have them (modules_to_save, bias): here they would get no gradient, and nothing would tell."""
+    from peft import get_peft_model
+
+    lora = LoraConfig(target_modules=vlm.family.language_model_linear, modules_to_save=["input_layernorm"])
+    vlm.model = get_peft_model(vlm.model, lora)
+    assert AdaptedDecoder.of(vlm) is None
+    found = gradients(vlm, answer_logits(vlm, *batch))
+    assert [n for n in found if "input_layernorm" in n]
 
 
 def test_two_adapters_and_other_precisions_are_left_to_the_stock_forward(vlm: VLM) -> None:
