@@ -124,6 +124,8 @@ def load_model(
     Raises ValueError for an unknown name, folder, architecture, dtype or quantisation, or where a package is missing.
     """
     where, kind = device_and_dtype(device, dtype)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # streams, graphs and synchronisation are the current device's
     source = str(name)
     config, commit = _config_json(source, revision)
     revision = commit or revision  # all of it from one commit, whatever a branch's name comes to mean meanwhile

@@ -40,6 +40,17 @@ def test_an_unknown_model_architecture_dtype_or_device_is_a_clear_error(tiny_fol
             load_model(tiny_folder, device="cuda")
 
 
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph that is captured on another GPU than the model's is empty, and replaying it says nothing."""
+    made: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", made.append)
+    for device in ("cuda:1", "cuda", "cpu"):
+        with pytest.raises(ValueError, match="no such folder"):
+            load_model(tmp_path / "missing", device=device)
+    assert made == [torch.device("cuda:1")]
+
+
 def test_a_model_by_name_is_known_by_the_commit_that_was_loaded(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
