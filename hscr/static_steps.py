@@ -181,12 +181,16 @@ class StaticSteps:
         except Exception as error:  # out of memory too: the plain step needs less
             self.off = first_line(error)
             log.warning("decode steps are not captured any more, the plain ones go on: %s", self.off)
-            self._shapes.clear()
-            self._memory = []
+            self.clear()
             return plain()
         for layer in layers:
             layer.wrote(ids.shape[1])
         return logits[: len(ids)]
+
+    def clear(self) -> None:
+        """Let go of graphs and memory. Steps and their decoder know each other: by themselves they would wait for the garbage collector."""
+        self._shapes.clear()
+        self._memory, self._owner = [], None
 
     def _shape(self, key: tuple[Any, ...], side: object | None) -> _Shape:
         if key not in self._shapes:
@@ -276,6 +280,7 @@ def captured_events(vlm: VLM, stage: str) -> Iterator[Event]:
     steps, vlm.static_steps = vlm.static_steps, None
     if steps is None:
         return
+    steps.clear()  # who answers may keep the decoder, and the decoder keeps them
     if steps.choices:
         plain, captured = ([c[name] for c in steps.choices] for name in ("plain_ms", "captured_ms"))
         values = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 import hscr.static_steps
 from hscr.decode import decode
 from hscr.model import VLM, encode_answer, encode_prompts
+from hscr.plain_decoder import PlainDecoder
 from hscr.prefix import GrowingLayer, empty_cache
 from hscr.static_steps import StaticSteps, captured_events, rounded_rows
 from hscr.trees import Prefixes
@@ -209,6 +212,36 @@ def test_a_stage_tells_what_its_steps_took_and_gives_their_memory_back(vlm: VLM)
     }
     assert warning.message == "decode steps went on without CUDA graphs: RuntimeError: capture"  # type: ignore[union-attr]
     assert vlm.static_steps is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_goes_back_at_once_though_a_decoder_keeps_its_steps(vlm: VLM, fails: bool) -> None:
+    """At a stage's end and after a failure; not when the garbage collector comes round."""
+    steps = vlm.static_steps = StaticSteps(Captured(fails_at=9 if fails else -1), samples=0)
+    decoder = PlainDecoder.of(vlm)
+    assert decoder is not None
+    held: list[weakref.ref[Any]] = []
+    place = steps._place
+
+    def placed(*args: Any) -> bool:
+        found = place(*args)
+        held.extend(weakref.ref(t) for pair in steps._memory for t in pair)
+        return found
+
+    steps._place = placed  # type: ignore[method-assign]
+    gc.collect()
+    gc.disable()
+    try:
+        said(vlm, rows_of(vlm, 1, 3))
+        assert held
+        assert (steps.off is not None) == fails
+        if not fails:
+            assert any(ref() is not None for ref in held)
+            list(captured_events(vlm, "generating"))
+        assert decoder.steps is steps
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
 
 
 def test_rows_are_rounded_by_hand() -> None:
