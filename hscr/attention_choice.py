@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -119,16 +119,25 @@ class Guarded:
         self.attention, self._folder = attention, folder
 
     def __call__(self, run: Callable[[], T]) -> T:
-        """run(), again with SDPA where it fails with flex; running out of memory is not this one's matter."""
+        """run(), again with SDPA where it fails with flex. Running out of memory, an image that cannot be read and a record that fits no
+        device are not this one's matter."""
         try:
             return run()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, OSError, ValueError):
             raise
         except Exception as error:
             if not self.attention.blocks:
                 raise
-            self.attention = Attention("sdpa", self.attention.sdpa_ms, self.attention.flex_ms, first_line(error))
-        log.warning("flex_attention failed, going on with SDPA: %s", self.attention.why)
-        if self._folder is not None:  # the first process of several keeps it
-            write_json(self._folder / NAME, asdict(self.attention))
+            failed = Attention("sdpa", self.attention.sdpa_ms, self.attention.flex_ms, first_line(error))
+        self.agree([failed])
         return run()
+
+    def agree(self, others: Sequence[Attention]) -> None:
+        """SDPA from now on where flex has failed in any of the processes that share a step."""
+        failed = next((a for a in others if not a.blocks), None)
+        if failed is None or not self.attention.blocks:
+            return
+        self.attention = failed
+        log.warning("flex_attention failed, going on with SDPA: %s", failed.why)
+        if self._folder is not None:  # the first process of several keeps it
+            write_json(self._folder / NAME, asdict(failed))

@@ -151,6 +151,7 @@ def optimize(
         add_up(parameters.values())
         metrics = {name: [v for own in shares for v in own.get(name, ())] for own in shares for name in own}
         budget.tokens = min(gathered(budget.tokens))
+        guard.agree(gathered(guard.attention))
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         means |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}

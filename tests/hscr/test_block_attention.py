@@ -220,7 +220,11 @@ def test_memory_and_sdpas_own_errors_are_not_taken_for_flexs(tmp_path: Path) -> 
     guard = Guarded(Attention("flex"), tmp_path)
     with pytest.raises(torch.OutOfMemoryError):
         guard(failing(torch.OutOfMemoryError("full")))
+    for error in (OSError("no such image"), ValueError("the device's memory is too small for one record")):
+        with pytest.raises(type(error)):
+            guard(failing(error))
     assert guard.attention.blocks
+    assert not list(tmp_path.iterdir())
     with pytest.raises(KeyError):  # with SDPA too: it was not flex's
         guard(failing(KeyError("image")))
     assert not guard.attention.blocks
@@ -282,3 +286,22 @@ def test_a_run_by_blocks_takes_the_same_steps(
         for a, b in zip(plain, other, strict=True):
             assert a.metrics == pytest.approx(b.metrics, rel=1e-4, abs=1e-5)
     assert plain[0].metrics["loss"] != plain[-1].metrics["loss"]
+
+
+def test_where_flex_fails_in_one_process_all_go_on_with_sdpa(
+    tiny_folder: Path, tmp_path: Path, blocks_with_gradients: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process of the two is played here: its flex fails in the second step. The first one keeps what they agreed."""
+    failed, said = Attention("sdpa", why="RuntimeError: no kernel for this shape"), []
+
+    def gathered(value: Any) -> list[Any]:
+        if not isinstance(value, Attention):
+            return [value]
+        said.append(value)
+        return [value, failed if len(said) > 1 else value]
+
+    monkeypatch.setattr(hscr.optimize, "gathered", gathered)
+    steps = list(trained(load_model(tiny_folder, device="cpu"), tmp_path / "run", "flex"))
+    assert [s.attention.kind for s in steps] == ["flex", "sdpa", "sdpa", "sdpa"]
+    assert json.loads((tmp_path / "run" / "attention.json").read_text())["why"] == failed.why
+    assert blocks_with_gradients
