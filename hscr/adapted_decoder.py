@@ -61,7 +61,7 @@ class AdaptedDecoder:
             gone = layout.n_prompt if number == len(self.layers) - 1 else 0
             x = AttentionHalf.apply(x, attention, layout, gone, cos, sin, *lora[:8])
             x = MLPHalf.apply(x, mlp, *lora[8:])
-            if number < len(deeper):
+            if number < len(deeper) and not gone:  # behind the last layer only answers are left
                 x = x.index_add(0, visual, deeper[number])
         logits = self.vlm.base.lm_head(self.decoder.norm(x))
         made = iter(logits.split([len(a) for own in answers for a in own]))

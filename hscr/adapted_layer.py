@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from hscr.prompt_attention import Layout, attend, attend_backward
 
@@ -100,14 +101,15 @@ class AttentionHalf(Function):
         turn_(q, cos[gone:], sin[gone:])
         turn_(k, cos, sin)
         out, lse = attend(q, k, v, layout, part.scale)
-        ctx.save_for_backward(x, rstd, q, k, v, out, lse, cos, sin, *before)
-        ctx.part, ctx.layout, ctx.gone, ctx.lora = part, layout, gone, lora
+        ctx.save_for_backward(*lora, x, rstd, q, k, v, out, lse, cos, sin, *before)
+        ctx.part, ctx.layout, ctx.gone = part, layout, gone
         return part.out(out.flatten(1), lora[6:]).add_(x[gone:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), part, gone, lora = grads, ctx.part, ctx.gone, ctx.lora
-        x, rstd, q, k, v, out, lse, cos, sin, *before = ctx.saved_tensors
+        (grad,), part, gone, saved = grads, ctx.part, ctx.gone, ctx.saved_tensors
+        lora, (x, rstd, q, k, v, out, lse, cos, sin, *before) = saved[:8], saved[8:]
         of_out = part.out.backward(grad, out.flatten(1), lora[6:])
         dout = (grad @ part.out.merged(lora[6:])).view(q.shape)
         dq, dkv = attend_backward(dout, q, k, v, out, lse, ctx.layout, part.scale)
@@ -136,14 +138,15 @@ class MLPHalf(Function):
         n, rstd = normed(x, part.norm, part.eps)
         gate_up = part.gate_up(n, lora[:4])
         gate, up = gate_up.chunk(2, -1)
-        ctx.save_for_backward(x, rstd, gate_up)
-        ctx.part, ctx.lora = part, lora
+        ctx.save_for_backward(*lora, x, rstd, gate_up)
+        ctx.part = part
         return part.down(F.silu(gate).mul_(up), lora[4:]).add_(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), part, lora = grads, ctx.part, ctx.lora
-        x, rstd, gate_up = ctx.saved_tensors
+        (grad,), part, saved = grads, ctx.part, ctx.saved_tensors
+        lora, (x, rstd, gate_up) = saved[:6], saved[6:]
         gate, up = gate_up.chunk(2, -1)
         dh = grad @ part.down.merged(lora[4:])
         h = F.silu(gate)

@@ -95,6 +95,42 @@ def test_of_the_last_layer_prompts_have_keys_and_values_only(
     assert asked == [(whole, whole)] * (len(decoder.layers) - 1) + [(answers, whole)]
 
 
+def test_features_for_the_last_layer_are_nobodys(vlm: VLM, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many deeper features as layers: behind the last, the visual tokens they belong to are not computed any more."""
+    decoder = AdaptedDecoder.of(vlm)
+    assert decoder is not None
+    embedded, layers = AdaptedDecoder._embedded, len(decoder.layers)
+
+    def logits(n: int) -> list[list[Tensor]]:
+        def deep(self: AdaptedDecoder, ids: Tensor, prompts: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+            x, _, visual = embedded(self, ids, prompts)
+            return x, [x[visual] + layer for layer in range(n)], visual
+
+        monkeypatch.setattr(AdaptedDecoder, "_embedded", deep)
+        return decoder.answer_logits(*batch)
+
+    some, all_but_one, all_of_them = logits(0), logits(layers - 1), logits(layers)
+    assert torch.equal(all_of_them[0][0], all_but_one[0][0])
+    assert not torch.equal(all_of_them[0][0], some[0][0])
+
+
+def test_weights_that_change_before_the_backward_pass_and_second_derivatives_are_refused(vlm: VLM, batch: Any) -> None:
+    """As autograd does; gradients of other weights than the forward's would be wrong and say nothing."""
+    adapted(vlm, OptimizationConfig(lora_rank=2))
+    decoder = AdaptedDecoder.of(vlm)
+    assert decoder is not None
+    for part in ("self_attn.o_proj", "mlp.down_proj"):
+        loss = decoder.answer_logits(*batch)[0][0].sum()
+        weight = next(p for n, p in vlm.model.named_parameters() if f"layers.0.{part}.lora_A" in n)
+        with torch.no_grad():
+            weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        (first,) = torch.autograd.grad(decoder.answer_logits(*batch)[0][0].sum(), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
 @pytest.mark.parametrize("odd", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_an_adapter_that_is_more_than_lora_is_left_to_the_stock_forward(vlm: VLM, odd: dict[str, Any]) -> None:
     from peft import get_peft_model
