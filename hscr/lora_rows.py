@@ -111,6 +111,11 @@ class LoraRows:
         """What stands for the adapters that lie side by side for the rows at hand: another object, other tensors. None: the base alone."""
         return None if self._plan is None else self._plan.side
 
+    @property
+    def held(self) -> object | None:
+        """What `side` was when rows last had adapters, as long as all of them are loaded."""
+        return self._side
+
     def mask(self, ranks: Ranks, device: torch.device) -> Tensor | None:
         """Ones [n, 1, R] where each of the rows at hand has its own adapter's ranks; None where that is everywhere."""
         assert self._plan is not None

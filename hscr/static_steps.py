@@ -2,8 +2,9 @@
 
 A step works on whole buffers of keys and values, R rows × C columns of rounded sizes; what is not there is masked. All shapes share one
 piece of memory a layer, for one cache decodes at a time, so a graph that was captured for a shape serves every later batch of that shape.
-Whether a shape is worth it is measured: its first steps are the plain ones, timed; then it is captured, and kept if it is faster. Anything
-that goes wrong is logged and leaves the plain steps. Knows no model: hscr/plain_decoder.py passes its layers over what is here.
+Whether a shape is worth it is measured: its first steps are the plain ones, timed; then it is captured, the next steps are timed, inputs
+and all, and the faster kind stays. Anything that goes wrong is logged and leaves the plain steps. Knows no model: hscr/plain_decoder.py
+passes its layers over what is here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ log = logging.getLogger("hscr.static_steps")
 COLUMNS = 256  # sizes of a cache are multiples of it
 ROOM = 64  # columns that a batch is given beyond what it holds, at least
 MOST = 16  # shapes that are remembered
+LASTING = 50  # steps that adapters must have been side by side before theirs are timed: others come with the next rows, and a capture is dear
 Compute = Callable[[], Tensor]
 
 
@@ -136,6 +138,8 @@ class StaticSteps:
         self._memory: list[tuple[Tensor, Tensor]] = []  # a layer's keys and values, flat
         self._inner: list[tuple[int, int]] = []  # groups and d of each
         self._owner: weakref.ref[DynamicCache] | None = None
+        self._side: object | None = None  # the adapters that lay side by side in the last step
+        self._steps_beside = 0  # how many steps had them
 
     def logits(
         self,
@@ -151,8 +155,9 @@ class StaticSteps:
 
         `plain` computes them the plain way. Afterwards the cache holds W columns, whichever way was taken.
         """
+        lasts = self._lasts(lora) if lora is not None else True
         owner = self._owner() if self._owner is not None else None
-        if self.off is not None or not joinable(cache) or (owner is not None and owner is not cache):
+        if self.off is not None or not lasts or not joinable(cache) or (owner is not None and owner is not cache):
             return plain()
         side = lora.side if lora is not None else None
         size = self._size(cache, *ids.shape)
@@ -160,8 +165,13 @@ class StaticSteps:
         if shape.dropped:
             return plain()
         if len(shape.plain) < self.samples:
-            return _timed(plain, shape.plain, ids.device)
+            start = _now(ids.device)
+            logits = plain()
+            shape.plain.append(_now(ids.device) - start)
+            return logits
+        timed = len(shape.captured) < self.samples
         try:
+            start = _now(ids.device) if timed else 0.0
             if not self._place(cache, size):
                 shape.dropped = True
                 return plain()
@@ -171,13 +181,13 @@ class StaticSteps:
                     shape.step = StaticStep(decoder, self._views(size), positions, lora if side is not None else None)
             shape.step.put(ids, positions, visible, *layers[0].span)  # before a capture, which computes to warm up
             if shape.replay is None:
+                timed = False  # a capture happens once, what is timed in every step
                 with torch.inference_mode(False), torch.no_grad():
                     shape.replay = self.capture(shape.step.compute)
-            if len(shape.captured) < self.samples:
-                logits = _timed(shape.replay, shape.captured, ids.device)
+            logits = shape.replay()
+            if timed:
+                shape.captured.append(_now(ids.device) - start)
                 self._choose(shape, size, ids.shape[1])
-            else:
-                logits = shape.replay()
         except Exception as error:  # out of memory too: the plain step needs less
             self.off = first_line(error)
             log.warning("decode steps are not captured any more, the plain ones go on: %s", self.off)
@@ -190,13 +200,21 @@ class StaticSteps:
     def clear(self) -> None:
         """Let go of graphs and memory. Steps and their decoder know each other: by themselves they would wait for the garbage collector."""
         self._shapes.clear()
-        self._memory, self._owner = [], None
+        self._memory, self._owner, self._side = [], None, None
+
+    def _lasts(self, lora: LoraRows) -> bool:
+        """Whether the rows at hand have no adapters, or such as have lain side by side for a while; shapes of others are let go of."""
+        if lora.held is not self._side:
+            self._side, self._steps_beside = lora.held, 0
+            for old in [k for k, s in self._shapes.items() if s.side is not None and s.side is not self._side]:
+                del self._shapes[old]
+        if lora.side is None:
+            return True
+        self._steps_beside += 1
+        return self._steps_beside > LASTING
 
     def _shape(self, key: tuple[Any, ...], side: object | None) -> _Shape:
         if key not in self._shapes:
-            if side is not None:  # adapters side by side that were replaced by others must not be kept
-                for old in [k for k, s in self._shapes.items() if s.side is not None and s.side is not side]:
-                    del self._shapes[old]
             self._shapes[key] = _Shape(side)
             if len(self._shapes) > MOST:
                 self._shapes.popitem(last=False)
@@ -325,12 +343,8 @@ def _layers(cache: DynamicCache) -> list[GrowingLayer]:
     return layers
 
 
-def _timed(compute: Compute, seconds: list[float], device: torch.device) -> Tensor:
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    logits = compute()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds.append(time.perf_counter() - start)
-    return logits
+    return time.perf_counter()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hscr import plain_decoder, shared_prefix
+from hscr import plain_decoder, shared_prefix, static_steps
 from hscr.answer import AnswerBatch, Answerer, AnswerRequest
 from hscr.answers import Answer
 from hscr.config import OptimizationConfig
@@ -127,8 +127,11 @@ def test_random_mixes_answer_as_alone(
     close(mixed)
 
 
-def test_steps_of_fixed_shape_answer_as_plain_ones(family: tuple[VLM, dict[str, Path]]) -> None:
+def test_steps_of_fixed_shape_answer_as_plain_ones(
+    family: tuple[VLM, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that join and leave in buffers that are rounded up and shared, with adapters that change from step to step."""
+    monkeypatch.setattr(static_steps, "LASTING", 0)
     plain, static = answerer_of(family), answerer_of(family)
     if static.decoder is None:
         pytest.skip("no plain decoder")

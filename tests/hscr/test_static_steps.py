@@ -7,6 +7,7 @@ import logging
 import random
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 import hscr.static_steps
+from hscr.answer import Answerer, AnswerRequest
 from hscr.decode import decode
 from hscr.model import VLM, encode_answer, encode_prompts
 from hscr.plain_decoder import PlainDecoder
 from hscr.prefix import GrowingLayer, empty_cache
-from hscr.static_steps import StaticSteps, captured_events, rounded_rows
+from hscr.static_steps import StaticStep, StaticSteps, captured_events, rounded_rows
 from hscr.trees import Prefixes
 from hscr.visual_tokens import Prompt, dropped
+from tests.hscr.test_running import save_adapter
 from tests.hscr.tiny import picture
 
 QUESTIONS = ["Where is the lesion?", "Which plane?", "Is there a lesion in the left frontal lobe? yes no", "what"]
@@ -118,18 +121,29 @@ def test_few_shapes_are_kept_and_rows_that_nobody_has_see_themselves(vlm: VLM, m
         assert (shape.step.mask.amax(-1) == 0).all()
 
 
-@pytest.mark.parametrize(("seconds", "kept"), [(0.009, True), (0.011, False)])
+@pytest.mark.parametrize(("seconds", "inputs", "kept"), [(0.009, 0, True), (0.011, 0, False), (0.009, 0.002, False)])
 def test_the_faster_step_is_kept(
-    vlm: VLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float, kept: bool
+    vlm: VLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: float,
+    inputs: float,
+    kept: bool,
 ) -> None:
-    """Two plain steps are timed, of 10 ms by the clock here, then two captured ones."""
+    """Two plain steps are timed, of 10 ms by the clock here, one is captured, and two more are timed, what lays their inputs out too."""
     caplog.set_level(logging.INFO, "hscr.static_steps")
     prompts = encode_prompts(vlm, [picture(0), picture(1)], QUESTIONS[:2])
     vlm.base.generation_config.eos_token_id = 399  # nobody ends, so there is one shape
     plain = decode(vlm, prompts, max_tokens=12, known=Prefixes())
     capture = Captured(seconds)
     vlm.static_steps = StaticSteps(capture, samples=2)
-    stock = StaticSteps.logits
+    stock, put = StaticSteps.logits, StaticStep.put
+
+    def slow_put(self: StaticStep, *args: Any) -> None:
+        capture.clock += inputs
+        put(self, *args)
+
+    monkeypatch.setattr(StaticStep, "put", slow_put)
 
     def slow(self: StaticSteps, plain: Callable[[], Tensor], *rest: Any) -> Tensor:
         def ten_ms() -> Tensor:
@@ -141,9 +155,9 @@ def test_the_faster_step_is_kept(
     monkeypatch.setattr(StaticSteps, "logits", slow)
     monkeypatch.setattr(hscr.static_steps, "time", SimpleNamespace(perf_counter=lambda: capture.clock))
     assert decode(vlm, prompts, max_tokens=12, known=Prefixes()) == plain
-    assert capture.replays == (11 - 2 if kept else 2)  # the first token is the prompt's own pass
+    assert capture.replays == (11 - 2 if kept else 3)  # the first token is the prompt's own pass
     (choice,) = vlm.static_steps.choices
-    timed = {"plain_ms": pytest.approx(10), "captured_ms": pytest.approx(1000 * seconds)}
+    timed = {"plain_ms": pytest.approx(10), "captured_ms": pytest.approx(1000 * (seconds + inputs))}
     assert choice == {"rows": 2, "columns": 256, "new": 1, **timed}
     assert caplog.messages[0].endswith("captured; captured" if kept else "captured; plain")
 
@@ -212,6 +226,30 @@ def test_a_stage_tells_what_its_steps_took_and_gives_their_memory_back(vlm: VLM)
     }
     assert warning.message == "decode steps went on without CUDA graphs: RuntimeError: capture"  # type: ignore[union-attr]
     assert vlm.static_steps is None
+
+
+def test_adapters_are_captured_once_they_last_and_let_go_of_when_they_left(
+    vlm: VLM, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hscr.static_steps, "LASTING", 3)
+    vlm.base.generation_config.eos_token_id = 399  # nobody ends
+    answerer = Answerer(vlm)
+    answerer.load_adapter("one", save_adapter(tiny_folder, tmp_path / "one", 1))
+    assert answerer.decoder is not None
+
+    def ids(adapter: str | None) -> list[int]:
+        return list(answerer.answer([AnswerRequest(picture(0), "what", adapter, max_tokens=9)])[0].token_ids)
+
+    plain = ids("one")
+    capture = Captured()
+    steps = answerer.decoder.steps = StaticSteps(capture, samples=0)
+    assert ids("one") == plain
+    assert capture.replays == 8 - 3  # the first token is the prompt's own pass
+    assert any(shape.side is not None for shape in steps._shapes.values())
+    answerer.unload_adapter("one")
+    assert ids(None) != plain  # steps of the base
+    assert capture.replays == 8 - 3 + 8
+    assert all(shape.side is None for shape in steps._shapes.values())
 
 
 @pytest.mark.parametrize("fails", [False, True])
