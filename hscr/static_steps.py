@@ -35,7 +35,7 @@ log = logging.getLogger("hscr.static_steps")
 COLUMNS = 256  # sizes of a cache are multiples of it
 ROOM = 64  # columns that a batch is given beyond what it holds, at least
 MOST = 16  # shapes that are remembered
-LASTING = 50  # steps that adapters must have been side by side before theirs are timed: others come with the next rows, and a capture is dear
+LASTING = 50  # steps that adapters must have been side by side before theirs are timed: the next rows bring others, a capture is dear
 Compute = Callable[[], Tensor]
 
 
