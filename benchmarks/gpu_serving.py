@@ -83,7 +83,7 @@ def questions(
 
 def generated(vlm: VLM, images: Sequence[Image.Image], seconds: float) -> Cell:
     """Each image asked about alone by stock `generate`. The time to its first token is that of an answer of one token, once more."""
-    decoder = next(m for n, m in vlm.base.named_modules() if n.split(".")[-1] == vlm.family.language_model)
+    decoder = vlm.decoder
     kind_before = decoder.config._attn_implementation
     decoder.set_attn_implementation("sdpa")  # stock attention too
     cell, end = Cell(asked=len(images)), time.monotonic() + seconds

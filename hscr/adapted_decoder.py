@@ -33,7 +33,7 @@ class AdaptedDecoder:
     @classmethod
     def of(cls, vlm: VLM) -> AdaptedDecoder | None:
         """None where the model is not known to be plain."""
-        decoder = next(m for n, m in vlm.base.named_modules() if n.split(".")[-1] == vlm.family.language_model)
+        decoder = vlm.decoder
         return cls(vlm, decoder) if vlm.family.masks is None and _is_plain(vlm, decoder) else None
 
     def answer_logits(
@@ -80,6 +80,21 @@ class AdaptedDecoder:
         return x.index_copy(0, visual, first), deeper, visual
 
 
+def kept_bytes(vlm: VLM) -> int | None:
+    """Bytes a token that a layer keeps here for its backward pass, and None where another route trains the model, from shapes alone.
+
+    Both halves' inputs and 1 / RMS, queries and keys (before their norms too), values, attention's output and log-sum-exps, gate and up.
+    """
+    if vlm.family.masks is not None or not _are_plain(vlm.decoder):
+        return None
+    attention, mlp = vlm.decoder.layers[0].self_attn, vlm.decoder.layers[0].mlp
+    q, k = attention.q_proj.out_features, attention.k_proj.out_features
+    normed = q + k if hasattr(attention, "q_norm") else 0
+    heads = q // attention.head_dim
+    floats = 2 * (mlp.gate_proj.in_features + 1) + 2 * q + 2 * k + normed + heads + 2 * mlp.gate_proj.out_features
+    return 4 * int(floats)
+
+
 def _is_plain(vlm: VLM, decoder: Any) -> bool:
     linear = [_part(layer, name) for layer in decoder.layers for name in NAMES] if _are_plain(decoder) else []
     return (
@@ -104,7 +119,8 @@ def _is_linear(module: Any) -> bool:
     if isinstance(module, LoraLinear):
         names = _active(module)
         odd = module.merged or module.fan_in_fan_out or module.lora_variant or any(module.lora_bias.values())
-        dropout = any(type(module.lora_dropout[n]) is not torch.nn.Identity for n in names)
+        drops = [module.lora_dropout[n] for n in names]
+        dropout = any(m.training and type(m) is not torch.nn.Identity for m in drops)  # in eval mode it does nothing
         if odd or dropout or len(names) > 1:
             return False
         module = module.base_layer

@@ -65,6 +65,11 @@ class VLM:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
+    def decoder(self) -> Any:
+        """The language model's layers, without its head."""
+        return next(m for n, m in self.base.named_modules() if n.split(".")[-1] == self.family.language_model)
+
+    @property
     def image_token_id(self) -> int:
         return self.base.config.image_token_id
 

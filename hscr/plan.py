@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hscr.adapted_decoder import kept_bytes
 from hscr.base_shapes import built_on_meta
 from hscr.config import AlignConfig
 from hscr.data_set import DataSet
@@ -112,7 +113,7 @@ def estimate(
     allowed = int(SHARE * available)
     settings: dict[str, Any] = {}
     stages = counted.stages(config)
-    for change in _fewer_at_once(config) if evaluates else _lighter(config, counted.longest_row):
+    for change in _fewer_at_once(config) if evaluates else _lighter(config, counted):
         if max(s.bytes for s in stages) <= allowed:
             break
         settings |= change
@@ -149,18 +150,23 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _lighter(config: AlignConfig, longest: int) -> list[dict[str, Any]]:
+def _lighter(config: AlignConfig, counted: _Counted) -> list[dict[str, Any]]:
     """Changes that take memory off, the cheapest in time first."""
     changes: list[dict[str, Any]] = []
-    while any(b > longest for b in (config.preference.token_budget, config.optimization.token_budget)):
+    while True:
+        budgets = {"preference": config.preference.token_budget, "optimization": counted.trained_at_once(config)}
         halves = {
-            f"{section}.token_budget": max(getattr(config, section).token_budget // 2, longest)
-            for section in ("preference", "optimization")
-            if getattr(config, section).token_budget > longest
+            f"{section}.token_budget": max(budget // 2, counted.longest_row)
+            for section, budget in budgets.items()
+            if budget > counted.longest_row
         }
+        if not halves:
+            break
         changes.append(halves)
         config = _with(config, halves)
-    return [*changes, {"optimization.gradient_checkpointing": True}]
+    if counted.by_hand is None:  # checkpointing would leave that route (hscr/adapted_decoder.py), and took more memory
+        changes.append({"optimization.gradient_checkpointing": True})
+    return changes
 
 
 def _fewer_at_once(config: AlignConfig) -> list[dict[str, Any]]:
@@ -212,6 +218,14 @@ class _Counted:
         self.longest_row = self.tokens.longest + round(self.tokens.answer * (1 + config.preference.n_levels))
         self.probe = Probe(vlm, config.optimization, device, dtype)
         self._known: dict[tuple[Any, ...], float] = {}
+        # Bytes a token and layer where training passes the decoder by hand.
+        self.by_hand = kept_bytes(vlm) if device.type == "cpu" and dtype == torch.float32 else None
+        self.widest = max((m.in_features * m.out_features for m in decoder), default=0)
+
+    def trained_at_once(self, config: AlignConfig) -> int:
+        """Tokens that a forward in training may have."""
+        budget = config.optimization.token_budget
+        return min(budget, CPU_TOKENS) if self.device.type == "cpu" else budget
 
     def stages(self, config: AlignConfig) -> tuple[StagePlan, ...]:
         if self.evaluates:
@@ -290,13 +304,14 @@ class _Counted:
         if o.gradient_checkpointing:
             step += forward
         each = forward + o.epochs * step + self._head_s(answers * (1 + 2 * o.epochs))
-        most = min(o.token_budget, CPU_TOKENS) if self.device.type == "cpu" else o.token_budget
-        together = min(max(most, length), o.batch_size * length)
+        together = min(max(self.trained_at_once(config), length), o.batch_size * length)
         share = max(1.0, together / length)
         layer = self.probe.saved_bytes(min(length, 256))
         kept = (self.layers * self.hidden * self.itemsize + layer) if o.gradient_checkpointing else self.layers * layer
         logits = share * answers * self.vocabulary * (2 * self.itemsize + 8)
         mask = share * length * length * 3
+        if self.by_hand is not None and not o.gradient_checkpointing:  # no mask; a copy of the widest pair of weights lives for its product
+            kept, mask = self.layers * self.by_hand, 2 * self.widest * self.itemsize
         return StagePlan(
             "optimizing",
             self.n,

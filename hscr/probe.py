@@ -34,7 +34,7 @@ class Probe:
         small.num_hidden_layers, small.vocab_size, small.pad_token_id = LAYERS, 8, None
         if getattr(own, "layer_types", None):
             small.layer_types = own.layer_types[:LAYERS]
-        kind = next(type(m) for n, m in vlm.base.named_modules() if n.split(".")[-1] == vlm.family.language_model)
+        kind = type(vlm.decoder)
         with torch.device(device):
             decoder = kind(small)
         decoder = torch.nn.Module.to(decoder, dtype).eval().requires_grad_(False)

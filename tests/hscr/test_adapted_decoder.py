@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from hscr.adapted_decoder import AdaptedDecoder
 from hscr.config import OptimizationConfig
-from hscr.model import VLM, add_lora, encode_answer, encode_prompts
+from hscr.model import VLM, add_lora, checkpoint_gradients, encode_answer, encode_prompts, load_model
 from hscr.packing import answer_logits, packed_logits
+from hscr.parent import load_parent
 from hscr.prompt_attention import Layout, attend, attend_backward
 from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture
@@ -131,18 +133,26 @@ def test_weights_that_change_before_the_backward_pass_and_second_derivatives_are
             first.sum().backward()
 
 
+def test_dropout_counts_in_training_mode_only(vlm: VLM, tiny_folder: Path, tmp_path: Path) -> None:
+    """A parent's adapter may have it, and is trained in eval mode, so that the policy begins as the reference."""
+    lora = LoraConfig(target_modules=vlm.family.language_model_linear, lora_dropout=0.05)
+    get_peft_model(vlm.model, lora).save_pretrained(tmp_path)
+    parent = load_model(tiny_folder, device="cpu")
+    load_parent(parent, tmp_path, trainable=True)
+    checkpoint_gradients(parent, False)
+    assert AdaptedDecoder.of(parent) is not None
+    parent.model.train()
+    assert AdaptedDecoder.of(parent) is None
+
+
 @pytest.mark.parametrize("odd", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_an_adapter_that_is_more_than_lora_is_left_to_the_stock_forward(vlm: VLM, odd: dict[str, Any]) -> None:
-    from peft import get_peft_model
-
     vlm.model = get_peft_model(vlm.model, LoraConfig(target_modules=vlm.family.language_model_linear, **odd))
     assert AdaptedDecoder.of(vlm) is None
 
 
 def test_weights_that_are_trained_beside_lora_keep_autograd(vlm: VLM, batch: Any) -> None:
     """A parent may have them (modules_to_save, bias): here they would get no gradient, and nothing would tell."""
-    from peft import get_peft_model
-
     lora = LoraConfig(target_modules=vlm.family.language_model_linear, modules_to_save=["input_layernorm"])
     vlm.model = get_peft_model(vlm.model, lora)
     assert AdaptedDecoder.of(vlm) is None

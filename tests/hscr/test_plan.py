@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.llava import Shape, save_data, save_llava
+from hscr.adapted_decoder import AdaptedDecoder, kept_bytes
 from hscr.cli import app
 from hscr.config import AlignConfig, preset
 from hscr.data_set import DataSet
-from hscr.model import add_lora, load_model
-from hscr.plan import SHARE, Plan, estimate, skeleton
+from hscr.model import add_lora, encode_answer, encode_prompts, load_model
+from hscr.plan import SHARE, Plan, _Counted, _lighter, estimate, skeleton
 from hscr.preferences import generate
 from hscr.probe import Probe
 from hscr.records import to_json
@@ -103,6 +105,50 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_what_the_model_keeps(model:
     with saved_tensors_hooks(note, lambda t: t):
         vlm.model(input_ids=ids, logits_to_keep=1, use_cache=False)
     assert probe.saved_bytes(160) * 160 * SHAPE.layers == pytest.approx(sum(held.values()), rel=0.2)
+
+
+def test_what_a_layer_keeps_by_hand_is_what_it_saves(model: Path, data: DataSet) -> None:
+    """Bytes that the hand-made pass saves with three layers, less those with two: of a layer that is not the last."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    vlm = load_model(model, device="cpu")
+    add_lora(vlm, preset("recommended").optimization, seed=0)
+    decoder = AdaptedDecoder.of(vlm)
+    assert decoder is not None
+    weights = {t.untyped_storage().data_ptr() for t in (*vlm.model.parameters(), *vlm.model.buffers())}
+    records = data.records[:2]
+    prompts = encode_prompts(vlm, [data.open_images(r) for r in records], [r.question for r in records])
+    answers = [[encode_answer(vlm, r.question, r.answer)] * 3 for r in records]
+    tokens = sum(len(p.input_ids) - 1 for p in prompts) + sum(len(a) for own in answers for a in own)
+    totals = []
+    for layers in (decoder.layers, decoder.layers[1:]):
+        held: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor, held: dict[int, Tensor] = held) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        decoder.layers = layers
+        with saved_tensors_hooks(note, lambda t: t):
+            decoder.answer_logits(prompts, answers)
+        totals.append(sum(t.untyped_storage().nbytes() for t in held.values()))
+    assert kept_bytes(vlm) == pytest.approx((totals[0] - totals[1]) / tokens, rel=0.01)
+
+
+@pytest.mark.usefixtures("steady")
+def test_on_a_cpu_no_setting_is_advised_that_takes_nothing_off(model: Path, data: DataSet) -> None:
+    """A forward has 1,024 tokens at most there, and checkpointing would leave the pass that keeps least."""
+    counted = _Counted(skeleton(str(model)), data, preset("recommended"), None, CPU, torch.float32)
+    budgets = {"token_budget": 8192}
+    config = AlignConfig.from_dict({"optimization": budgets, "preference": budgets})
+    first, *others = _lighter(config, counted)
+    assert first == {"optimization.token_budget": 512, "preference.token_budget": 4096}
+    names = {name for change in others for name in change}
+    assert names == {"optimization.token_budget", "preference.token_budget"}
+    bfloat16 = _Counted(skeleton(str(model)), data, preset("recommended"), None, CPU, torch.bfloat16)
+    assert _lighter(config, bfloat16)[-1] == {"optimization.gradient_checkpointing": True}
+    assert bfloat16.stages(config)[1].bytes > counted.stages(config)[1].bytes
 
 
 @pytest.fixture
