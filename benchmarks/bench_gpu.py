@@ -38,7 +38,7 @@ from hscr.families import family_of
 from hscr.feature_cache import FeatureCache
 from hscr.images import decode_image
 from hscr.model import VLM, add_lora, encode_answer
-from hscr.optimize import Item, answer_logprobs, optimize
+from hscr.optimize import Item, optimize, score_first
 from hscr.preferences import generate
 from hscr.similarity import load_similarity
 
@@ -105,9 +105,11 @@ class Bench:
         self.missing: dict[str, str] = {}
 
     def loaded(self) -> VLM:
-        """The bare model with empty caches, its decoder as `load_model` leaves it."""
+        """The bare model with empty caches, its decoder and tower as `load_model` leaves them."""
         from hscr.grouped_attention import group_heads
+        from hscr.tower import pass_over_unread_layers
 
+        pass_over_unread_layers(self.model)
         group_heads(self.model.model.language_model)
         features = FeatureCache(2 * 2**30 if self.device.type == "cuda" else 2**28)
         family = family_of("llava", "bench")
@@ -194,9 +196,7 @@ class Bench:
             items = [Item(r, [encode_answer(vlm, r.question, t) for t in ts]) for r, ts in texts]
 
             def work(blocks: bool) -> None:
-                _, sums = next(answer_logprobs(vlm, items, self.open_image, config.token_budget, blocks=blocks))
-                torch.stack([own.sum() for own in sums]).sum().backward()
-                vlm.model.zero_grad(set_to_none=True)
+                score_first(vlm, items, self.open_image, config.token_budget, config, blocks)
 
             found = chosen(vlm, "auto", Path(tempfile.mkdtemp(dir=self.folder)), sys.maxsize, work)
         if found.sdpa_ms is None:

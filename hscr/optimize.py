@@ -103,7 +103,7 @@ def optimize(
 
         def scored(blocks: bool) -> None:
             def first(tokens: int) -> None:
-                _scored_first(vlm, items[: config.batch_size], open_image, tokens, config, blocks)
+                score_first(vlm, items[: config.batch_size], open_image, tokens, config, blocks)
 
             # Flex may need more memory than there is; that must not halve what SDPA works with.
             first(budget.tokens) if blocks else budget.within(first)
@@ -258,7 +258,7 @@ def _keep_reference(
         write_json(path, rows)
 
 
-def _scored_first(
+def score_first(
     vlm: VLM,
     items: Sequence[Item],
     open_image: Callable[[VQARecord], Images],
