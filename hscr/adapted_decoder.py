@@ -136,7 +136,7 @@ def _part(layer: Any, name: str) -> Any:
 
 
 def _layer(layer: Any) -> tuple[AttentionPart, MLPPart, list[Tensor | None]]:
-    """Both halves, and A and B of its seven linear layers in turn."""
+    """Both halves, and A [r, in] and B [out, r] of its seven linear layers in turn, none where one has no LoRA."""
     lora: list[Tensor | None] = []
     scales = {}
     for name in NAMES:

@@ -1,9 +1,10 @@
 """The two halves of a plain decoder layer with LoRA beside frozen weights, forward and backward by hand: for training on a CPU.
 
 Autograd over the stock layer keeps some thirty tensors a layer and computes LoRA's small products apart. Here B·A is added to a copy of the
-weight, which costs what r tokens would, so that a forward is the base's; and what is kept is the halves' inputs, queries, keys, values,
-attention's output, and the MLP's two products: everything else is computed again in passes over memory that cost less than keeping it.
-T tokens without padding, D wide. Models and records are hscr/adapted_decoder.py's, who sees whom is hscr/prompt_attention.py's.
+weight, which costs what r tokens would, so that a forward is the base's; and what is kept is the halves' inputs with 1 / RMS, queries and
+keys (before their norms too, where they have them), values, attention's output and log-sum-exps, and the MLP's two products: everything
+else is computed again in passes over memory that cost less than keeping it. T tokens without padding, D wide. Models and records are
+hscr/adapted_decoder.py's, who sees whom is hscr/prompt_attention.py's.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Adapted:
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """The modules of a layer's first half. `norms`: weights of the norms of queries and keys where the family has them."""
+    """The modules of a layer's first half: weight [D] of its norm, those [d] of the norms of queries and keys where the family has them;
+    q [D → H·d], k and v as one [D → 2·G·d], the output's [H·d → D]."""
 
     norm: Tensor
     norms: tuple[Tensor, Tensor] | None
@@ -73,7 +75,7 @@ class AttentionPart:
 
 @dataclass(frozen=True)
 class MLPPart:
-    """The modules of a layer's second half."""
+    """The modules of a layer's second half: weight [D] of its norm, gate and up as one [D → 2·I], down [I → D]."""
 
     norm: Tensor
     eps: float
@@ -167,12 +169,13 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
+    """1 / RMS [..., 1] of x [..., D]."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     return square.div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def normed_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """dx = r·g − x·r³·mean(g·x) with g = dy·w, r = 1 / RMS."""
+    """dx [..., D] = r·g − x·r³·mean(g·x) with g = dy·w, r = 1 / RMS [..., 1], w [D]."""
     g = grad * weight
     mean = (g * x).mean(-1, keepdim=True).mul_(rstd**3)
     return g.mul_(rstd).addcmul_(x, mean, value=-1)

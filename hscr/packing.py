@@ -36,7 +36,8 @@ def answer_logits(
     """Logits that predict each answer's tokens, teacher-forced: for record b and its answer j a tensor [A_bj, V].
 
     `answers[b]` lists token ids of record b's answers. Differentiable in the adapter's weights. Layers that checkpoint gradients take no
-    cache. `blocks`: packed, attention by blocks (hscr/block_attention.py).
+    cache. `blocks`: packed, attention by blocks (hscr/block_attention.py). On a CPU most models take none of the
+    routes below but hscr/adapted_decoder.py.
     """
     if blocks:
         return packed_logits(vlm, prompts, answers, blocks=True)

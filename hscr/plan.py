@@ -310,7 +310,9 @@ class _Counted:
         kept = (self.layers * self.hidden * self.itemsize + layer) if o.gradient_checkpointing else self.layers * layer
         logits = share * answers * self.vocabulary * (2 * self.itemsize + 8)
         mask = share * length * length * 3
-        if self.by_hand is not None and not o.gradient_checkpointing:  # no mask; a copy of the widest pair of weights lives for its product
+        if (
+            self.by_hand is not None and not o.gradient_checkpointing
+        ):  # no mask; a copy of the widest pair of weights lives for its product
             kept, mask = self.layers * self.by_hand, 2 * self.widest * self.itemsize
         return StagePlan(
             "optimizing",

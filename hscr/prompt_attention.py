@@ -92,6 +92,7 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """[T, G, d] as [T, heads, d]."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 

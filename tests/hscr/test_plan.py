@@ -201,19 +201,20 @@ def test_memory_of_generation_is_near_what_its_caches_hold(
 
 @pytest.mark.thorough
 def test_too_small_a_device_gets_settings_that_fit_it(model: Path, data: DataSet) -> None:
-    whole = planned(model, data)
+    few = AlignConfig.from_dict({"evaluation": {"batch_size": 4}})  # an evaluation is not what is made smaller
+    whole = planned(model, data, few)
     assert whole.fits
     assert whole.settings == {}
     tight = int(whole.weights_bytes + 0.5 * (whole.bytes - whole.weights_bytes))
-    plan = planned(model, data, available=tight)
+    plan = planned(model, data, few, available=tight)
     assert not plan.fits
     assert plan.settings
-    config = preset("recommended").to_dict()
+    config = few.to_dict()
     for name, value in plan.settings.items():
         section, key = name.split(".")
         config[section][key] = value
     assert planned(model, data, AlignConfig.from_dict(config), available=tight).fits
-    hopeless = planned(model, data, available=plan.weights_bytes // 2)
+    hopeless = planned(model, data, few, available=plan.weights_bytes // 2)
     assert (hopeless.fits, hopeless.settings) == (False, {})
 
 

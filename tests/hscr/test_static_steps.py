@@ -266,7 +266,7 @@ def test_memory_goes_back_at_once_though_a_decoder_keeps_its_steps(vlm: VLM, fai
         held.extend(weakref.ref(t) for pair in steps._memory for t in pair)
         return found
 
-    steps._place = placed  # type: ignore[method-assign]
+    steps._place = placed  # type: ignore[method-assign,assignment]
     gc.collect()
     gc.disable()
     try:
