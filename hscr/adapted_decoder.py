@@ -16,11 +16,9 @@ from torch import Tensor
 
 from hscr.adapted_layer import Adapted, AttentionHalf, AttentionPart, MLPHalf, MLPPart
 from hscr.model import VLM
-from hscr.plain_decoder import PLAIN, joined
+from hscr.plain_decoder import NAMES, PLAIN, joined, part_of
 from hscr.prompt_attention import Layout
 from hscr.visual_tokens import Prompt
-
-NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class AdaptedDecoder:
@@ -96,7 +94,7 @@ def kept_bytes(vlm: VLM) -> int | None:
 
 
 def _is_plain(vlm: VLM, decoder: Any) -> bool:
-    linear = [_part(layer, name) for layer in decoder.layers for name in NAMES] if _are_plain(decoder) else []
+    linear = [part_of(layer, name) for layer in decoder.layers for name in NAMES] if _are_plain(decoder) else []
     return (
         bool(linear)
         and vlm.device.type == "cpu"
@@ -131,22 +129,18 @@ def _active(module: Any) -> list[str]:
     return [] if module.disable_adapters else [n for n in module.active_adapters if n in module.lora_A]
 
 
-def _part(layer: Any, name: str) -> Any:
-    return getattr(layer.self_attn if name in NAMES[:4] else layer.mlp, name)
-
-
 def _layer(layer: Any) -> tuple[AttentionPart, MLPPart, list[Tensor | None]]:
     """Both halves, and A [r, in] and B [out, r] of its seven linear layers in turn, none where one has no LoRA."""
     lora: list[Tensor | None] = []
     scales = {}
     for name in NAMES:
-        module = _part(layer, name)
+        module = part_of(layer, name)
         own = _active(module)[0] if isinstance(module, LoraLinear) and _active(module) else None
         lora += [None, None] if own is None else [module.lora_A[own].weight, module.lora_B[own].weight]
         scales[name] = 0.0 if own is None else module.scaling[own]
 
     def adapted(*names: str) -> Adapted:
-        joint = joined(names, [getattr(m, "base_layer", m) for m in (_part(layer, name) for name in names)])
+        joint = joined(names, [getattr(m, "base_layer", m) for m in (part_of(layer, name) for name in names)])
         return Adapted(joint.weight, joint.bias, joint.outs, tuple(scales[name] for name in names))
 
     attention, qkv = layer.self_attn, adapted(*NAMES[:3])

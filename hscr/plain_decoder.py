@@ -26,6 +26,7 @@ from hscr.shared_prefix import Sharing, sharing
 from hscr.static_steps import StaticSteps, cuda_graph
 
 PLAIN = frozenset(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2_5_VL", "Qwen3VLText"))
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -253,21 +254,21 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 def _is_plain(decoder: Any) -> bool:
     if decoder.config._attn_implementation not in ("sdpa", "grouped_sdpa"):
         return False
-    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return all(
         type(layer).__name__ in PLAIN
-        and all(type(m) is torch.nn.Linear for name in linear for m in [_part(layer, name)])
+        and all(type(m) is torch.nn.Linear for name in NAMES for m in [part_of(layer, name)])
         for layer in decoder.layers
     )
 
 
-def _part(layer: Any, name: str) -> Any:
+def part_of(layer: Any, name: str) -> Any:
+    """A layer's linear module, one of NAMES."""
     return getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
 
 
 def _layer(name: str, layer: Any) -> _Layer:
     def joint(part: str, *names: str) -> _Joint:
-        return joined([f"{name}.{part}.{n}" for n in names], [_part(layer, n) for n in names])
+        return joined([f"{name}.{part}.{n}" for n in names], [part_of(layer, n) for n in names])
 
     return _Layer(
         layer.input_layernorm,
