@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench_optimize import naive, trl
+from benchmarks.child import with_stock_tower
 from benchmarks.gpu_serving import CLIENTS, serving
 from benchmarks.gpu_tables import markdown
 from benchmarks.llava import SHAPE_7B, Shape, machine, processor_of, random_llava, save_data
@@ -210,6 +211,7 @@ class Bench:
         """naive and TRL on a few records: they take as long as they take, so what does not fit is left out."""
         end, config, few = time.monotonic() + seconds, self.optimization, self.made[: max(len(self.made) // 16, 2)]
         with self.adapted(config) as vlm:
+            with_stock_tower(vlm.base)  # for TRL too: it has the same one
             took, gib, _ = timed(lambda: naive(vlm, self.folder, few, config))
         self.row("main job", "optimise, naive", 2 * len(few), took, gib)
         for checkpointing in (True, False):

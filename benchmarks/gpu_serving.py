@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 
 from benchmarks.bench_serving import QUESTIONS, lengths
+from benchmarks.child import with_stock_tower
 from benchmarks.serving_load import percentile
 from hscr.adapter_folder import save_adapter
 from hscr.artifacts import verify_manifest
 from hscr.config import AlignConfig
 from hscr.model import VLM, add_lora
+from hscr.tower import pass_over_unread_layers
 from service.batcher import Batcher
 from service.engine import LocalEngine, Question
 from service.settings import Settings
@@ -86,6 +88,7 @@ def generated(vlm: VLM, images: Sequence[Image.Image], seconds: float) -> Cell:
     decoder = vlm.decoder
     kind_before = decoder.config._attn_implementation
     decoder.set_attn_implementation("sdpa")  # stock attention too
+    with_stock_tower(vlm.base)
     cell, end = Cell(asked=len(images)), time.monotonic() + seconds
     device, kind = vlm.device, vlm.base.dtype
 
@@ -107,6 +110,7 @@ def generated(vlm: VLM, images: Sequence[Image.Image], seconds: float) -> Cell:
     cell.wall_s = sum(cell.answered)
     cell.first = [said(image, 1)[0] for image in images[:3]]
     decoder.set_attn_implementation(kind_before)
+    pass_over_unread_layers(vlm.base)
     return cell
 
 
