@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from hscr.adapted_layer import normed
 from hscr.families import handed_with_deepstack
 from hscr.grouped_attention import grouped_sdpa
 from hscr.lora_rows import LoraRows
@@ -246,8 +247,7 @@ def _linear(lora: LoraRows | None, joint: _Joint, x: Tensor) -> Tensor:
 def _normed(norm: Any, x: Tensor) -> Tensor:
     """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     if x.dtype == torch.float32 and x.device.type == "cpu":  # where torch's own is eight kernels
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return (x * square.div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+        return normed(x, norm.weight, norm.variance_epsilon)[0]
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 

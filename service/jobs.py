@@ -43,9 +43,9 @@ JobRow = Job | Row[Any]  # the latter with a column a field, for who only reads
 # rows, whose fields have the same names, cost half of objects to change.
 _JOBS, _E = Job.__table__, JobEvent.__table__.c
 _JOB = select(_JOBS).where(_JOBS.c.id == bindparam("job_id"))
-_EVENTS = select(_E.seq, _E.fence, _E.type, _E.data, _E.created_at)
-_EVENTS = _EVENTS.where(_E.job_id == bindparam("job_id"), _E.seq > bindparam("seq"))
-_EVENTS = _EVENTS.order_by(_E.seq).limit(bindparam("most"))
+EVENTS = select(_E.seq, _E.fence, _E.type, _E.data, _E.created_at)
+EVENTS = EVENTS.where(_E.job_id == bindparam("job_id"), _E.seq > bindparam("seq"))
+EVENTS = EVENTS.order_by(_E.seq).limit(bindparam("most"))
 
 
 class Superseded(Exception):
@@ -327,7 +327,7 @@ def statuses(session: Session, job_ids: Sequence[str]) -> dict[str, str]:
 
 
 def events_after(session: Session, job_id: str, seq: int, limit: int) -> Sequence[EventRow]:
-    return session.execute(_EVENTS, {"job_id": job_id, "seq": seq, "most": limit}).all()
+    return session.execute(EVENTS, {"job_id": job_id, "seq": seq, "most": limit}).all()
 
 
 def add_event(session: Session, job_id: str, seq: int, fence: int, kind: str, data: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from threading import Lock
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -21,7 +21,6 @@ from pydantic import BaseModel
 READERS = 3
 _LIMITER: RunVar[CapacityLimiter | None] = RunVar("readers")
 P = ParamSpec("P")
-R = TypeVar("R")
 KEPT_S = 60  # what a caller deletes or replaces is not remembered for longer
 
 

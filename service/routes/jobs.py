@@ -12,13 +12,12 @@ from typing import Annotated, Any
 from fastapi import Header, Path, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
-from sqlalchemy import Dialect, bindparam, select
+from sqlalchemy import Dialect
 
 from service import artifact_store, jobs
 from service.errors import Problem
 from service.event_stream import TYPE, event_stream
 from service.look import Look, Raw
-from service.models import JobEvent
 from service.pages import After, AfterNumber, Limit, Page, page_text
 from service.routes import job_looks
 from service.routes.job_view import JobView, Status
@@ -111,13 +110,7 @@ def _page(state: State, job_id: str, after: int, limit: int) -> str:
     return page_text([(row[0], _event_text(dialect, row)) for row in rows], limit)
 
 
-_E = JobEvent.__table__.c
-_EVENTS = Look(
-    select(_E.seq, _E.type, _E.data, _E.created_at)
-    .where(_E.job_id == bindparam("job_id"), _E.seq > bindparam("seq"))
-    .order_by(_E.seq)
-    .limit(bindparam("most"))
-)
+_EVENTS = Look(jobs.EVENTS)
 
 
 @kept(8 * 2**20)

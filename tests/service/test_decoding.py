@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,7 @@ def test_processes_end_with_their_stdin(decoders: Decoders) -> None:
 
 def test_images_that_are_held_are_bounded_together_and_counted_out_when_they_go() -> None:
     """64 waiting questions of 40 Mpx, each a PNG of a few kilobytes, would be 7.7 GB."""
-    pool = Decoders(1, 2**30, 20.0, held_max_bytes=2 * 8 * 8 * 4)
-    try:
+    with closing(Decoders(1, 2**30, 20.0, held_max_bytes=2 * 8 * 8 * 4)) as pool:
         first, second = (pool.decode([png(n)], ImageLimits(), [View()]) for n in range(2))
         with pytest.raises(DecodersBusy):
             pool.decode([png()], ImageLimits(), [View()])
@@ -122,15 +122,12 @@ def test_images_that_are_held_are_bounded_together_and_counted_out_when_they_go(
         del first
         third = pool.decode([png()], ImageLimits(), [View()])
         assert second[0].image.size == third[0].image.size == (8, 8)
-    finally:
-        pool.close()
 
 
 def test_a_file_that_was_decoded_a_moment_ago_is_not_decoded_again() -> None:
     """But another view of it is, for another salt, and once it had to go."""
     one = 8 * 8 * 4
-    pool = Decoders(1, 2**30, 20.0, held_max_bytes=3 * one, recent_max_bytes=2 * one)
-    try:
+    with closing(Decoders(1, 2**30, 20.0, held_max_bytes=3 * one, recent_max_bytes=2 * one)) as pool:
         first = pool.decode([png(0)], LIMITS, [View()])
         assert pool.decode([png(0)], LIMITS, [View()]) is first
         assert pool.stats().orders == 1
@@ -141,21 +138,16 @@ def test_a_file_that_was_decoded_a_moment_ago_is_not_decoded_again() -> None:
         pool.decode([png(1)], LIMITS, [View()])  # two are kept: the longest unused goes
         assert pool.decode([png(0)], LIMITS, [View()]) is not first
         assert pool.stats().orders == 5
-    finally:
-        pool.close()
 
 
 def test_kept_images_make_room_for_questions_that_wait() -> None:
     one = 8 * 8 * 4
-    pool = Decoders(1, 2**30, 20.0, held_max_bytes=2 * one, recent_max_bytes=2 * one)
-    try:
+    with closing(Decoders(1, 2**30, 20.0, held_max_bytes=2 * one, recent_max_bytes=2 * one)) as pool:
         assert [pool.decode([png(n)], LIMITS, [View()])[0].image.size for n in range(4)] == [(8, 8)] * 4
         held = [pool.decode([png(n)], LIMITS, [View()]) for n in range(2)]
         with pytest.raises(DecodersBusy):
             pool.decode([png(2)], LIMITS, [View()])
         assert len(held) == 2
-    finally:
-        pool.close()
 
 
 def test_kept_images_are_let_go_when_nobody_asks() -> None:
