@@ -32,14 +32,11 @@ from worker.run import DONE, Run
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
-busy = False
 _too_large: set[str] = set()  # jobs whose run does not fit on this process's device
 
 
 def help_job(database: Database, settings: Settings, job_id: str, should_stop: Callable[[], bool]) -> None:
     """Make shards of a job's generation until none is left, or something else is to be done. A bell too many costs milliseconds."""
-    global busy
-    busy = True
     try:
         while settings.share_generation and not should_stop() and _one(database, settings, job_id, should_stop):
             pass
@@ -48,7 +45,6 @@ def help_job(database: Database, settings: Settings, job_id: str, should_stop: C
     except DBAPIError as error:
         log.warning("job %s: no help, the database does not answer: %s", job_id, type(error).__name__)
     finally:
-        busy = False
         tracing.flush()
 
 

@@ -49,13 +49,10 @@ _HANDED_BACK = {
     "pause": "resumed",
     "device": "device_wanted",
 }  # why asked -> the event's reason
-busy = False
 
 
 def run_job(database: Database, settings: Settings, job_id: str, should_stop: Callable[[], bool]) -> None:
     """Work on a job if it is there to be claimed; returns when this attempt is over. A bell too many costs milliseconds."""
-    global busy
-    busy = True  # before the claim: a SIGTERM from here on hands the job back instead of ending the process
     try:
         if not has_room(
             settings
@@ -73,7 +70,6 @@ def run_job(database: Database, settings: Settings, job_id: str, should_stop: Ca
     except jobs.Superseded:
         log.warning("job %s: superseded", job_id)
     finally:
-        busy = False
         tracing.flush()  # not while it works: a collector that is away would hold up its lease
 
 

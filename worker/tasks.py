@@ -49,15 +49,17 @@ def _answer(job_id: Any, work: Callable[..., None]) -> None:
         return  # a forged bell
     parent = os.getppid()
     leaving = lambda: _child["told"] or os.getppid() != parent  # noqa: E731
+    signal.signal(signal.SIGTERM, lambda *_: _child.update(told=True))  # from here on there may be a job to hand back
     database = Database(settings.database)
     try:
         work(database, settings, job_id, should_stop=lambda: _shutdown[0] != 0 or leaving())
     finally:
         database.close()
-    if leaving():
-        os._exit(
-            0
-        )  # nobody waits for this child any more, or it was told to go; the message was acknowledged on receipt
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if (
+            leaving()
+        ):  # nobody waits for this child any more, or it was told to go; the message was acknowledged on receipt
+            os._exit(0)
 
 
 @setup_logging.connect
@@ -72,12 +74,8 @@ def _tell_child(**_: Any) -> None:
 
 @worker_process_init.connect
 def _prepare_child(**_: Any) -> None:
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    # While it waits the kernel ends it. A handler of Python's runs between two steps of the interpreter, so one that came just before the
+    # wait for the next bell would come to nothing, and the child outlive its parent.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tracing.start("worker", settings.trace, threads=False)
     die_with_parent(os.getppid(), signal.SIGTERM)  # TERM, not KILL: there may be a job to hand back
-
-
-def _on_sigterm(number: int, frame: Any) -> None:
-    _child["told"] = True
-    if not (supervise.busy or helping.busy):
-        os._exit(0)

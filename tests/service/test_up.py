@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ class Service:
                     found[name] = child
         return found
 
-    def family(self) -> list[int]:
-        return [p.pid for p in psutil.Process(self.process.pid).children(recursive=True)]
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def align(self) -> str:
         dataset = self.http.post("/datasets", files={"file": ("x.zip", dataset_zip())}).json()["id"]
@@ -93,6 +94,13 @@ class Service:
         return wait_for(look, 40, "the job ends")
 
 
+def all_gone(family: list[psutil.Process], within_s: float = 10) -> None:
+    """Every process has ended; who has not is named."""
+    with suppress(AssertionError):
+        wait_for(lambda: not any(alive(p.pid) for p in family), within_s)
+    assert not [(p.pid, p.status(), p.cmdline()) for p in family if alive(p.pid)]
+
+
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
     running = Service(tmp_path)
@@ -100,12 +108,12 @@ def service(tmp_path: Path) -> Iterator[Service]:
         running.ready()
         yield running
     finally:
+        running.http.close()
         if running.process.poll() is None:
             family = running.family()
             running.process.kill()
             running.process.wait()
-            wait_for(lambda: not any(alive(p) for p in family), 10)
-        running.http.close()
+            all_gone(family)
 
 
 @pytest.mark.thorough
@@ -135,7 +143,7 @@ def test_main_job_over_http_and_an_orderly_end(service: Service) -> None:
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(20) == 0
     assert time.monotonic() - begin < 15
-    assert not any(alive(p) for p in family)
+    all_gone(family, within_s=0)
     assert "ready: http://127.0.0.1" in service.out.read_text()
 
 
@@ -160,7 +168,7 @@ def test_nothing_outlives_a_killed_up(service: Service) -> None:
     assert len(family) >= 6
     service.process.kill()
     service.process.wait()
-    wait_for(lambda: not any(alive(p) for p in family), 10, "every process is gone")
+    all_gone(family)
     service.told.write_text(json.dumps({"steps": 5}))
     service.process = service.start()
     service.ready()
