@@ -27,7 +27,7 @@ class GrowingLayer(DynamicLayer):
     at the right edge, and rows can leave, without a copy of those that stay.
     """
 
-    ROOM = 64  # tokens
+    ROOM, MOST_ROOM = 64, 256  # columns: where nobody says how many will come, and at most, for long answers may end early
     MORE = 4  # rows
     BEFORE = 32  # columns on the left, for newcomers that are a little longer
 
@@ -80,11 +80,12 @@ class GrowingLayer(DynamicLayer):
 
     def join(self, other: GrowingLayer) -> None:
         """Take the rows of another layer in below, the last columns of both in one place."""
+        self.room = max(self.room, other.room)
         more: list[Any] = [other.keys, other.values]
         mine, new, width = len(self._held()), len(more[0]), more[0].shape[-2]
         if not self._buffers or len(self._buffers[0]) < mine + new or self._high < width:
             high = max(self.get_seq_length(), width)
-            self._make(mine + new + self.MORE, high, high + self.ROOM)
+            self._make(mine + new + self.MORE, high, high + self.room)
         for buffer, states in zip(self._buffers, more, strict=True):
             buffer[mine : mine + new, :, self._low : self._high - width] = 0  # masked, so anything finite
             buffer[mine : mine + new, :, self._high - width : self._high] = states
@@ -97,7 +98,7 @@ class GrowingLayer(DynamicLayer):
     def leave(self, moves: Sequence[tuple[int, int]], n: int, cut: int) -> None:
         """Keep the first n rows after moving rows (to, from), and drop `cut` columns on the left, which only padded."""
         if not self._buffers:
-            self._make(len(self._held()), self.get_seq_length(), self.get_seq_length() + self.ROOM)
+            self._make(len(self._held()), self.get_seq_length(), self.get_seq_length() + self.room)
         for to, source in moves:
             for buffer in self._buffers:
                 buffer[to, :, self._low : self._high] = buffer[source, :, self._low : self._high]
@@ -152,8 +153,8 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def empty_cache(vlm: VLM) -> DynamicCache:
-    """A cache for the model's language model; layers with a sliding window stay stock."""
+def empty_cache(vlm: VLM, new: int = GrowingLayer.ROOM) -> DynamicCache:
+    """A cache for the model's language model, whose buffers will have room for `new` tokens; layers with a sliding window stay stock."""
     if vlm.empty_cache is None:  # asking the configuration takes a millisecond
         # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration
         # says.
@@ -162,7 +163,11 @@ def empty_cache(vlm: VLM) -> DynamicCache:
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         cache.layer_class_to_replicate = GrowingLayer if cache.layer_class_to_replicate is DynamicLayer else None
         vlm.empty_cache = cache
-    return copy.deepcopy(vlm.empty_cache)
+    cache = copy.deepcopy(vlm.empty_cache)
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.room = min(new, layer.MOST_ROOM)
+    return cache
 
 
 def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]], more: int = 0) -> None:
@@ -195,8 +200,15 @@ class Rows:
     Left padding: every row's last token stands in the last column, so one step appends to all.
     """
 
-    def __init__(self, vlm: VLM, prompts: Sequence[Prompt], tails: Sequence[Sequence[int]]) -> None:
-        self.vlm, self.own_masks, self.cache = vlm, vlm.family.masks is not None, empty_cache(vlm)
+    def __init__(
+        self,
+        vlm: VLM,
+        prompts: Sequence[Prompt],
+        tails: Sequence[Sequence[int]],
+        new: int = GrowingLayer.ROOM,
+    ) -> None:
+        """`new`: tokens that will be appended to a row, about."""
+        self.vlm, self.own_masks, self.cache = vlm, vlm.family.masks is not None, empty_cache(vlm, new)
         self._start(prompts)
         self._columns([tokens_of(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
 
@@ -207,13 +219,15 @@ class Rows:
         prompts: Sequence[Prompt],
         held: Sequence[Sequence[tuple[Tensor, Tensor]]],
         tails: Sequence[Sequence[int]],
+        new: int = GrowingLayer.ROOM,
     ) -> Rows:
         """Rows whose prompts' first tokens are computed: `held` has a row's keys and values by layer, [heads, tokens, d]."""
         rows = cls.__new__(cls)
-        rows.vlm, rows.own_masks, rows.cache = vlm, vlm.family.masks is not None, empty_cache(vlm)
+        starts = [own[0][0].shape[1] for own in held]
+        new += max(len(p.input_ids) - n + len(tail) for p, n, tail in zip(prompts, starts, tails, strict=True))
+        rows.vlm, rows.own_masks, rows.cache = vlm, vlm.family.masks is not None, empty_cache(vlm, new)
         rows._start(prompts)
         rows.images = ()  # they are in what is held
-        starts = [own[0][0].shape[1] for own in held]
         rows._columns([(p.input_ids[:n], p.position_ids[..., :n]) for p, n in zip(prompts, starts, strict=True)])
         fill(rows.cache, held, more=GrowingLayer.MORE)
         rows._columns([tokens_of(p, n, tail) for p, n, tail in zip(prompts, starts, tails, strict=True)])

@@ -84,11 +84,12 @@ def begin(
     salts: Sequence[str],
     last: int = 1,
     decoder: PlainDecoder | None = None,
+    new: int = 0,
 ) -> list[Begun]:
     """Compute rows [prompt | tail] in at most two forward passes: whole where the prefix is not known, and kept; the others from behind it.
 
     Of rows with one prefix that nobody knows yet the first is computed whole, and the others go on from it. Without a cache, or where the
-    model's own cannot hold rows of any length (a stock sliding window), all are computed whole.
+    model's own cannot hold rows of any length (a stock sliding window), all are computed whole. `new`: tokens that will follow, about.
     """
     lengths = [prefix_length(p) for p in prompts]
     if cache is None or not joinable(empty_cache(vlm)):
@@ -106,14 +107,15 @@ def begin(
 
     begun = []
     if whole:
-        begun.append(computed(whole, Rows(vlm, [prompts[i] for i in whole], [tails[i] for i in whole])))
+        begun.append(computed(whole, Rows(vlm, [prompts[i] for i in whole], [tails[i] for i in whole], new)))
         for at, i in enumerate(whole):
             if cache is not None and (key := keys[i]) is not None:
                 held[key] = made = begun[0].rows.beginning(at, lengths[i])
                 cache.put(key, made)
     if behind:
         known: list[Any] = [held[keys[i]] for i in behind]  # type: ignore[index]
-        begun.append(computed(behind, Rows.after(vlm, [prompts[i] for i in behind], known, [tails[i] for i in behind])))
+        rows = Rows.after(vlm, [prompts[i] for i in behind], known, [tails[i] for i in behind], new)
+        begun.append(computed(behind, rows))
     return begun
 
 

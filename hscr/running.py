@@ -72,6 +72,7 @@ class Running:
             [row.adapter for row in rows],
             [row.salt for row in rows],
             decoder=self.decoder,
+            new=max(row.limit for row in rows),
         )
         said = [[rows[i] for i in part.numbers] for part in begun]
         ended = [self._say(own, part.logits[:, -1], part.rows) for own, part in zip(said, begun, strict=True)]
