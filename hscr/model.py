@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hscr.allocator import keep_freed_memory
 from hscr.artifacts import bytes_digest, file_digest, json_digest
 from hscr.chat import Asked, Turn, plain, prompt_text, templated, turns_of
 from hscr.config import OptimizationConfig
-from hscr.allocator import keep_freed_memory
 from hscr.families import Family, family_of, makes_features
 from hscr.feature_cache import DiskFeatures, FeatureCache
 from hscr.grouped_attention import group_heads

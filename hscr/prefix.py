@@ -27,7 +27,10 @@ class GrowingLayer(DynamicLayer):
     at the right edge, and rows can leave, without a copy of those that stay.
     """
 
-    ROOM, MOST_ROOM = 64, 256  # columns: where nobody says how many will come, and at most, for long answers may end early
+    ROOM, MOST_ROOM = (
+        64,
+        256,
+    )  # columns: where nobody says how many will come, and at most, for long answers may end early
     MORE = 4  # rows
     BEFORE = 32  # columns on the left, for newcomers that are a little longer
 

@@ -44,34 +44,44 @@ class Sharing:
         """queries [n, G, h, d] of G groups of h heads, keys and values [n, G, K, d] → [n, G, h, d]."""
         queries = queries * scale
         own = torch.matmul(queries, keys[:, :, self.tail :].transpose(-1, -2)).add_(self.mask)
+        parts = self._together(queries).split(self._sizes(queries), 1)
         found = [
-            F.pad(
-                torch.matmul(part, keys[g.source, :, g.start : g.end].transpose(-1, -2)),
-                (0, self.width - g.end + g.start),
-                value=-torch.inf,
-            )
-            for g, part in zip(self.groups, self._by_group(queries), strict=True)
+            _widened(torch.bmm(part, keys[g.source, :, g.start : g.end].transpose(-1, -2)), self.width)
+            for g, part in zip(self.groups, parts, strict=True)
         ]
-        weights = torch.cat([self._by_row(found, queries.shape), own], -1).softmax(-1)
-        out = torch.matmul(weights[..., self.width :], values[:, :, self.tail :])
+        weights = torch.cat([_joined(found), self._together(own)], -1).softmax(-1)
+        prefix, rest = weights.split([self.width, own.shape[-1]], -1)
+        parts = prefix.split(self._sizes(queries), 1)
         found = [
-            torch.matmul(part[..., : g.end - g.start], values[g.source, :, g.start : g.end])
-            for g, part in zip(self.groups, self._by_group(weights[..., : self.width]), strict=True)
+            torch.bmm(part[..., : g.end - g.start], values[g.source, :, g.start : g.end])
+            for g, part in zip(self.groups, parts, strict=True)
         ]
-        return out.add_(self._by_row(found, queries.shape))
+        out = torch.matmul(self._apart(rest, own), values[:, :, self.tail :])
+        return out.add_(self._apart(_joined(found), queries))
 
-    def _by_group(self, states: Tensor) -> tuple[Tensor, ...]:
-        """[G, m · h, x] of each group's rows in [n, G, h, x]."""
-        h = states.shape[2]
-        rows = states.transpose(0, 1)
-        rows = rows if self.order is None else rows.index_select(1, self.order)
-        return rows.reshape(rows.shape[0], -1, rows.shape[-1]).split([g.m * h for g in self.groups], 1)
+    def _sizes(self, states: Tensor) -> list[int]:
+        return [g.m * states.shape[2] for g in self.groups]
 
-    def _by_row(self, found: list[Tensor], shape: torch.Size) -> Tensor:
-        """[n, G, h, x] of each group's [G, m · h, x]."""
-        n, heads, h, _ = shape
-        whole = (found[0] if len(found) == 1 else torch.cat(found, 1)).view(heads, n, h, -1)
-        return (whole if self.place is None else whole.index_select(1, self.place)).transpose(0, 1)
+    def _together(self, states: Tensor) -> Tensor:
+        """[G, n · h, x] of [n, G, h, x], the rows group by group."""
+        states = states if self.order is None else states[self.order]
+        return states.transpose(0, 1).flatten(1, 2)
+
+    def _apart(self, states: Tensor, like: Tensor) -> Tensor:
+        """[n, G, h, x] of [G, n · h, x], the rows in their own order."""
+        n, heads, h, _ = like.shape
+        states = states.view(heads, n, h, -1).transpose(0, 1)
+        return states if self.place is None else states[self.place]
+
+
+def _widened(scores: Tensor, width: int) -> Tensor:
+    """Scores [..., P] as [..., width], of which nothing behind P is looked at."""
+    more = width - scores.shape[-1]
+    return F.pad(scores, (0, more), value=-torch.inf) if more else scores
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def sharing(rows: Rows, dtype: torch.dtype) -> Sharing | None:
