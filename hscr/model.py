@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hscr.allocator import keep_freed_memory
 from hscr.artifacts import bytes_digest, file_digest, json_digest
 from hscr.chat import Asked, Turn, plain, prompt_text, templated, turns_of
 from hscr.config import OptimizationConfig
@@ -137,8 +136,6 @@ def load_model(
     revision = commit or revision  # all of it from one commit, whatever a branch's name comes to mean meanwhile
     family = family_of(config.get("model_type"), source)
     options = {} if quantize is None else _quantized(quantize, where, kind, family)
-    if where.type == "cpu":
-        keep_freed_memory()
     try:
         processor = load_processor(family, source, revision, config.get("text_config", {}).get("model_type", "llama"))
         model = AutoModelForImageTextToText.from_pretrained(

@@ -161,9 +161,10 @@ def empty_cache(vlm: VLM, new: int = GrowingLayer.ROOM) -> DynamicCache:
     if vlm.empty_cache is None:  # asking the configuration takes a millisecond
         # A family with masks of its own measures its window in positions: its cache must keep every token, whatever the configuration
         # says.
-        own_masks = vlm.family.masks is not None
-        cache = DynamicCache() if own_masks else DynamicCache(config=vlm.base.config.get_text_config())
-        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        own_masks, config = vlm.family.masks is not None, vlm.base.config.get_text_config()
+        cache = DynamicCache() if own_masks else DynamicCache(config=config)
+        held = cache.layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in held]
         cache.layer_class_to_replicate = GrowingLayer if cache.layer_class_to_replicate is DynamicLayer else None
         vlm.empty_cache = cache
     cache = copy.deepcopy(vlm.empty_cache)
@@ -176,11 +177,8 @@ def empty_cache(vlm: VLM, new: int = GrowingLayer.ROOM) -> DynamicCache:
 def fill(cache: DynamicCache, rows: Sequence[Sequence[tuple[Tensor, Tensor]]], more: int = 0) -> None:
     """Put keys and values [heads, T, d] by layer, of one row each, into an empty cache, left-padded; `more` rows are expected to join."""
     if joinable(cache) and not torch.is_grad_enabled():
-        held: list[Any] = cache.layers
-        held += [
-            GrowingLayer() for _ in range(len(held), len(rows[0]))
-        ]  # some caches make theirs when they are first used
-        for number, layer in enumerate(held):
+        layers: list[Any] = cache.layers
+        for number, layer in enumerate(layers):
             layer.lay([own[number] for own in rows], more)
         return
     width = max(own[0][0].shape[1] for own in rows)

@@ -17,7 +17,7 @@ from hscr.answers import Answer
 from hscr.config import OptimizationConfig
 from hscr.model import VLM, add_lora, encode_prompts, load_model
 from hscr.plain_decoder import logits_of
-from hscr.prefix import Rows
+from hscr.prefix import GrowingLayer, Rows
 from hscr.prefix_cache import prefix_length
 from hscr.shared_prefix import Sharing
 from hscr.static_steps import StaticSteps
@@ -196,4 +196,23 @@ def test_who_leaves_first_makes_room_for_who_came_last(family: tuple[VLM, dict[s
         got |= batch.step()
     for row, request in list(zip(rows, requests, strict=True))[1:]:
         same(got[row], answerer.answer([request])[0])
+    close(answerer)
+
+
+def test_answers_fit_into_the_room_that_was_made_for_them(
+    family: tuple[VLM, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs lies where it was laid, however long its answers are: growing copies the keys and values of all."""
+    answerer = answerer_of(family, prefix_cache_bytes=2**24)
+    batch = AnswerBatch(answerer)
+    monkeypatch.setattr(VLM, "eos_ids", frozenset())
+    batch.join([AnswerRequest(picture(0), question, max_tokens=150) for question in QUESTIONS])
+    batch.step()
+
+    def copied(*given: object) -> None:
+        raise AssertionError("the cache grew")
+
+    monkeypatch.setattr(GrowingLayer, "_make", copied)
+    while len(batch):
+        batch.step()
     close(answerer)
