@@ -116,6 +116,33 @@ def test_a_connection_that_lingers_behind_its_answer_is_closed(rig: Rig, untouch
         assert closed
 
 
+@pytest.mark.parametrize(
+    ("parts", "status", "allow"),
+    [
+        ([b"FOO /vqa"], 405, b"POST"),
+        ([b"vqa-2! /datasets"], 405, b"GET, POST"),
+        ([b"FOO /v1/files/x"], 405, b"DELETE, GET"),
+        ([b"CONNECT /vqa"], 405, b"POST"),
+        ([b"FOO /nope"], 404, None),
+        ([b"P", b"ATCH /vqa"], 405, b"POST"),
+        ([b"F(O /vqa"], 400, None),  # no method's name
+        ([b"F" * 65 + b" /vqa"], 400, None),
+    ],
+)
+def test_a_method_that_nobody_knows_is_told_what_is_allowed(
+    rig: Rig, untouched: None, parts: list[bytes], status: int, allow: bytes | None
+) -> None:
+    """Its body is a body: what stands in it is no request, and the next one on the connection is answered."""
+    rest = b" HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(ASK) + ASK
+    last = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    answer = raw(rig.port, *parts[:-1], parts[-1] + rest + last, pause_s=0.2)
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"%d" % status] + [b"200"] * (status != 400)
+    told = re.search(rb"\r\nallow: ([^\r]*)\r\n", answer)
+    assert (told and told[1]) == allow
+    if status != 400:
+        assert (b"application/json" if b"/v1" in parts[0] else b"application/problem+json") in answer
+
+
 def drip(n: int, pause_s: float) -> Iterator[bytes]:
     for _ in range(n):
         yield b" "
