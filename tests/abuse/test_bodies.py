@@ -231,7 +231,7 @@ def test_a_storm_of_ranges_costs_no_more_than_the_file(rig: Rig) -> None:
             begin = time.monotonic()
             answer = rig.http.get(path, headers={"Range": f"bytes={ranges}"})
             assert answer.status_code in (200, 206, 400, 416), ranges[:20]
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 5
             assert len(answer.content) < 20_000
     assert rig.http.get(path, headers={"Range": "bytes=0-3"}).content == png()[:4]
 
