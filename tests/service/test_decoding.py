@@ -100,6 +100,17 @@ def test_a_file_is_checked_where_it_lies_and_its_name_is_not_told(decoders: Deco
     assert "canary" not in str(error.value)
 
 
+def test_a_process_that_reads_strangers_files_is_told_no_secret(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HSCR_API_KEY", "DATABASE_URL", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "canary")
+    decoders.warm()
+    told = child(decoders).environ()
+    assert "canary" not in told.values()
+    assert told["OMP_NUM_THREADS"] == "1"
+
+
 def test_processes_end_with_their_stdin(decoders: Decoders) -> None:
     decoders.warm()
     process = child(decoders)

@@ -292,7 +292,10 @@ def test_too_many_questions_are_refused_at_once(asker: TestClient, engine: Echo)
         refused = asker.post("/vqa", json=body())
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
-        assert "hscr_vqa_refused_total 1.0" in asker.get("/metrics").text
+        told = asker.get("/metrics").text
+        assert "hscr_vqa_refused_total 1.0" in told
+        assert "hscr_vqa_queue_depth 2.0" in told
+        assert "hscr_vqa_queue_oldest_seconds 0.0\n" not in told
         engine.gate.set()
         assert [w.result().status_code for w in waiting] == [200, 200, 200]
 
