@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hscr.answer
 from hscr.answer import AnswerBatch, Answerer, AnswerRequest
 from hscr.config import OptimizationConfig
 from hscr.decode import decode
@@ -17,6 +18,7 @@ from hscr.gathering import STEPS
 from hscr.model import VLM, add_lora, encode_prompts, load_model
 from hscr.reward import words_of
 from hscr.running import Running
+from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture, save_tiny_llava
 
 QUESTIONS = ["Where is the lesion?", "Which plane is shown?", "Is there a lesion?"]
@@ -111,6 +113,7 @@ def test_an_exception_inside_the_network_leaves_no_adapter_behind(answerer: Answ
 
 def test_unloading_the_last_adapter_gives_the_base_back(answerer: Answerer, adapters: list[Path]) -> None:
     base = answerer.answer(requests())
+    hooks = sum(len(module._forward_hooks) for module in answerer.vlm.base.modules())  # transformers' own
     answerer.load_adapter("one", adapters[0])
     answerer.load_adapter("two", adapters[1])
     one, two = answerer.answer(requests("one")), answerer.answer(requests("two"))
@@ -122,6 +125,7 @@ def test_unloading_the_last_adapter_gives_the_base_back(answerer: Answerer, adap
     answerer.unload_adapter("one")
     assert answerer.answer(requests()) == base
     assert not answerer.lora._hooks
+    assert sum(len(module._forward_hooks) for module in answerer.vlm.base.modules()) == hooks
     answerer.load_adapter("two", adapters[1])
     assert answerer.answer(requests("two")) == two
 
@@ -206,11 +210,23 @@ def test_grounding_is_the_alignment_reward_of_the_answers_words(answerer: Answer
     assert [a.score for a in summary] == [a.score for a in tokens]
 
 
-def test_the_dropout_mask_belongs_to_the_image(answerer: Answerer) -> None:
-    """The same image in another batch and from another object: the same score."""
+def test_the_dropout_mask_belongs_to_the_image(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same image in another batch and from another object: the same mask and score. Another image: another mask."""
+    masks: dict[str, set[tuple[int, ...]]] = {}
+
+    def noted(prompt: Prompt, *args: Any) -> Prompt:
+        cut = dropped(prompt, *args)
+        kept = cut.position_ids[..., cut.input_ids == cut.image_token_id]
+        masks.setdefault(prompt.image, set()).add(tuple(kept.flatten().tolist()))
+        return cut
+
+    monkeypatch.setattr(hscr.answer, "dropped", noted)
     score = answerer.answer(requests(grounding="summary"))[1].score
     alone = answerer.answer([AnswerRequest(picture(1), QUESTIONS[1], max_tokens=8, grounding="summary")])[0].score
     assert alone == pytest.approx(score, abs=1e-5)
+    assert len(masks) == len(requests())
+    assert all(len(own) == 1 for own in masks.values())
+    assert len(set.union(*masks.values())) == len(masks)
 
 
 def test_grounding_without_dropout_is_zero(vlm: VLM) -> None:

@@ -175,6 +175,21 @@ def test_a_bomb_is_refused_while_it_unpacks(kind: str) -> None:
     assert peak < 5 * 2**20
 
 
+def test_compressed_pixels_are_never_unpacked_by_gdcm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CVE-2026-3650: where it is installed, pydicom would ask it too."""
+    unpack, plugins = pydicom.pixels.pixel_array, set()
+
+    def noted(*args: Any, **options: Any) -> Any:
+        plugins.add(options["decoding_plugin"])
+        return unpack(*args, **options)
+
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", noted)
+    for name in ("JPEG2000.dcm", "MR_small_RLE.dcm"):
+        (file,) = [p for p in TEST_FILES if p.name == name]
+        decode_image(file)
+    assert plugins == {"pylibjpeg"}
+
+
 def test_a_deflated_file_is_read() -> None:
     values = np.array([[0, 255]], np.uint8)
     assert row(decode_image(dicom(values, DeflatedExplicitVRLittleEndian))) == [0, 255]

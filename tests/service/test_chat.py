@@ -162,6 +162,7 @@ def test_nothing_on_the_way_may_keep_or_collect_a_stream(chat: Chat) -> None:
     said = chat.http.post("/v1/chat/completions", json=body)
     assert said.headers["content-type"].startswith("text/event-stream")
     assert (said.headers["cache-control"], said.headers["x-accel-buffering"]) == ("no-store", "no")
+    assert said.text.endswith("\n\ndata: [DONE]\n\n")  # the stock client ends without it, others wait for it
 
 
 def test_usage_is_streamed_only_where_asked_for(chat: Chat) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from service import jobs
 from service.app import create_app
-from service.db import Database
+from service.db import Database, now
 from service.models import AdapterVersion, AuditEntry, Dataset, Job
 from service.settings import Settings
 from tests.conftest import dataset_zip, png, record
@@ -405,6 +405,20 @@ def test_what_is_no_align_job_is_not_found_here(
     assert tuning.list().data == []
     with database.read() as session:
         assert jobs.get(session, evaluation).status == "queued"
+
+
+def test_a_deleted_job_is_not_found_here(
+    client: openai.OpenAI, database: Database, settings: Settings, stand_in: Callable[..., None]
+) -> None:
+    tuning = client.fine_tuning.jobs
+    job = tuning.create(model="hscr-demo", training_file=send(client, dataset_zip()).id, suffix="a")
+    tuning.cancel(job.id)
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == job.id).values(deleted_at=now()))
+    assert tuning.list().data == []
+    for call in (tuning.retrieve, tuning.resume, tuning.list_events, tuning.checkpoints.list):
+        with pytest.raises(openai.NotFoundError):
+            call(job.id)
 
 
 @BOTH
