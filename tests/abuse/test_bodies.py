@@ -46,6 +46,12 @@ def test_a_head_that_is_none_is_refused_at_once(rig: Rig, untouched: None, kind:
     assert b"Traceback" not in answer
 
 
+def test_a_length_beyond_the_limit_is_refused_before_the_body_comes(rig: Rig, untouched: None) -> None:
+    answer = raw(rig.port, HEAD + b"Content-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n")
+    assert b" 413 " in answer.splitlines()[0]
+    assert b"body_too_large" in answer
+
+
 def test_clients_that_send_their_head_or_body_too_slowly_are_given_up(rig: Rig, untouched: None) -> None:
     body = HEAD + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     slow = [socket.create_connection(("127.0.0.1", rig.port), 10) for _ in range(60)]
