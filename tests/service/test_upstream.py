@@ -164,6 +164,13 @@ def test_streams_usage_logprobs_and_stops_pass_through(before: Before) -> None:
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
 
 
+def test_a_vllm_keeps_callers_apart_where_the_operator_says_so(before: Before, monkeypatch: pytest.MonkeyPatch) -> None:
+    before.vqa()
+    monkeypatch.setattr(before.state.settings, "prefix_cache_per_key", True)
+    before.vqa()
+    assert [body.get("cache_salt") for body in before.server.bodies[-2:]] == [None, "local"]
+
+
 def test_turns_and_images_arrive_in_their_places(before: Before) -> None:
     images = [picture(0), picture(1, (40, 24))]
     messages = [
