@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,16 @@ def test_finish_reason_and_counts(answerer: Answerer) -> None:
     (ended,) = answerer.answer(requests()[2:])
     assert (ended.finish_reason, ended.completion_tokens) == ("stop", 1)
     assert answerer.answer([]) == []
+
+
+def test_an_answer_never_holds_the_images_placeholder(vlm: VLM) -> None:
+    """Made a hundred times as likely (in logits) as the first word of the answer: whoever took the likeliest would say it."""
+    (first,) = Answerer(vlm).answer(requests()[:1])
+    with torch.no_grad():
+        vlm.base.lm_head.weight[vlm.image_token_id] = 100 * vlm.base.lm_head.weight[first.token_ids[0]]
+    for heat in (0.0, 1.0):
+        (said,) = Answerer(vlm).answer([replace(requests()[0], temperature=heat)])
+        assert vlm.image_token_id not in said.token_ids
 
 
 def test_models_of_other_weights_answer_otherwise(tmp_path: Path, answerer: Answerer) -> None:
