@@ -17,6 +17,7 @@ from hscr.config import OptimizationConfig
 from hscr.decode import decode
 from hscr.gathering import STEPS
 from hscr.model import VLM, add_lora, encode_prompts, load_model
+from hscr.prefix import Rows
 from hscr.reward import words_of
 from hscr.running import Running
 from hscr.visual_tokens import Prompt, dropped
@@ -110,6 +111,27 @@ def test_an_exception_inside_the_network_leaves_no_adapter_behind(answerer: Answ
         ]  # who names no adapter has none
         assert answerer.answer(requests()) == base
         assert answerer.answer(requests("one")) == one
+
+
+def test_a_joining_that_fails_half_way_breaks_off_what_ran_and_no_more(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers may hold the newcomer already: nothing may go on from there."""
+    wanted, batch = answerer.answer(requests()[1:2]), AnswerBatch(answerer)
+    (running,) = batch.join(requests()[:1])
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "join", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            batch.join(requests()[1:2])
+    assert batch.lost() == [running]
+    (row,), answers = batch.join(requests()[1:2]), {}
+    while not answers:
+        answers = batch.step()
+    assert answers == {row: wanted[0]}
 
 
 def test_unloading_the_last_adapter_gives_the_base_back(answerer: Answerer, adapters: list[Path]) -> None:
