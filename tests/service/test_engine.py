@@ -112,6 +112,17 @@ def test_adapters_leave_by_their_bytes_and_come_back(
     assert (engine.stats.adapter_loads, engine.stats.adapter_evictions) == (5, 4)
 
 
+def test_adapters_come_again_after_the_engine_was_away(
+    start: Any, versions: dict[str, Path], plain: Callable[[Question], str]
+) -> None:
+    engine, batcher = start()
+    question = ask(next(iter(versions)), versions)
+    batcher.submit(question).result(60)
+    engine.unload()  # nothing runs: the batcher's thread waits
+    engine.load()
+    assert batcher.submit(question).result(60).text == plain(question)
+
+
 def test_an_adapter_that_answers_is_not_taken_away(
     start: Any, settings: Settings, versions: dict[str, Path], plain: Callable[[Question], str]
 ) -> None:
