@@ -233,7 +233,8 @@ def _result(future: asyncio.Future[Answer]) -> Answer:
     except Problem:  # of another server (service/upstream.py)
         raise
     except ConversationError as error:
-        raise Problem("conversation_refused", f"{error}.", param="messages") from None
+        said = str(error)
+        raise Problem("conversation_refused", f"{said[:1].upper()}{said[1:]}.", param="messages") from None
     except Yielded as error:
         raise _yielded(error.retry_after_s) from None
     except AdapterDamaged:

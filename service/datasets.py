@@ -102,7 +102,13 @@ def import_upload(
             with (upload / alone).open("wb") as out:
                 shutil.copyfileobj(file, out, 2**20)
         else:
-            unpack(file, upload, limits)
+            try:
+                unpack(file, upload, limits)
+            except Problem as refusal:
+                if refusal.code != "invalid_archive" or head[:2] == b"PK":
+                    raise
+                detail = "The file is not a whole zip archive, and no parquet, JSON or JSONL file begins like it."
+                raise Problem("invalid_archive", detail) from None
         source = flatten(upload)
         if reading.layout == "hscr" or (reading.layout == "auto" and is_ours(source)):
             content = _read(source, rows_max, key, decoders)

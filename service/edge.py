@@ -26,7 +26,7 @@ _ADAPTER_UPLOAD = re.compile(r"^/adapters/[^/]+/versions/?$")
 CROWDED = "crowded"  # in the state of requests on connections beyond the limit (service/timely.py)
 _PROBES = ("/healthz", "/readyz", "/metrics")  # whoever watches the service must see it when it is crowded
 _LATER = {"Retry-After": "5", "Connection": "close"}
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # a label: callers may send any word
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # a label: callers may send any word
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._\-]{1,64}$")
 
 
@@ -49,7 +49,7 @@ class Edge:
             await self._served(scope, receive, guard)
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "unmatched")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
+            method = scope["method"] if scope["method"] in METHODS else "other"
             self.metrics.requests.labels(method, route, str(guard.status)).inc()
             self.metrics.seconds.labels(route).observe(seconds)
             told = {"method": method, "route": route, "status": guard.status}

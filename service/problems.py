@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from hscr.disk import is_full
@@ -78,7 +79,10 @@ def install(app: FastAPI) -> None:
             return answer(_no_room(), request.scope)
         code = _BY_STATUS.get(error.status_code, "bad_request" if error.status_code < 500 else "internal")
         detail = "See /docs for the routes and what they take."
-        problem = Problem(code, detail, headers=dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework's own names the first route of the path only
+            headers["Allow"] = allowed(request)
+        problem = Problem(code, detail, headers=headers)
         return answer(problem, request.scope)
 
     @app.exception_handler(OSError)
@@ -98,6 +102,15 @@ def install(app: FastAPI) -> None:
             raise error
         problem = Problem("database_unavailable", "Try again in a few seconds.", headers={"Retry-After": "5"})
         return answer(problem, request.scope)
+
+
+def allowed(request: Request) -> str:
+    """The methods of all routes that the path may mean."""
+    found = set[str]()
+    for route in request.app.router.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(found or {"GET", "HEAD"}))  # a folder of files has no route of its own
 
 
 def _no_room() -> Problem:

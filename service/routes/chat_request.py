@@ -6,6 +6,7 @@ not ignored, but for values that ask for nothing.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -136,6 +137,13 @@ class ChatRequest(BaseModel):
     grounding: Literal["none", "summary", "tokens"] = Field("none", description="Ours; the stock client's extra_body.")
 
 
+_FIELDS = {
+    name
+    for model in (ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageURL)
+    for name in model.model_fields
+}
+
+
 def read(body: bytes) -> ChatRequest:
     """The request. Raises Problem with its `param`; no message holds a value that was sent."""
     try:
@@ -151,7 +159,7 @@ def read(body: bytes) -> ChatRequest:
                 fields[name] = value
         elif name in NEUTRAL:
             if value is not None and value not in NEUTRAL[name]:
-                raise Problem("unsupported_parameter", _unsupported(name), param=name)
+                raise Problem("unsupported_parameter", f"{name}: {_unsupported(name)}", param=name)
         elif name not in IGNORED:
             raise Problem("unsupported_parameter", "The request names it in `param`.", param=name[:80])
     try:
@@ -195,7 +203,9 @@ def conversation(request: ChatRequest) -> tuple[tuple[Turn, ...], list[bytes], l
 
 
 def invalid(param: str | None, why: str) -> Problem:
-    return Problem("invalid_parameter", why, param=param)
+    """The client shows the message alone, so it names the field too; a name that the caller made up stands in `param` only."""
+    known = param is not None and set(re.findall(r"[^.\[\]\d]+", param)) <= _FIELDS
+    return Problem("invalid_parameter", f"{param}: {why}" if known else why, param=param)
 
 
 def _data(url: str, param: str) -> bytes:

@@ -28,7 +28,7 @@ from service.routing import Router
 from service.state import Service, State, Who
 
 router = Router(prefix="/v1/files", tags=["openai"], responses=openai_errors.RESPONSES)
-FileId = Annotated[str, Path(max_length=60, pattern=r"^[A-Za-z0-9_]+$", examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
+FileId = Annotated[str, Path(max_length=60, pattern=r"^[A-Za-z0-9_\-]+$", examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
 RESULTS = "results_"  # and a job's id: the file of its report
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 PAGE_MAX = 500

@@ -17,7 +17,7 @@ from service.errors import Problem
 from service.routes.align import AlignRequest
 from service.routes.evaluate import Metadata
 
-ID = r"^[A-Za-z0-9_]+$"
+ID = r"^[A-Za-z0-9_\-]+$"  # OpenAI's own have a hyphen: such a job is not found, and not a broken request
 Auto = Literal["auto"] | None
 DEFAULT_NAME = "fine-tuned"  # of the adapter, where neither a suffix nor a parent names it
 METHODS = {"hscr": "hscr", "dpo": "dpo", "supervised": "sft"}  # -> objective

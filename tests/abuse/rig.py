@@ -77,7 +77,11 @@ class Rig:
         self.api = self._start("api", "tests.abuse.server")
         self.started = [self.api]
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
-        wait_for(self._ready, 180, "the service is ready")
+        try:
+            wait_for(self._ready, 180, "the service is ready")
+        except BaseException:
+            self.close()
+            raise
 
     def start_workers(self) -> None:
         """From here on jobs run: most attacks need none."""
@@ -122,6 +126,7 @@ class Rig:
 
     def close(self) -> None:
         self.http.close()
+        self.database.close()
         for process in self.started:
             family = []
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -131,7 +136,6 @@ class Rig:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
             process.wait()
-        self.database.close()
         self.collector.close()
 
     def _start(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:

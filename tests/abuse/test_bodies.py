@@ -46,6 +46,12 @@ def test_a_head_that_is_none_is_refused_at_once(rig: Rig, untouched: None, kind:
     assert b"Traceback" not in answer
 
 
+def test_a_length_beyond_the_limit_is_refused_before_the_body_comes(rig: Rig, untouched: None) -> None:
+    answer = raw(rig.port, HEAD + b"Content-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n")
+    assert b" 413 " in answer.splitlines()[0]
+    assert b"body_too_large" in answer
+
+
 def test_clients_that_send_their_head_or_body_too_slowly_are_given_up(rig: Rig, untouched: None) -> None:
     body = HEAD + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     slow = [socket.create_connection(("127.0.0.1", rig.port), 10) for _ in range(60)]
@@ -114,6 +120,33 @@ def test_a_connection_that_lingers_behind_its_answer_is_closed(rig: Rig, untouch
                 finally:
                     connection.setblocking(True)
         assert closed
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "allow"),
+    [
+        ([b"FOO /vqa"], 405, b"POST"),
+        ([b"vqa-2! /datasets"], 405, b"GET, POST"),
+        ([b"FOO /v1/files/x"], 405, b"DELETE, GET"),
+        ([b"CONNECT /vqa"], 405, b"POST"),
+        ([b"FOO /nope"], 404, None),
+        ([b"P", b"ATCH /vqa"], 405, b"POST"),
+        ([b"F(O /vqa"], 400, None),  # no method's name
+        ([b"F" * 65 + b" /vqa"], 400, None),
+    ],
+)
+def test_a_method_that_nobody_knows_is_told_what_is_allowed(
+    rig: Rig, untouched: None, parts: list[bytes], status: int, allow: bytes | None
+) -> None:
+    """Its body is a body: what stands in it is no request, and the next one on the connection is answered."""
+    rest = b" HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(ASK) + ASK
+    last = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    answer = raw(rig.port, *parts[:-1], parts[-1] + rest + last, pause_s=0.2)
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"%d" % status] + [b"200"] * (status != 400)
+    told = re.search(rb"\r\nallow: ([^\r]*)\r\n", answer)
+    assert (told and told[1]) == allow
+    if status != 400:
+        assert (b"application/json" if b"/v1" in parts[0] else b"application/problem+json") in answer
 
 
 def drip(n: int, pause_s: float) -> Iterator[bytes]:
@@ -204,7 +237,7 @@ def test_a_storm_of_ranges_costs_no_more_than_the_file(rig: Rig) -> None:
             begin = time.monotonic()
             answer = rig.http.get(path, headers={"Range": f"bytes={ranges}"})
             assert answer.status_code in (200, 206, 400, 416), ranges[:20]
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 5
             assert len(answer.content) < 20_000
     assert rig.http.get(path, headers={"Range": "bytes=0-3"}).content == png()[:4]
 

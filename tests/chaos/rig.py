@@ -229,14 +229,14 @@ class Rig:
         wait_for(self.ready, 240, "the API answers")  # a busy machine imports slowly
 
     def close(self) -> None:
+        self.http.close()  # first: whatever the killing raises, nothing stays open to be blamed on another test
+        self.database.close()
         for process in self._parts.values():
             family = [process, *_children(psutil.Process(process.pid))] if process.poll() is None else []
             for member in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
             process.wait()
-        self.http.close()
-        self.database.close()
         self.proxy.close()
 
     def _below(self, generation: int) -> list[psutil.Process]:

@@ -60,9 +60,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.P
             children = family.children(recursive=True)
             process.send_signal(signal.SIGTERM)
             process.wait(30)
-            assert not psutil.wait_procs(children, timeout=5)[1], "hscr up left processes running"
+            assert not psutil.wait_procs(children, timeout=20)[1], "hscr up left processes running"
     finally:
         process.kill()
+        process.wait()
 
 
 def _ready(client: httpx.Client) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hscr.answer
 from hscr.answer import AnswerBatch, Answerer, AnswerRequest
 from hscr.config import OptimizationConfig
 from hscr.decode import decode
 from hscr.gathering import STEPS
 from hscr.model import VLM, add_lora, encode_prompts, load_model
+from hscr.prefix import Rows
 from hscr.reward import words_of
 from hscr.running import Running
+from hscr.visual_tokens import Prompt, dropped
 from tests.hscr.tiny import picture, save_tiny_llava
 
 QUESTIONS = ["Where is the lesion?", "Which plane is shown?", "Is there a lesion?"]
@@ -109,8 +113,30 @@ def test_an_exception_inside_the_network_leaves_no_adapter_behind(answerer: Answ
         assert answerer.answer(requests("one")) == one
 
 
+def test_a_joining_that_fails_half_way_breaks_off_what_ran_and_no_more(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers may hold the newcomer already: nothing may go on from there."""
+    wanted, batch = answerer.answer(requests()[1:2]), AnswerBatch(answerer)
+    (running,) = batch.join(requests()[:1])
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "join", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            batch.join(requests()[1:2])
+    assert batch.lost() == [running]
+    (row,), answers = batch.join(requests()[1:2]), {}
+    while not answers:
+        answers = batch.step()
+    assert answers == {row: wanted[0]}
+
+
 def test_unloading_the_last_adapter_gives_the_base_back(answerer: Answerer, adapters: list[Path]) -> None:
     base = answerer.answer(requests())
+    hooks = sum(len(module._forward_hooks) for module in answerer.vlm.base.modules())  # transformers' own
     answerer.load_adapter("one", adapters[0])
     answerer.load_adapter("two", adapters[1])
     one, two = answerer.answer(requests("one")), answerer.answer(requests("two"))
@@ -122,6 +148,7 @@ def test_unloading_the_last_adapter_gives_the_base_back(answerer: Answerer, adap
     answerer.unload_adapter("one")
     assert answerer.answer(requests()) == base
     assert not answerer.lora._hooks
+    assert sum(len(module._forward_hooks) for module in answerer.vlm.base.modules()) == hooks
     answerer.load_adapter("two", adapters[1])
     assert answerer.answer(requests("two")) == two
 
@@ -206,11 +233,23 @@ def test_grounding_is_the_alignment_reward_of_the_answers_words(answerer: Answer
     assert [a.score for a in summary] == [a.score for a in tokens]
 
 
-def test_the_dropout_mask_belongs_to_the_image(answerer: Answerer) -> None:
-    """The same image in another batch and from another object: the same score."""
+def test_the_dropout_mask_belongs_to_the_image(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same image in another batch and from another object: the same mask and score. Another image: another mask."""
+    masks: dict[str, set[tuple[int, ...]]] = {}
+
+    def noted(prompt: Prompt, *args: Any) -> Prompt:
+        cut = dropped(prompt, *args)
+        kept = cut.position_ids[..., cut.input_ids == cut.image_token_id]
+        masks.setdefault(prompt.image, set()).add(tuple(kept.flatten().tolist()))
+        return cut
+
+    monkeypatch.setattr(hscr.answer, "dropped", noted)
     score = answerer.answer(requests(grounding="summary"))[1].score
     alone = answerer.answer([AnswerRequest(picture(1), QUESTIONS[1], max_tokens=8, grounding="summary")])[0].score
     assert alone == pytest.approx(score, abs=1e-5)
+    assert len(masks) == len(requests())
+    assert all(len(own) == 1 for own in masks.values())
+    assert len(set.union(*masks.values())) == len(masks)
 
 
 def test_grounding_without_dropout_is_zero(vlm: VLM) -> None:
@@ -230,6 +269,16 @@ def test_finish_reason_and_counts(answerer: Answerer) -> None:
     (ended,) = answerer.answer(requests()[2:])
     assert (ended.finish_reason, ended.completion_tokens) == ("stop", 1)
     assert answerer.answer([]) == []
+
+
+def test_an_answer_never_holds_the_images_placeholder(vlm: VLM) -> None:
+    """Made a hundred times as likely (in logits) as the first word of the answer: whoever took the likeliest would say it."""
+    (first,) = Answerer(vlm).answer(requests()[:1])
+    with torch.no_grad():
+        vlm.base.lm_head.weight[vlm.image_token_id] = 100 * vlm.base.lm_head.weight[first.token_ids[0]]
+    for heat in (0.0, 1.0):
+        (said,) = Answerer(vlm).answer([replace(requests()[0], temperature=heat)])
+        assert vlm.image_token_id not in said.token_ids
 
 
 def test_models_of_other_weights_answer_otherwise(tmp_path: Path, answerer: Answerer) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from hscr.clean_image import clean_image
@@ -89,6 +90,54 @@ def test_exact_and_sigmoid_windows() -> None:
     assert sigmoid == [30, 127, 224]  # 255/(1 + e^2), 255/2, 255/(1 + e^-2)
 
 
+def item(**attributes: Any) -> Dataset:
+    made = Dataset()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def table(*entries: int) -> Dataset:
+    """Of stored values from 0."""
+    return item(LUTDescriptor=[len(entries), 0, 16], LUTData=np.array(entries, np.uint16).tobytes())
+
+
+def test_look_up_tables_of_modality_and_display() -> None:
+    """Stored 0…3; the display's table goes before the file's window, and the asker's window before both."""
+    values = np.array([[0, 1, 2, 3]], np.uint8)
+    display = table(0, 65535, 32768, 16384)
+    windowed = {"WindowCenter": 1, "WindowWidth": 1}
+    shown = dicom(values, VOILUTSequence=[display], **windowed)
+    assert row(decode_image(shown)) == [0, 255, 127, 63]
+    assert row(decode_image(shown, view=View(window=(2, 3)))) == [0, 63, 191, 255]  # from 0.5 to 2.5
+    assert row(decode_image(dicom(values, ModalityLUTSequence=[table(0, 3000, 1000, 2000)]))) == [0, 255, 85, 170]
+
+
+def test_a_palettes_colours_are_shown() -> None:
+    palette: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, entries in (("Red", [0, 65535, 0]), ("Green", [65535, 0, 0]), ("Blue", [0, 0, 32896])):
+        palette[f"{name}PaletteColorLookupTableDescriptor"] = [3, 0, 16]
+        palette[f"{name}PaletteColorLookupTableData"] = np.array(entries, np.uint16).tobytes()
+    image = decode_image(dicom(np.array([[0, 1, 2]], np.uint8), **palette))
+    assert np.asarray(image)[0].tolist() == [[0, 255, 0], [255, 0, 0], [0, 0, 128]]
+
+
+def test_each_frame_has_its_own_window_and_all_may_share_a_rescale() -> None:
+    """PS3.3 C.7.6.16: stored 0, 50, 100 are −100, 0, 100; frame 0 is shown from −75 to 75, frame 1 from 0 to 50."""
+
+    def own(centre: float, width: float) -> Dataset:
+        return item(FrameVOILUTSequence=[item(WindowCenter=centre, WindowWidth=width)])
+
+    rescale = item(RescaleSlope=2, RescaleIntercept=-100)
+    data = dicom(
+        np.array([[[0, 50, 100]]] * 2, np.uint8),
+        SharedFunctionalGroupsSequence=[item(PixelValueTransformationSequence=[rescale])],
+        PerFrameFunctionalGroupsSequence=[own(0.5, 151), own(25.5, 51)],
+    )
+    assert row(decode_image(data)) == [0, 127, 255]
+    assert row(decode_image(data, view=View(frame=1))) == [0, 0, 255]
+
+
 def test_a_frame_is_chosen() -> None:
     data = dicom(np.array([[[0, 9]], [[9, 0]]], np.uint8))
     assert row(decode_image(data)) == row(decode_image(data, view=View(frame=0))) == [0, 255]
@@ -126,6 +175,21 @@ def test_a_bomb_is_refused_while_it_unpacks(kind: str) -> None:
     assert peak < 5 * 2**20
 
 
+def test_compressed_pixels_are_never_unpacked_by_gdcm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CVE-2026-3650: where it is installed, pydicom would ask it too."""
+    unpack, plugins = pydicom.pixels.pixel_array, set()
+
+    def noted(*args: Any, **options: Any) -> Any:
+        plugins.add(options["decoding_plugin"])
+        return unpack(*args, **options)
+
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", noted)
+    for name in ("JPEG2000.dcm", "MR_small_RLE.dcm"):
+        (file,) = [p for p in TEST_FILES if p.name == name]
+        decode_image(file)
+    assert plugins == {"pylibjpeg"}
+
+
 def test_a_deflated_file_is_read() -> None:
     values = np.array([[0, 255]], np.uint8)
     assert row(decode_image(dicom(values, DeflatedExplicitVRLittleEndian))) == [0, 255]
@@ -151,6 +215,15 @@ def test_planes_of_a_volume_are_shown_as_radiologists_hold_them() -> None:
     assert shown(nifti(volume), None, None) == (np.array(axial) + 1).tolist()  # axial, the middle: 2 of 4
     with pytest.raises(ImageError, match="slice: the volume has fewer"):
         shown(nifti(volume), "axial", 4)
+
+
+def test_the_range_that_a_volume_asks_to_be_shown_in() -> None:
+    import nibabel
+
+    volume = nibabel.Nifti1Image(np.array([[[0]], [[50]], [[200]]], np.int16), np.eye(4))
+    volume.header["cal_min"], volume.header["cal_max"] = 0, 100
+    assert row(decode_image(volume.to_bytes())) == [255, 127, 0]  # the patient's right is left
+    assert row(decode_image(volume.to_bytes(), view=View(window=(100, 200)))) == [255, 63, 0]
 
 
 def test_a_time_point_is_chosen_and_headers_without_data_are_damaged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def test_everything_a_prefix_depends_on_is_in_its_name(vlm: VLM) -> None:
     others = [*(name(p) for p in (*prompts[:4], *cuts)), name(prompts[0], "one"), name(prompts[0], "two")]
     others += [name(prompts[0], None, "key"), name(prompts[0], "one", "key"), name(prompts[0], "", "")]
     assert len(set(others)) == len(others)
+    before = prompts[0].input_ids.clone()
+    before[0] += 1  # another word before the image, as of another system text or turn
+    assert name(replace(prompts[0], input_ids=before)) not in others
     longer = prefix_key(prompts[0], prefix_length(prompts[0]) + 1, None, "")
     assert longer not in others
 
@@ -155,8 +159,6 @@ def test_versions_and_images_are_never_confused(answerer: Answerer) -> None:
 
 
 def test_another_salt_finds_nothing(answerer: Answerer) -> None:
-    from dataclasses import replace
-
     request = AnswerRequest(picture(0), QUESTIONS[0], max_tokens=2)
     for salt, hits in (("a", 0), ("b", 0), ("a", 1)):
         answerer.answer([replace(request, salt=salt)])

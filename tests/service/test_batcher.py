@@ -121,8 +121,10 @@ def make(work: Work) -> Iterator[Callable[..., Batcher[int, int]]]:
 
 
 def test_items_within_the_window_are_answered_together_in_order(work: Work, make: Any) -> None:
-    batcher = make(window_s=0.3)
-    futures = [batcher.submit(n) for n in range(6)]
+    batcher = make(window_s=1)
+    futures = [batcher.submit(0)]
+    wait_for(lambda: not batcher.depth, 5, "the first is taken, and waits for others")
+    futures += [batcher.submit(n) for n in range(1, 6)]
     assert [f.result(5) for f in futures] == [0, 2, 4, 6, 8, 10]
     assert work.batches == [[0, 1, 2, 3], [4, 5]]
 

@@ -308,7 +308,7 @@ def test_device_of_a_killed_worker_is_free_once_its_run_is_dead(
     worker.kill()
     worker.wait()
     wait_for(lambda: not device.is_up(TRAINING), 10, "the kernel lowers the flag")
-    wait_for(lambda: not alive(run), 1, "the run is dead")  # its files are closed a moment before it is
+    wait_for(lambda: not alive(run), 20, "the run is dead")  # its files are closed a moment before it is
 
 
 def test_cancel_ends_the_wait_for_an_engine_that_does_not_leave(

@@ -133,6 +133,23 @@ def test_errors_are_problem_documents(client: TestClient, method: str, path: str
 
 
 @pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/datasets", "GET, POST"),  # two routes
+        ("/jobs/x", "DELETE, GET"),
+        ("/v1/files/x", "DELETE, GET"),
+        ("/docs/assets/x", "GET, HEAD"),
+        ("/healthz", "GET"),
+    ],
+)
+def test_whoever_asks_with_another_method_is_told_all_that_are_allowed(
+    client: TestClient, path: str, allow: str
+) -> None:
+    answer = client.patch(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allow)
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status", "kind"),
     [
         ("GET", "/v1/nope", 404, "invalid_request_error"),

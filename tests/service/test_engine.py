@@ -109,6 +109,18 @@ def test_adapters_leave_by_their_bytes_and_come_back(
     for digest in (*versions, None):
         assert batcher.submit(ask(digest, versions)).result(60).text == plain(ask(digest, versions))
     assert len(engine._loaded) == 1
+    assert (engine.stats.adapter_loads, engine.stats.adapter_evictions) == (5, 4)
+
+
+def test_adapters_come_again_after_the_engine_was_away(
+    start: Any, versions: dict[str, Path], plain: Callable[[Question], str]
+) -> None:
+    engine, batcher = start()
+    question = ask(next(iter(versions)), versions)
+    batcher.submit(question).result(60)
+    engine.unload()  # nothing runs: the batcher's thread waits
+    engine.load()
+    assert batcher.submit(question).result(60).text == plain(question)
 
 
 def test_an_adapter_that_answers_is_not_taken_away(
@@ -154,6 +166,9 @@ def test_a_damaged_adapter_fails_its_own_question_only(
     )
     with pytest.raises(AdapterDamaged):
         bad.result(60)
+    swapped = replace(ask(first, versions), adapter_folder=[*versions.values()][1])  # whole, but another one
+    with pytest.raises(AdapterDamaged):
+        batcher.submit(swapped).result(60)
     assert good.result(60).text == plain(WHERE)
     assert batcher.submit(ask(first, versions)).result(60).text == plain(ask(first, versions))
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from service import jobs
 from service.app import create_app
-from service.db import Database
+from service.db import Database, now
 from service.models import AdapterVersion, AuditEntry, Dataset, Job
 from service.settings import Settings
 from tests.conftest import dataset_zip, png, record
@@ -160,7 +160,7 @@ def test_a_file_of_another_purpose_or_of_nothing_is_refused(client: openai.OpenA
             file=("a.zip", dataset_zip()), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
         )
     assert refused.value.param == "expires_after"
-    with pytest.raises(openai.UnprocessableEntityError, match="not a whole zip"):
+    with pytest.raises(openai.UnprocessableEntityError, match="no parquet, JSON or JSONL"):
         send(client, b"nothing of ours")
     assert count(database, Dataset) == 0
 
@@ -174,9 +174,10 @@ def test_files_page_both_ways_and_an_unknown_one_is_not_found(client: openai.Ope
     assert [f.id for f in client.files.list(after=ids[1], order="asc").data] == ids[2:]
     assert client.files.list(purpose="batch").data == []
     for call in (client.files.retrieve, client.files.content, client.files.delete):
-        with pytest.raises(openai.NotFoundError) as refused:
-            call("ds_none")
-        assert refused.value.code == "dataset_not_found"
+        for unknown in ("ds_none", "file-abc123"):
+            with pytest.raises(openai.NotFoundError) as refused:
+                call(unknown)
+            assert refused.value.code == "dataset_not_found"
 
 
 @BOTH
@@ -340,6 +341,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "a foreign base": ({"model": "gpt-4o-mini"}, "model_not_served", "model"),
     "no model's name": ({"model": "a/b c"}, "model_not_served", "model"),
     "an unknown file": ({"training_file": "ds_none"}, "dataset_not_found", "training_file"),
+    "a file of OpenAI's": ({"training_file": "file-abc123"}, "dataset_not_found", "training_file"),
     "a bad suffix": ({"suffix": "../up"}, "invalid_request", "suffix"),
     "graders": ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method_not_supported", "method.type"),
     "another method": ({"method": {"type": "magic"}}, "invalid_request", "method.type"),
@@ -396,13 +398,27 @@ def test_what_is_no_align_job_is_not_found_here(
         tuning.list_events,
         tuning.checkpoints.list,
     ):
-        for job_id in (evaluation, "job_none"):
+        for job_id in (evaluation, "job_none", "ftjob-abc123"):
             with pytest.raises(openai.NotFoundError) as refused:
                 call(job_id)
             assert refused.value.code == "job_not_found"
     assert tuning.list().data == []
     with database.read() as session:
         assert jobs.get(session, evaluation).status == "queued"
+
+
+def test_a_deleted_job_is_not_found_here(
+    client: openai.OpenAI, database: Database, settings: Settings, stand_in: Callable[..., None]
+) -> None:
+    tuning = client.fine_tuning.jobs
+    job = tuning.create(model="hscr-demo", training_file=send(client, dataset_zip()).id, suffix="a")
+    tuning.cancel(job.id)
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == job.id).values(deleted_at=now()))
+    assert tuning.list().data == []
+    for call in (tuning.retrieve, tuning.resume, tuning.list_events, tuning.checkpoints.list):
+        with pytest.raises(openai.NotFoundError):
+            call(job.id)
 
 
 @BOTH

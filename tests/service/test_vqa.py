@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from hscr.answers import Answer, TokenGrounding
 from service import adapters
 from service.app import create_app
+from service.decoding import decoders
 from service.engine import LocalEngine, Question
 from service.routes.vqa import Parameters
 from service.settings import Settings
@@ -67,9 +68,9 @@ def engine(settings: Settings) -> Echo:
 def asker(settings: Settings, engine: Echo) -> Iterator[TestClient]:
     settings.queue_max, settings.batch_max = 2, 1
     with TestClient(create_app(settings, engine), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
-        wait_for(lambda: client.get("/readyz").status_code == 200, 5)
+        wait_for(lambda: client.get("/readyz").status_code == 200, 20)
         yield client
-    engine.gate.set()
+        engine.gate.set()  # before the client's end, which waits for what the engine holds
 
 
 def body(**changes: Any) -> dict[str, Any]:
@@ -237,6 +238,15 @@ def test_busy_decoders_are_a_503_to_be_asked_again(asker: TestClient, monkeypatc
     assert int(answer.headers["retry-after"]) > 0
 
 
+def test_the_first_question_finds_a_decoder_that_has_started(settings: Settings, engine: Echo) -> None:
+    settings.decode_max_s = 19.0  # a pool of its own: those of other tests are warm
+    with TestClient(create_app(settings, engine), base_url="http://127.0.0.1"):
+        started = decoders(settings)._free.queue[-1]
+        assert started is not None
+        assert started.process.poll() is None
+    decoders(settings).close()
+
+
 @pytest.mark.parametrize(
     ("change", "status", "code"),
     [
@@ -276,13 +286,16 @@ def test_too_many_questions_are_refused_at_once(asker: TestClient, engine: Echo)
     engine.gate.clear()
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(asker.post, "/vqa", json=body())]
-        wait_for(lambda: engine.asked, 5, "the engine works on the first")
+        wait_for(lambda: engine.asked, 20, "the engine works on the first")
         waiting += [pool.submit(asker.post, "/vqa", json=body()) for _ in range(2)]
-        wait_for(lambda: asker.app.state.hscr.answering.asked.depth == 2, 5, "two wait")  # type: ignore[attr-defined]
+        wait_for(lambda: asker.app.state.hscr.answering.asked.depth == 2, 20, "two wait")  # type: ignore[attr-defined]
         refused = asker.post("/vqa", json=body())
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
-        assert "hscr_vqa_refused_total 1.0" in asker.get("/metrics").text
+        told = asker.get("/metrics").text
+        assert "hscr_vqa_refused_total 1.0" in told
+        assert "hscr_vqa_queue_depth 2.0" in told
+        assert "hscr_vqa_queue_oldest_seconds 0.0\n" not in told
         engine.gate.set()
         assert [w.result().status_code for w in waiting] == [200, 200, 200]
 
@@ -293,7 +306,7 @@ def test_model_that_cannot_be_loaded_is_said_and_readiness_is_down(settings: Set
             raise OSError("canary")
 
     with TestClient(create_app(settings, Broken(settings)), base_url="http://127.0.0.1") as client:
-        wait_for(lambda: client.get("/readyz").json()["engine"] == "failed", 5)
+        wait_for(lambda: client.get("/readyz").json()["engine"] == "failed", 20)
         answer = client.post("/vqa", json=body())
         assert (answer.status_code, answer.json()["code"]) == (503, "engine_unavailable")
         assert "canary" not in answer.text
@@ -385,14 +398,14 @@ def test_a_comparison_that_finds_no_room_leaves_nothing_behind(
     engine.gate.clear()
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(asker.post, "/vqa", json=body())
-        wait_for(lambda: engine.asked, 5, "the engine works on the first")
+        wait_for(lambda: engine.asked, 20, "the engine works on the first")
         waiting = pool.submit(asker.post, "/vqa", json=body())
         batcher = asker.app.state.hscr.answering.asked  # type: ignore[attr-defined]
-        wait_for(lambda: batcher.depth == 1, 5, "one waits")
+        wait_for(lambda: batcher.depth == 1, 20, "one waits")
         for stream in (False, True):
             refused = asker.post("/vqa", json=body(compare="brain:1", stream=stream))
             assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
-            wait_for(lambda: batcher.depth == 1, 5, "its first is gone")
+            wait_for(lambda: batcher.depth == 1, 20, "its first is gone")
         engine.gate.set()
         assert [w.result().status_code for w in (running, waiting)] == [200, 200]
 
@@ -435,7 +448,7 @@ def test_a_key_has_its_own_limit_of_questions(asker: TestClient, engine: Echo, s
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(asker.post, "/vqa", json=body()) for _ in range(2)]
         state = asker.app.state.hscr  # type: ignore[attr-defined]
-        wait_for(lambda: state.asked["local"] == 2, 5, "both are on their way")
+        wait_for(lambda: state.asked["local"] == 2, 20, "both are on their way")
         refused = asker.post("/vqa", json=body())
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_questions")
         assert int(refused.headers["retry-after"]) >= 1

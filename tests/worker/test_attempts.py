@@ -362,7 +362,7 @@ def test_run_dies_with_its_supervisor(
         run = int(wait_for(lambda: here.is_file() and here.read_text(), what="the run holds"))
         supervisor.send_signal(signal.SIGKILL)
         supervisor.wait()
-        wait_for(lambda: not alive(run), 2, "the run is dead")
+        wait_for(lambda: not alive(run), 5, "the run is dead")
     finally:
         supervisor.kill()
         supervisor.wait()

@@ -288,7 +288,7 @@ def test_broker_that_is_away_keeps_the_bells_in_the_outbox(
 
 def test_queued_job_past_its_deadline_is_failed_by_the_sweep(database: Database, new_job: NewJob) -> None:
     job_id = new_job(deadline_s=0.01)
-    wait_for(lambda: sweep.reap(database, 3), 2)
+    wait_for(lambda: sweep.reap(database, 3))
     with database.read() as session:
         job: Any = jobs.get(session, job_id)
     assert (job.status, job.error_code) == ("failed", "deadline")

@@ -98,7 +98,7 @@ def test_disk_without_a_free_byte_loses_nothing(
     assert job_of(database, job_id).status in ("running", "queued")
     filled[0].__exit__(None, None, None)
     stand_in(steps=20)
-    wait_for(lambda: sweep.reap(database, 3) or job_of(database, job_id).status == "queued", 5)
+    wait_for(lambda: sweep.reap(database, 3) or job_of(database, job_id).status == "queued")
     run_job(database, settings, job_id, never)
     assert job_of(database, job_id).status == "succeeded"
     assert versions(database) == 1
@@ -155,7 +155,7 @@ def test_adapter_that_cannot_be_stored_is_published_once_there_is_room(
     filled[0].__exit__(None, None, None)
     assert versions(database) == 0
     assert not [p for p in (disk.path / "artifacts").rglob("*") if p.is_file() and p.name != ".lock"]
-    wait_for(lambda: sweep.reap(database, 3) or job_of(database, job_id).status == "queued", 5)
+    wait_for(lambda: sweep.reap(database, 3) or job_of(database, job_id).status == "queued")
     run_job(database, settings, job_id, never)
     assert job_of(database, job_id).status == "succeeded"
     skipped = [e.data["stage"] for e in events_of(database, job_id) if e.data.get("status") == "skipped"]

@@ -254,7 +254,7 @@ def test_attempt_ends_after_its_time_however_slowly_the_answer_drips(
     end(database, new_job(webhook=receiver.address))
     begin = time.monotonic()
     assert deliver_due(database, settings) == 1
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10  # the answer would take 23
     assert log_of(database).log[0]["error"] == "TimeoutError"
 
 
