@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from hscr.cli_options import console
-from hscr.events import Event, to_line
+from hscr.events import Event, Stopped, to_line
 from hscr.progress import draw
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped after a checkpoint, the same command goes on
@@ -46,6 +47,19 @@ def stoppable() -> Iterator[threading.Event]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def lines(stop: threading.Event) -> Iterator[str]:
+    """Lines of standard input until it ends. Raises Stopped where the run is asked to stop while it waits for one."""
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as file:
+        while True:
+            while not select.select([file], [], [], 0.5)[0]:  # nothing of a further line lies in a buffer
+                if stop.is_set():
+                    raise Stopped("generating")
+            line = file.readline()
+            if not line:
+                return
+            yield line.decode("utf-8", "replace").strip()
 
 
 def show(events: Iterable[Event], mode: str) -> None:

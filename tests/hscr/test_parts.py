@@ -24,7 +24,7 @@ from hscr.events import Event, Part, Progress, Result, Stage, Stopped, Warning_
 from hscr.model import VLM, add_lora, load_model
 from hscr.parts import part_name, shard_bounds
 from hscr.run_dir import PartialFile, RunDir
-from hscr.shard import generate_shard, part_inputs
+from hscr.shard import generate_shards, part_inputs
 from tests.hscr.test_cli import hscr as command  # noqa: F401 - a fixture
 from tests.hscr.tiny import save_records
 
@@ -64,7 +64,7 @@ class Whole:
         """Make one part by itself."""
         before = set(folder.glob("*.jsonl"))
         bounds = shard_bounds(N, config.preference.batch_size, which, of)
-        list(generate_shard(self.vlm, DataSet(self.data), config, bounds, parts=folder, parent=self.parent))
+        list(generate_shards(self.vlm, DataSet(self.data), config, [bounds], parts=folder, parent=self.parent))
         (made,) = set(folder.glob("*.jsonl")) - before
         assert set(folder.iterdir()) == before | {made}, "nothing half is left"
         return made
@@ -206,10 +206,10 @@ def test_a_run_that_was_stopped_after_a_part_goes_on_behind_it(whole: Whole, tmp
 def test_a_part_is_made_once(whole: Whole, tmp_path: Path) -> None:
     whole.part(tmp_path, 2, 3)
     bounds = shard_bounds(N, 2, 2, 3)
-    events = list(generate_shard(whole.vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
+    events = list(generate_shards(whole.vlm, DataSet(whole.data), CONFIG, [bounds], parts=tmp_path))
     assert [(e.stage, e.status) for e in events if isinstance(e, Stage)] == [("generating", "skipped")]
     next(tmp_path.glob("*.jsonl")).write_bytes(b"damaged")
-    events = list(generate_shard(whole.vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
+    events = list(generate_shards(whole.vlm, DataSet(whole.data), CONFIG, [bounds], parts=tmp_path))
     assert isinstance(events[-1], Result)
 
 
