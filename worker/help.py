@@ -1,7 +1,8 @@
 """Helping with a running job's generation: an idle worker makes its shards, one after the other, and goes as soon as it is of no use.
 
-One run makes them all, told each on its standard input, so that the model is loaded once. What it makes is a file named by its content beside the run's folder (hscr/parts.py), so nothing that comes late or twice does harm. Its run
-is killed, not asked, when it must go: batches that are done lie on the disk, and whoever has the shard next goes on behind them.
+One run makes them all, told each on its standard input, so that the model is loaded once. What it makes is a file named by its content
+beside the run's folder (hscr/parts.py), so nothing that comes late or twice does harm. It is killed, not asked, when it must go: batches
+that are done lie on the disk, and whoever has the shard next goes on behind them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from worker.carry import Interrupted, carry
 from worker.command import parts_command, sources_of
 from worker.fits import check_fits
 from worker.room import has_room
-from worker.run import DONE, Run
+from worker.run import Run
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
@@ -101,7 +102,7 @@ class _Helping:
             # Its type and place only (service/logs.py): an exception's text may name a file.
             log.exception("job %s: helping failed", self.mine.job_id)
             self.ended = type(error).__name__
-        log.info("job %s: helping ended with shard %d: %s; %d made", self.mine.job_id, self.mine.number, self.ended, self.made)
+        log.info("job %s: shard %d ended: %s; made: %d", self.mine.job_id, self.mine.number, self.ended, self.made)
         if self.ended == GIVEN_BACK:
             self._finish(lambda s: shards.give_back(s, self.mine))
         elif self.ended != MADE:

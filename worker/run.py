@@ -25,7 +25,14 @@ class Run:
     """A started run. `poll` reads its events; `stop` ends the whole group."""
 
     def __init__(
-        self, command: Sequence[str], log: Path, *, threads: int, features: str = "off", inherit: Sequence[int] = (), fed: bool = False
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        threads: int,
+        features: str = "off",
+        inherit: Sequence[int] = (),
+        fed: bool = False,
     ) -> None:
         """Start `command`. Its stderr goes to `log`, never into the service's own logs; `inherit` are files that it keeps open.
 

@@ -4,8 +4,8 @@ What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_
 start), ignore_term, checkpoints (tell of each step's), device (a file in the place of a device's memory: it must be the only one to make
 it), child (leave a grandchild), metrics (of the result), hold (wait while that file exists, after saying so in <file>.here), noise,
 secret (words that a careless run says on both outputs and in its events), record_s (the generation makes a line for each record of the data
-set, at this pace, and takes up parts), part_crash (a part's making dies at once). With --generate it makes the parts that it is told, as `hscr
-generate --shard -`.
+set, at this pace, and takes up parts), part_crash (the making of parts with these numbers dies at once). With --generate it makes the parts
+that it is told, as `hscr generate --shard -`.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def make_part(arguments: argparse.Namespace, told: dict, shard: str) -> None:
     records, size, inputs = asked(arguments)
     number, _, of = shard.partition("/")
     start, stop = shard_bounds(len(records), size, int(number), int(of))
-    if told.get("part_crash"):
+    if int(number) in told.get("part_crash", []):
         os.kill(os.getpid(), signal.SIGKILL)
     scratch = RunDir(Path(arguments.parts) / f".{inputs[7:23]}.{start}-{stop}.partial")
     with scratch.locked():
