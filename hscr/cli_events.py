@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from rich.markup import escape
+
 from hscr.cli_options import console
-from hscr.events import Event, Stopped, to_line
+from hscr.events import Error, Event, Stopped, to_line
 from hscr.progress import draw
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped after a checkpoint, the same command goes on
@@ -47,6 +49,15 @@ def stoppable() -> Iterator[threading.Event]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def refuse(code: str, message: str) -> None:
+    """Say why the command ends, in the form that it prints in."""
+    if "--events=json" in sys.argv or "--events json" in " ".join(sys.argv):
+        sys.stdout.write(to_line(Error(code, message)) + "\n")
+        sys.stdout.flush()
+    else:
+        console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
 
 
 def lines(stop: threading.Event) -> Iterator[str]:
