@@ -12,7 +12,7 @@ from hscr.parts import shard_bounds
 from service.events import ProgressEvent, RunEvent
 
 MOST = 64  # parts of one generation
-SHORTEST_S = 0.5  # of a part: to claim it, tell it and book it takes some hundredths of a second
+SHORTEST_S = 0.2  # of a part: to claim it, tell it and book it takes one or two hundredths of a second
 
 
 class Offer:
