@@ -478,7 +478,7 @@ def test_shards_by_hand() -> None:
 
 
 def test_parts_are_not_too_short_to_be_worth_claiming() -> None:
-    """100 batches of one record: all of them take 40 s, so that there may be as many as it has fifths of a second, but not more than MOST."""
+    """100 batches of one record, 40 s in all: as many parts as that has fifths of a second, but not more than MOST; so for 10 s."""
     assert offered(progress(0, None), progress(10, 36), batch_size=1).parts == MOST
     assert offered(progress(0, None), progress(10, 9), batch_size=1).parts == int(10 / SHORTEST_S) == 50
 
