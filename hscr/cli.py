@@ -6,13 +6,12 @@ import sys
 from typing import NoReturn
 
 import typer
-from rich.markup import escape
 
 from hscr import cli_data, cli_demo, cli_model
-from hscr.cli_events import EXIT_STOPPED
+from hscr.cli_events import EXIT_STOPPED, refuse
 from hscr.cli_options import console
 from hscr.disk import is_full
-from hscr.events import Error, Stopped, to_line
+from hscr.events import Stopped
 
 EXIT_BAD_INPUT = 2
 METHOD, DATA, DEMO = "The method", "Data and models", "Demonstration"  # groups of the help
@@ -47,11 +46,10 @@ def main() -> None:
 
 def run_app(application: typer.Typer) -> None:
     """Map the library's errors to exit codes, in the form (`error` event or line) that the command prints."""
-    as_json = "--events=json" in sys.argv or "--events json" in " ".join(sys.argv)
     try:
         application()
     except (ValueError, ArithmeticError) as error:
-        _refuse("bad_input" if isinstance(error, ValueError) else "diverged", str(error), as_json)
+        _refuse("bad_input" if isinstance(error, ValueError) else "diverged", str(error))
     except Stopped:
         console.print("stopped; the same command goes on from the last checkpoint")
         sys.exit(EXIT_STOPPED)
@@ -60,14 +58,9 @@ def run_app(application: typer.Typer) -> None:
     except Exception as error:
         if not is_full(error):
             raise
-        _refuse(
-            "disk_full", "the disk is full; free some space, and the same command goes on from where it was", as_json
-        )
+        _refuse("disk_full", "the disk is full; free some space, and the same command goes on from where it was")
 
 
-def _refuse(code: str, message: str, as_json: bool) -> NoReturn:
-    if as_json:
-        sys.stdout.write(to_line(Error(code, message)) + "\n")
-    else:
-        console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
+def _refuse(code: str, message: str) -> NoReturn:
+    refuse(code, message)
     sys.exit(EXIT_BAD_INPUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -10,8 +11,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from rich.markup import escape
+
 from hscr.cli_options import console
-from hscr.events import Event, to_line
+from hscr.events import Error, Event, Stopped, to_line
 from hscr.progress import draw
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped after a checkpoint, the same command goes on
@@ -46,6 +49,28 @@ def stoppable() -> Iterator[threading.Event]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def refuse(code: str, message: str) -> None:
+    """Say why the command ends, in the form that it prints in."""
+    if "--events=json" in sys.argv or "--events json" in " ".join(sys.argv):
+        sys.stdout.write(to_line(Error(code, message)) + "\n")
+        sys.stdout.flush()
+    else:
+        console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def lines(stop: threading.Event) -> Iterator[str]:
+    """Lines of standard input until it ends. Raises Stopped where the run is asked to stop while it waits for one."""
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as file:
+        while True:
+            while not select.select([file], [], [], 0.5)[0]:  # nothing of a further line lies in a buffer
+                if stop.is_set():
+                    raise Stopped("generating")
+            line = file.readline()
+            if not line:
+                return
+            yield line.decode("utf-8", "replace").strip()
 
 
 def show(events: Iterable[Event], mode: str) -> None:

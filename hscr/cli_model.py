@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hscr.cli_events import show, stoppable
+from hscr.cli_events import lines, refuse, show, stoppable
 from hscr.cli_options import (
     DEMO_MODEL,
     AllowLeak,
@@ -90,7 +90,7 @@ def align(
     data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
     for row in data_set.rejected[:20]:
         console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
-    with stoppable() as stop, followers(processes):
+    with stoppable() as stop, followers(processes, lambda why: refuse("bad_input", why)):
         first = rank() == 0
         vlm = load(model, dtype, device, revision, quantize)
         if first and not (out / "plan.json").is_file():  # of the first attempt
@@ -195,7 +195,11 @@ def generate(
         Path | None, typer.Option(help="PEFT folder: what it hallucinates, not the base (see align --parent).")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="I/N: only the Ith of N parts; all parts in order are the whole.", metavar="I/N")
+        str | None,
+        typer.Option(
+            help="I/N: only the Ith of N parts; all parts in order are the whole. -: one line of standard input after the other says I/N.",
+            metavar="I/N",
+        ),
     ] = None,
     parts: Annotated[
         Path | None,
@@ -211,21 +215,28 @@ def generate(
     """
     from hscr.data_set import DataSet
     from hscr.parts import shard_bounds
-    from hscr.shard import generate_shard
+    from hscr.shard import generate_shards
 
+    if shard == "-" and parts is None:
+        raise ValueError("generate: --shard - makes many parts, so it takes --parts FOLDER")
     if (out is None) == (parts is None):
         raise ValueError("generate: give either --out FILE or --parts FOLDER")
     settings, data_set = configuration(preset_name, config, set_, seed), DataSet(data)
-    bounds = shard_bounds(len(data_set.records), settings.preference.batch_size, *_part_of(shard))
+
+    def bounds(shard: str | None) -> tuple[int, int]:
+        return shard_bounds(len(data_set.records), settings.preference.batch_size, *_part_of(shard))
+
+    asked = [] if shard == "-" else [bounds(shard)]
     parent = adapter_folder(parent, "--parent")
     with stoppable() as stop:
         vlm = load(model, dtype, device, revision, quantize)
-        made = generate_shard(
-            vlm, data_set, settings, bounds, out=out, parts=parts, parent=parent, should_stop=stop.is_set
+        shards = map(bounds, lines(stop)) if shard == "-" else iter(asked)
+        made = generate_shards(
+            vlm, data_set, settings, shards, out=out, parts=parts, parent=parent, should_stop=stop.is_set
         )
         show(made, events)
     if events == "progress":
-        tell(f"{bounds[1] - bounds[0]} records", out or parts or Path())
+        tell("".join(f"{b - a} records" for a, b in asked) or "records", out or parts or Path())
 
 
 def _part_of(shard: str | None) -> tuple[int, int]:

@@ -6,23 +6,29 @@ are accelerate's. Without other processes every call here does nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+Followers = Sequence[tuple[subprocess.Popen[bytes], IO[bytes]]]  # each with the file that holds what it said
 # The followers wait while the first process generates and evaluates.
 PATIENCE = timedelta(days=30)
+GRACE_S = 3.0  # an exchange with a process that is gone fails within that, if it does
 
 
 @cache
@@ -77,10 +83,12 @@ def told(value: T | None) -> T:
 
 
 @contextmanager
-def followers(n: int) -> Iterator[None]:
+def followers(n: int, refuse: Callable[[str], object]) -> Iterator[None]:
     """Start n − 1 more of this very command beside this process, which becomes the first; ended with it, however it ends.
 
-    Under a launcher that set WORLD_SIZE (torchrun, accelerate launch) nothing is started.
+    Where one of them ends, so does the block, by a ValueError with what it said; where this process waits for it in an exchange that no
+    signal interrupts, `refuse` is told that, and the process ends with it. Under a launcher that set WORLD_SIZE (torchrun, accelerate
+    launch) nothing is started, and what ends is the launcher's business.
     """
     if n < 2 or "WORLD_SIZE" in os.environ:
         yield
@@ -93,18 +101,57 @@ def followers(n: int) -> Iterator[None]:
     shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
     parent = {"HSCR_PARENT_PID": str(os.getpid())}  # they end themselves where this process is killed
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "hscr", *sys.argv[1:]],
-            env=os.environ | parent | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        for r in range(1, n)
-    ]
-    try:
-        yield
-    finally:
-        for child in children:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
+    over = threading.Event()
+    with ExitStack() as files:
+        children = []
+        for r in range(1, n):
+            said = files.enter_context(tempfile.TemporaryFile())
+            child = subprocess.Popen(
+                [sys.executable, "-m", "hscr", *sys.argv[1:], "--events", "json"],  # it says nothing but why it fails
+                env=os.environ | parent | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+            )
+            children.append((child, said))
+        watch = threading.Thread(target=_watch, args=(children, over, refuse), daemon=True)
+        watch.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if (why := _lost(children, GRACE_S)) is not None:
+                raise ValueError(why) from error
+            raise
+        finally:
+            over.set()
+            watch.join()
+            for child, _ in children:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+
+
+def _watch(children: Followers, over: threading.Event, refuse: Callable[[str], object]) -> None:
+    """End this process where one of the others has ended and the exchange with it does not fail by itself."""
+    while not over.wait(0.2):
+        if (why := _lost(children)) is not None and not over.wait(2 * GRACE_S):
+            refuse(why)
+            for child, _ in children:
+                child.send_signal(signal.SIGKILL)
+            os._exit(2)
+
+
+def _lost(children: Followers, within_s: float = 0.0) -> str | None:
+    """What the first of them that failed said last; None where none has, within so long."""
+    until = time.monotonic() + within_s
+    while True:
+        for number, (child, said) in enumerate(children, 1):
+            if child.poll():
+                said.seek(0)
+                words = [json.loads(line) for line in said.read().splitlines() if line.startswith(b'{"type": "error"')]
+                return (
+                    words[-1]["message"]
+                    if words
+                    else f"process {number} of this run ended with status {child.returncode}"
+                )
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""One part of a generation, or the whole, made by itself into a file: what `hscr generate` does. Stops between batches and goes on.
+"""Parts of a generation, or the whole, made by themselves into files: what `hscr generate` does. Stops between batches and goes on.
 
 What is half done lies in a hidden folder beside the result, and is gone when the result is there.
 """
@@ -6,7 +6,7 @@ What is half done lies in a hidden folder beside the result, and is gone when th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -64,11 +64,11 @@ def batches_made(
         yield batch
 
 
-def generate_shard(
+def generate_shards(
     vlm: VLM,
     data: DataSet,
     config: AlignConfig,
-    bounds: tuple[int, int],
+    shards: Iterable[tuple[int, int]],
     *,
     out: Path | None = None,
     parts: Path | None = None,
@@ -77,15 +77,33 @@ def generate_shard(
 ) -> Iterator[Event]:
     """Make the preferences of records [start, stop) (`shard_bounds`) into the file `out`, or into the folder `parts` (hscr/parts.py).
 
-    Yields events; the last is a Result with the file's digest, or, where the part is there already, a skipped Stage. Raises Stopped
-    after `should_stop()`; ValueError for bad input, and where another process is making the same.
+    For each of `shards` in turn, which may become known while it works: what they share is loaded once. Yields events; the last of a
+    shard is a Result with the file's digest, or, where the part is there already, a skipped Stage. Raises Stopped after `should_stop()`;
+    ValueError for bad input, and where another process is making the same.
     """
     folder = out.parent if out is not None else parts
     if folder is None:
         raise ValueError("name the file or the folder of parts to write to")
     require_images(vlm, max(len(r.images) for r in data.records))
-    (start, stop), size = bounds, config.preference.batch_size
     inputs = part_inputs(vlm, data, config, parent)
+    similarity = load_similarity(config.preference.similarity)
+    with as_parent(vlm, parent):
+        for bounds in shards:
+            yield from _shard(vlm, data, config, bounds, inputs, similarity, out, folder, should_stop)
+
+
+def _shard(
+    vlm: VLM,
+    data: DataSet,
+    config: AlignConfig,
+    bounds: tuple[int, int],
+    inputs: str,
+    similarity: Similarity,
+    out: Path | None,
+    folder: Path,
+    should_stop: Callable[[], bool],
+) -> Iterator[Event]:
+    (start, stop), size = bounds, config.preference.batch_size
     if out is None and made_already(folder, inputs, start, stop):
         yield Stage(STAGE, "skipped")
         return
@@ -100,17 +118,16 @@ def generate_shard(
         position = min(start + partial.done * size, stop)
         rate = Rate(STAGE, stop - start, position - start)
         yield rate.at(position - start)
-        similarity, budget = load_similarity(config.preference.similarity), TokenBudget(config.preference.token_budget)
-        with as_parent(vlm, parent):
-            tokens = budget.tokens
-            for batch in batches_made(vlm, data, config, similarity, budget, position, stop):
-                partial.append(batch)
-                position += len(batch)
-                if budget.tokens < tokens:
-                    yield out_of_memory("preference", tokens := budget.tokens)
-                yield rate.at(position - start)
-                if position < stop and should_stop():
-                    raise Stopped(STAGE)
+        budget = TokenBudget(config.preference.token_budget)
+        tokens = budget.tokens
+        for batch in batches_made(vlm, data, config, similarity, budget, position, stop):
+            partial.append(batch)
+            position += len(batch)
+            if budget.tokens < tokens:
+                yield out_of_memory("preference", tokens := budget.tokens)
+            yield rate.at(position - start)
+            if position < stop and should_stop():
+                raise Stopped(STAGE)
         yield from captured_events(vlm, STAGE)
         digest = file_digest(partial.path)
         partial.rename(out if out is not None else folder / part_name(inputs, start, stop, digest))

@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     sweep_interval_s: float = Field(default=1.0, gt=0)
     ring_after_s: float = Field(default=5.0, gt=0)
     share_generation: bool = True  # idle workers make parts of a running job's preferences
-    share_worth: float = Field(default=4.0, gt=0)  # such a part takes this many times as long as a run's start
+    share_worth: float = Field(default=4.0, gt=0)  # where what is left takes this many times as long as a run's start
     key_waiting_max: int | None = Field(
         default=1000, ge=0
     )  # jobs of one key that wait (queued, paused, awaiting review)

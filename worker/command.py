@@ -93,11 +93,10 @@ def order_of(
     return Order([*command, *(["--stop-after", "generating"] if for_review else [])], False, review, for_review)
 
 
-def part_command(
-    settings: Settings, folder: Path, sources: Sources, at: dict[Artifact, Path], number: int, parts: int
-) -> list[str]:
-    """The run that makes one part of an alignment's preferences, by the configuration that the job's own run has from `order_of`."""
+def parts_command(settings: Settings, folder: Path, sources: Sources, at: dict[Artifact, Path]) -> list[str]:
+    """The run that makes the parts of an alignment's preferences that it is told, by the configuration that the job's own run has from
+    `order_of`."""
     command = [*settings.generate_command, str(at[sources.data]), *settings.model_options]
-    command += ["--config", str((folder / CONFIG).resolve()), "--shard", f"{number}/{parts}", "--events", "json"]
+    command += ["--config", str((folder / CONFIG).resolve()), "--shard", "-", "--events", "json"]
     command += ["--parent", str(at[sources.version])] if sources.version is not None else []
     return [*command, "--parts", str((folder / PARTS).resolve())]

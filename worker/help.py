@@ -1,7 +1,8 @@
 """Helping with a running job's generation: an idle worker makes its shards, one after the other, and goes as soon as it is of no use.
 
-What it makes is a file named by its content beside the run's folder (hscr/parts.py), so nothing that comes late or twice does harm. Its run
-is killed, not asked, when it must go: batches that are done lie on the disk, and whoever has the shard next goes on behind them.
+One run makes them all, told each on its standard input, so that the model is loaded once. What it makes is a file named by its content
+beside the run's folder (hscr/parts.py), so nothing that comes late or twice does harm. It is killed, not asked, when it must go: batches
+that are done lie on the disk, and whoever has the shard next goes on behind them.
 """
 
 from __future__ import annotations
@@ -21,25 +22,26 @@ from service.artifact_store import ADAPTERS, Artifact, open_store
 from service.db import Database
 from service.devices import RunTurn
 from service.errors import Problem
-from service.events import ErrorEvent
+from service.events import ErrorEvent, StageEvent
 from service.models import Job
 from service.settings import Settings
 from worker.carry import Interrupted, carry
-from worker.command import part_command, sources_of
+from worker.command import parts_command, sources_of
 from worker.fits import check_fits
 from worker.room import has_room
-from worker.run import DONE, Run
+from worker.run import Run
 
 log = logging.getLogger("hscr.worker")
 TICK_S = 0.1
+MADE, GIVEN_BACK = "made", "given back"
 _too_large: set[str] = set()  # jobs whose run does not fit on this process's device
 
 
 def help_job(database: Database, settings: Settings, job_id: str, should_stop: Callable[[], bool]) -> None:
     """Make shards of a job's generation until none is left, or something else is to be done. A bell too many costs milliseconds."""
     try:
-        while settings.share_generation and not should_stop() and _one(database, settings, job_id, should_stop):
-            pass
+        if settings.share_generation and not should_stop():
+            _help(database, settings, job_id, should_stop)
     except shards.Superseded:
         log.warning("job %s: a shard was taken away", job_id)
     except DBAPIError as error:
@@ -48,29 +50,29 @@ def help_job(database: Database, settings: Settings, job_id: str, should_stop: C
         tracing.flush()
 
 
-def _one(database: Database, settings: Settings, job_id: str, should_stop: Callable[[], bool]) -> bool:
-    """Make one shard; whether another one may be asked for."""
+def _help(database: Database, settings: Settings, job_id: str, should_stop: Callable[[], bool]) -> None:
     if job_id in _too_large or not has_room(settings):
-        return False
+        return
     with database.read() as session:
         if job_id not in shards.wanted(session, settings.key_running_max):
-            return False  # nobody else need leave the device for it
+            return  # nobody else need leave the device for it
     with devices.for_helper(settings) as turn, run_folders.helping(settings.data_dir, job_id) as lock:
         if turn is None or lock is None:
-            return False
+            return
         with database.write() as session:
-            mine = shards.claim(session, job_id, settings.lease_s, settings.key_running_max)
-        if mine is None:
-            return False
-        with logs.bound(job_id=job_id), tracing.span("job.shard", job_id=job_id, shard=mine.number) as span:
-            helping = _Helping(database, settings, mine, should_stop, turn, lock)
+            first = shards.claim(session, job_id, settings.lease_s, settings.key_running_max)
+        if first is None:
+            return
+        with logs.bound(job_id=job_id), tracing.span("job.help", job_id=job_id) as span:
+            helping = _Helping(database, settings, first, should_stop, turn, lock)
             helping.run()
-            span.set(ended=helping.ended)
-        return helping.ended == "made"
+            span.set(ended=helping.ended, made=helping.made)
 
 
 @dataclass
 class _Helping:
+    """One run that makes shard after shard; `mine` is the one that it is told to make now."""
+
     database: Database
     settings: Settings
     mine: shards.Claim
@@ -78,20 +80,20 @@ class _Helping:
     turn: RunTurn
     lock: int
     ended: str = ""
+    made: int = 0
     error: ErrorEvent | None = None
     _of_use: bool = True
     _renewed: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
-        """Make the shard, and end the claim in exactly one way: made, given back, or a crash."""
-        log.info("job %s: making shard %d of %d", self.mine.job_id, self.mine.number, self.mine.parts)
+        """Make shards, and end each claim in exactly one way: made, given back, or a crash."""
         try:
             with ExitStack() as lent:
                 self.ended = self._follow(self._started(lent))
-        except shards.Superseded:
-            raise
+        except (shards.Superseded, DBAPIError):
+            raise  # the sweep takes back what is still claimed
         except Interrupted:
-            self.ended = "given back"
+            self.ended = GIVEN_BACK
         except Problem as problem:
             if problem.code == "device_too_small":
                 _too_large.add(self.mine.job_id)
@@ -100,8 +102,11 @@ class _Helping:
             # Its type and place only (service/logs.py): an exception's text may name a file.
             log.exception("job %s: helping failed", self.mine.job_id)
             self.ended = type(error).__name__
-        log.info("job %s: shard %d ended: %s", self.mine.job_id, self.mine.number, self.ended)
-        self._finish()
+        log.info("job %s: shard %d ended: %s; made: %d", self.mine.job_id, self.mine.number, self.ended, self.made)
+        if self.ended == GIVEN_BACK:
+            self._finish(lambda s: shards.give_back(s, self.mine))
+        elif self.ended != MADE:
+            self._finish(lambda s: shards.crash(s, self.mine, self.settings.max_crashes))
 
     def _started(self, lent: ExitStack) -> Run:
         """The run, on data and parent as they lie on this disk; where the store is away the shard is left to others."""
@@ -116,7 +121,7 @@ class _Helping:
         if devices.is_accelerator(self.settings) and self.turn.must_fit():
             check_fits(self.settings, at[sources.data], None, job.config, tend=self._must_go)
         folder = run_folders.folder(self.settings.data_dir, self.mine.job_id)
-        command = part_command(self.settings, folder, sources, at, self.mine.number, self.mine.parts)
+        command = parts_command(self.settings, folder, sources, at)
         device = [] if self.turn.descriptor is None else [self.turn.descriptor]
         return Run(
             command,
@@ -124,28 +129,55 @@ class _Helping:
             threads=self.settings.run_threads,
             features=self.settings.features_folder,
             inherit=[self.lock, *device],
+            fed=True,
         )
 
     def _follow(self, run: Run) -> str:
-        """Wait for the run's end; how it was."""
+        """Tell the run one shard after the other until no more is to be made, or it has ended; how it was."""
         try:
+            self._tell(run)
             while (status := run.ended()) is None:
-                self._read(run)
+                if self._read(run) and not self._next(run):
+                    return MADE  # what it would do now is nothing: it is killed, as always
                 if self._must_go():
-                    run.kill()
-                    return "given back"
-                time.sleep(TICK_S)
-            self._read(run)
+                    run.kill()  # before anybody else has the shard
+                    return GIVEN_BACK
+                run.wait(TICK_S)
+            if self._read(run):  # its last word
+                self._book()
+                return MADE
         finally:
             run.close()
-        if status == DONE:
-            return "made"
         return self.error.code if self.error else f"status_{status}"
 
-    def _read(self, run: Run) -> None:
-        """Its progress is nobody's business; what it says last of why it fails is."""
+    def _tell(self, run: Run) -> None:
+        log.info("job %s: making shard %d of %d", self.mine.job_id, self.mine.number, self.mine.parts)
+        run.tell(f"{self.mine.number}/{self.mine.parts}")
+
+    def _read(self, run: Run) -> bool:
+        """Whether the shard is made. Its progress is nobody's business; what it says last of why it fails is."""
+        made = False
         for event in run.poll():
             self.error = event if isinstance(event, ErrorEvent) else self.error
+            made = made or (isinstance(event, StageEvent) and event.status != "started")
+        return made
+
+    def _next(self, run: Run) -> bool:
+        """Book the shard that was made, and have the run go on with another one; False where there is none for it."""
+        self._book()
+        if self.should_stop() or self.turn.must_go() or not has_room(self.settings):
+            return False
+        with self.database.write() as session:
+            other = shards.claim(session, self.mine.job_id, self.settings.lease_s, self.settings.key_running_max)
+        if other is None:
+            return False
+        self.mine, self._renewed = other, time.monotonic()
+        self._tell(run)
+        return True
+
+    def _book(self) -> None:
+        self._finish(lambda s: shards.made(s, self.mine))
+        self.made += 1
 
     def _must_go(self) -> bool:
         self._beat()
@@ -170,23 +202,15 @@ class _Helping:
         """Work of the store's, with a lease that goes on. Raises Problem, Interrupted."""
         return carry(work, self._must_go, wait_s=0, grace_s=0)
 
-    def _finish(self) -> None:
-        """The last write of this claim; tried again while the lease lasts, then the sweep takes the shard back."""
+    def _finish(self, write: Callable[[Session], object]) -> None:
+        """The last write of a claim; tried again while the lease lasts, then the sweep takes the shard back."""
         until = time.monotonic() + self.settings.lease_s
         while True:
             try:
                 with self.database.write() as session:
-                    self._write(session)
+                    write(session)
                 return
             except DBAPIError:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.5)
-
-    def _write(self, session: Session) -> None:
-        if self.ended == "made":
-            shards.made(session, self.mine)
-        elif self.ended == "given back":
-            shards.give_back(session, self.mine)
-        else:
-            shards.crash(session, self.mine, self.settings.max_crashes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import time
@@ -24,11 +25,18 @@ class Run:
     """A started run. `poll` reads its events; `stop` ends the whole group."""
 
     def __init__(
-        self, command: Sequence[str], log: Path, *, threads: int, features: str = "off", inherit: Sequence[int] = ()
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        threads: int,
+        features: str = "off",
+        inherit: Sequence[int] = (),
+        fed: bool = False,
     ) -> None:
         """Start `command`. Its stderr goes to `log`, never into the service's own logs; `inherit` are files that it keeps open.
 
-        `features`: the folder where it keeps image features, or `off`.
+        `features`: the folder where it keeps image features, or `off`. `fed`: it is told on its standard input what to do (`tell`).
         """
         supervisor = os.getpid()
         environment = without_secrets()
@@ -38,7 +46,7 @@ class Run:
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=environment,
@@ -49,7 +57,7 @@ class Run:
         assert self._process.stdout is not None
         self._pipe = self._process.stdout.fileno()
         os.set_blocking(self._pipe, False)
-        self._buffer = b""
+        self._buffer, self._silent = b"", False
         self.pid = self._process.pid
 
     def poll(self) -> list[RunEvent]:
@@ -61,6 +69,7 @@ class Run:
             except BlockingIOError:
                 break
             if not chunk:
+                self._silent = True
                 break
             *lines, self._buffer = (self._buffer + chunk).split(b"\n")
             if len(self._buffer) > LINE_MAX_BYTES:
@@ -69,6 +78,21 @@ class Run:
             if len(events) >= 1000:
                 break
         return events
+
+    def tell(self, line: str) -> None:
+        """Write a line to a run that is fed. One that has ended does not read it: `ended` says so."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._process.stdin.fileno(), f"{line}\n".encode())
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it says something, at most so long."""
+        if self._silent:
+            time.sleep(seconds)
+            return
+        look = select.poll()
+        look.register(self._pipe, select.POLLIN)
+        look.poll(1000 * seconds)
 
     def ended(self) -> int | None:
         """The leader's exit status (negative: a signal), or None while it runs. Whatever it left running is killed."""
@@ -102,6 +126,8 @@ class Run:
         self.kill()
         assert self._process.stdout is not None
         self._process.stdout.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

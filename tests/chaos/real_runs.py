@@ -70,7 +70,7 @@ def _run(asking: socket.socket, told: dict[str, Any], files: list[int], server: 
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setpgid(0, told["group"])
         for file, number in zip(files, told["files"], strict=True):
-            if number in (1, 2):
+            if number in (0, 1, 2):
                 os.dup2(file, number)  # the others are locks: to hold them is enough
         os.environ.clear()
         os.environ.update(told["env"] | {"HSCR_PARENT_PID": str(server)})

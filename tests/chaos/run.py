@@ -54,7 +54,7 @@ def real(helps: bool) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the run is in this process's group and gets it too
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ["CHAOS_REAL_SOCKET"])
-        held = [n for n in range(1, 64) if n != server.fileno() and Path(f"/proc/self/fd/{n}").exists()]
+        held = [n for n in range(64) if n != server.fileno() and Path(f"/proc/self/fd/{n}").exists()]
         told = {
             "argv": ["generate", *sys.argv[2:]] if helps else ["align", *sys.argv[1:]],
             "env": dict(os.environ),

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from hscr.events import Event, Part, Progress, Result, Stage, Stopped, Warning_
 from hscr.model import VLM, add_lora, load_model
 from hscr.parts import part_name, shard_bounds
 from hscr.run_dir import PartialFile, RunDir
-from hscr.shard import generate_shard, part_inputs
+from hscr.shard import generate_shards, part_inputs
 from tests.hscr.test_cli import hscr as command  # noqa: F401 - a fixture
 from tests.hscr.tiny import save_records
 
@@ -64,7 +66,7 @@ class Whole:
         """Make one part by itself."""
         before = set(folder.glob("*.jsonl"))
         bounds = shard_bounds(N, config.preference.batch_size, which, of)
-        list(generate_shard(self.vlm, DataSet(self.data), config, bounds, parts=folder, parent=self.parent))
+        list(generate_shards(self.vlm, DataSet(self.data), config, [bounds], parts=folder, parent=self.parent))
         (made,) = set(folder.glob("*.jsonl")) - before
         assert set(folder.iterdir()) == before | {made}, "nothing half is left"
         return made
@@ -206,10 +208,10 @@ def test_a_run_that_was_stopped_after_a_part_goes_on_behind_it(whole: Whole, tmp
 def test_a_part_is_made_once(whole: Whole, tmp_path: Path) -> None:
     whole.part(tmp_path, 2, 3)
     bounds = shard_bounds(N, 2, 2, 3)
-    events = list(generate_shard(whole.vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
+    events = list(generate_shards(whole.vlm, DataSet(whole.data), CONFIG, [bounds], parts=tmp_path))
     assert [(e.stage, e.status) for e in events if isinstance(e, Stage)] == [("generating", "skipped")]
     next(tmp_path.glob("*.jsonl")).write_bytes(b"damaged")
-    events = list(generate_shard(whole.vlm, DataSet(whole.data), CONFIG, bounds, parts=tmp_path))
+    events = list(generate_shards(whole.vlm, DataSet(whole.data), CONFIG, [bounds], parts=tmp_path))
     assert isinstance(events[-1], Result)
 
 
@@ -267,3 +269,56 @@ def test_generate_puts_a_part_where_align_finds_it(whole: Whole, command: Any, t
         code, _, err = command("generate", whole.data, *same, *where)
         assert code == 2
         assert "give either --out FILE or --parts FOLDER" in err
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Where standard input is written to, a real pipe."""
+    end, start = os.pipe()
+    with os.fdopen(end) as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        yield start
+        with contextlib.suppress(OSError):
+            os.close(start)
+
+
+def test_one_command_makes_the_parts_that_it_is_told(
+    whole: Whole,
+    command: Any,  # noqa: F811
+    tmp_path: Path,
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loads: list[str] = []
+    load = hscr.shard.load_similarity
+    monkeypatch.setattr(hscr.shard, "load_similarity", lambda name: (loads.append(name), load(name))[1])
+    same = ["generate", whole.data, "-m", whole.model, *FLAGS, "--device", "cpu", "--events", "json"]
+    os.write(said, b"3/3\n1/3\n3/3\n")
+    os.close(said)
+    code, out, err = command(*same, "--shard", "-", "--parts", tmp_path / "told")
+    assert code == 0, err
+    stages = [json.loads(line)["status"] for line in out.splitlines() if '"stage"' in line and '"status"' in line]
+    assert stages == ["started", "completed", "started", "completed", "skipped"]
+    assert loads == ["token_f1"]
+    for which in ("1/3", "3/3"):
+        assert command(*same, "--shard", which, "--parts", tmp_path / "apart")[0] == 0
+    assert {p.name for p in (tmp_path / "told").iterdir()} == {p.name for p in (tmp_path / "apart").iterdir()}
+
+
+def test_what_is_told_must_be_a_part(whole: Whole, command: Any, tmp_path: Path, said: int) -> None:  # noqa: F811
+    same = ["generate", whole.data, "-m", whole.model, *FLAGS, "--device", "cpu", "--shard", "-"]
+    code, _, err = command(*same, "-o", tmp_path / "x.jsonl")
+    assert code == 2
+    assert "--parts FOLDER" in err
+    os.write(said, b"4/3\n")
+    code, _, err = command(*same, "--parts", tmp_path)
+    assert code == 2
+    assert "must be 1/3 to 3/3" in err
+
+
+def test_a_command_that_waits_for_a_part_stops_on_term(whole: Whole, command: Any, tmp_path: Path, said: int) -> None:  # noqa: F811
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    code, _, _ = command("generate", whole.data, "-m", whole.model, *FLAGS, "--shard", "-", "--parts", tmp_path)
+    timer.join()
+    assert code == 75

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -85,6 +86,38 @@ def started(place: Path, out: str, epochs: int = 3) -> subprocess.Popen[str]:
 def until_a_checkpoint(run: subprocess.Popen[str]) -> None:
     assert run.stdout is not None
     assert any('"checkpoint"' in line for line in run.stdout)
+
+
+SICK = """
+import os, sys, time
+if os.environ.get("RANK") == "1":
+    if os.environ["SICK"] == "early":
+        os._exit(3)
+    import hscr.optimize
+    def fail(*_, **__):
+        raise ValueError("record r7: its image cannot be read")
+    hscr.optimize.answer_logprobs = fail
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("sick", "says"),
+    [("early", "process 1 of this run ended with status 3"), ("optimizing", "record r7: its image cannot be read")],
+)
+def test_a_run_ends_with_the_error_of_a_follower_that_fails(place: Path, tmp_path: Path, sick: str, says: str) -> None:
+    """Before it has met the first one, which waits for it then, and in a step."""
+    (tmp_path / "sitecustomize.py").write_text(SICK)
+    root = str(Path(__file__).parent.parent.parent)
+    environ = environment() | {"SICK": sick, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+    with subprocess.Popen(command(place, f"sick-{sick}", 2), env=environ, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            out, _ = run.communicate(timeout=120)
+        finally:
+            run.kill()
+    assert run.returncode == 2
+    last = json.loads(out.splitlines()[-1])
+    assert (last["type"], last["code"], last["message"]) == ("error", "bad_input", says)
 
 
 @pytest.mark.thorough

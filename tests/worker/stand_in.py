@@ -4,7 +4,8 @@ What it does is told by the JSON file that STAND_IN names: steps, step_s, crash_
 start), ignore_term, checkpoints (tell of each step's), device (a file in the place of a device's memory: it must be the only one to make
 it), child (leave a grandchild), metrics (of the result), hold (wait while that file exists, after saying so in <file>.here), noise,
 secret (words that a careless run says on both outputs and in its events), record_s (the generation makes a line for each record of the data
-set, at this pace, and takes up parts), part_crash (a part's making dies at once). With --generate it makes a part, as `hscr generate`.
+set, at this pace, and takes up parts), part_crash (the making of parts with these numbers dies at once). With --generate it makes the parts
+that it is told, as `hscr generate --shard -`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> int:
     arguments = parser.parse_args()
     told = json.loads(Path(os.environ["STAND_IN"]).read_text())
     if arguments.generate:
-        return make_part(arguments, told)
+        return make_parts(arguments, told)
     out: Path = arguments.out
     lock = (out / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,12 +192,20 @@ def lengths(n: int, size: int) -> list[int]:
     return [min(size, n - at) for at in range(0, n, size)]
 
 
-def make_part(arguments: argparse.Namespace, told: dict) -> int:
+def make_parts(arguments: argparse.Namespace, told: dict) -> int:
+    """One part after the other, as standard input says (--shard -)."""
+    assert arguments.shard == "-"
+    for line in sys.stdin:
+        make_part(arguments, told, line.strip())
+    return 0
+
+
+def make_part(arguments: argparse.Namespace, told: dict, shard: str) -> None:
     """One part into the folder, as hscr/shard.py does."""
     records, size, inputs = asked(arguments)
-    number, _, of = arguments.shard.partition("/")
+    number, _, of = shard.partition("/")
     start, stop = shard_bounds(len(records), size, int(number), int(of))
-    if told.get("part_crash"):
+    if int(number) in told.get("part_crash", []):
         os.kill(os.getpid(), signal.SIGKILL)
     scratch = RunDir(Path(arguments.parts) / f".{inputs[7:23]}.{start}-{stop}.partial")
     with scratch.locked():
@@ -210,7 +219,7 @@ def make_part(arguments: argparse.Namespace, told: dict) -> int:
         name = part_name(inputs, start, stop, file_digest(partial.path))
         partial.rename(Path(arguments.parts) / name)
         shutil.rmtree(scratch.path)
-    return 0
+    say("stage", stage="generating", status="completed")
 
 
 def asked(arguments: argparse.Namespace) -> tuple[list[VQARecord], int, str]:

@@ -15,16 +15,18 @@ from sqlalchemy import func, select, update
 from hscr.artifacts import write_json
 from service import backup, devices, job_requests, jobs, retention, run_folders, shards
 from service.db import Database, now
-from service.devices import Device
+from service.devices import Device, RunTurn
 from service.events import ProgressEvent, StageEvent
 from service.models import ApiKey, GenerationShard, Job
 from service.queue import QUEUE, make_celery, ring, waiting_bells
 from service.settings import Settings
 from tests.conftest import alive, wait_for
+from worker import help as helping
 from worker import sweep
 from worker.attempt import JobFolder
 from worker.help import help_job
-from worker.offer import MOST, Offer
+from worker.offer import MOST, SHORTEST_S, Offer
+from worker.run import Run
 from worker.supervise import run_job
 
 pytestmark = pytest.mark.either_database
@@ -46,6 +48,20 @@ def running(database: Database, settings: Settings, new_job: NewJob, stand_in: T
     job_id = new_job(config=CONFIG)
     begin(database, settings, job_id)
     return job_id
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that helpers start from here on."""
+    started: list[Run] = []
+
+    class Noted(Run):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(helping, "Run", Noted)
+    return started
 
 
 def begin(database: Database, settings: Settings, job_id: str) -> jobs.Claim:
@@ -99,10 +115,11 @@ def parts(settings: Settings, job_id: str) -> list[Path]:
     return sorted((run_folders.folder(settings.data_dir, job_id) / "parts").glob("*"))
 
 
-def test_a_helper_makes_all_shards_and_the_run_takes_them_up(
-    database: Database, settings: Settings, running: str
+def test_a_helper_makes_all_shards_in_one_run_and_the_jobs_run_takes_them_up(
+    database: Database, settings: Settings, running: str, runs: list[Run]
 ) -> None:
     help_job(database, settings, running, never)
+    assert len(runs) == 1, "the model is loaded once"
     assert statuses(database, running) == {2: "done", 3: "done"}
     assert [p.name.split(".")[1] for p in parts(settings, running)] == ["1-2", "2-3"]
     with database.write() as session:
@@ -235,13 +252,47 @@ def test_a_shard_that_was_renewed_or_taken_is_not_reaped(database: Database, run
 def test_a_shard_whose_making_fails_is_left_to_the_run(
     database: Database, settings: Settings, running: str, stand_in: Tell
 ) -> None:
-    stand_in(record_s=0, part_crash=True)
+    stand_in(record_s=0, part_crash=[3])
     for expected in ("open", "open", "own"):
         help_job(database, settings, running, never)
         assert statuses(database, running) == {2: "open", 3: expected}
     stand_in(record_s=0)
     help_job(database, settings, running, never)
     assert statuses(database, running) == {2: "done", 3: "own"}
+
+
+def test_a_run_that_dies_over_its_second_shard_costs_that_one_only(
+    database: Database, settings: Settings, running: str, stand_in: Tell, runs: list[Run]
+) -> None:
+    stand_in(record_s=0, part_crash=[2])
+    help_job(database, settings, running, never)
+    assert {n: (s.status, s.crashes) for n, s in rows(database, running).items()} == {2: ("open", 1), 3: ("done", 0)}
+    assert len(runs) == 1
+    assert not alive(runs[0].pid)
+
+
+@pytest.mark.parametrize("why", ["a job waits", "the worker stops", "the device is wanted"])
+def test_a_helper_takes_no_further_shard_where_something_else_is_to_be_done(
+    database: Database,
+    settings: Settings,
+    running: str,
+    new_job: NewJob,
+    runs: list[Run],
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+) -> None:
+    """It comes up right after the first was booked, so that no heartbeat has seen it."""
+    booked, came = helping._Helping._book, list[str]()
+
+    def book(self: helping._Helping) -> None:
+        booked(self)
+        came.append(new_job() if why == "a job waits" else why)
+
+    monkeypatch.setattr(helping._Helping, "_book", book)
+    monkeypatch.setattr(RunTurn, "must_go", lambda _: came == ["the device is wanted"])
+    help_job(database, settings, running, lambda: came == ["the worker stops"])
+    assert {n: (s.status, s.fence) for n, s in rows(database, running).items()} == {2: ("open", 0), 3: ("done", 1)}
+    assert not alive(runs[0].pid)
 
 
 def test_a_shard_of_a_helper_that_died_is_taken_back_by_the_sweep(database: Database, running: str) -> None:
@@ -417,18 +468,24 @@ def offered(*events: Any, start_s: float = 1.9, worth: float = 4.0, batch_size: 
 
 
 def test_shards_by_hand() -> None:
-    """10 of 100 records took 4 s, so that all take 40; the start took 2 s and a shard shall be worth 4 of those: 5 parts of 8 s.
+    """10 of 100 records took 4 s, so that all take 40 and what is left 36; the start took 2 s, and 4 of those are less.
 
-    The first two of its ten batches are the run's own.
+    A part is one of ten batches; the first two are the run's own.
     """
     offer = offered(StageEvent(stage="generating", status="started"), progress(0, None), progress(10, 36))
-    assert offer.parts == 5
-    assert offer.bounds == [(2, 20, 40), (3, 40, 60), (4, 60, 80), (5, 80, 100)]
+    assert offer.parts == 10
+    assert offer.bounds == [(n, 10 * n - 10, 10 * n) for n in range(3, 11)]
+
+
+def test_parts_are_not_too_short_to_be_worth_claiming() -> None:
+    """100 batches of one record, 40 s in all: as many parts as that has fifths of a second, but not more than MOST; so for 10 s."""
+    assert offered(progress(0, None), progress(10, 36), batch_size=1).parts == MOST
+    assert offered(progress(0, None), progress(10, 9), batch_size=1).parts == int(10 / SHORTEST_S) == 50
 
 
 def test_a_resumed_run_offers_what_lies_before_it() -> None:
     """It begins at 50 and is at 60; 4 s for each 10 as above."""
-    assert offered(progress(50, None), progress(60, 16)).bounds == [(5, 80, 100)]
+    assert offered(progress(50, None), progress(60, 16)).bounds == [(8, 70, 80), (9, 80, 90), (10, 90, 100)]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +493,7 @@ def test_a_resumed_run_offers_what_lies_before_it() -> None:
     [
         ([progress(0, None)], 0, 0),  # nobody knows yet
         ([progress(0, None), progress(0, None)], 0, 0),
-        ([progress(0, None), progress(10, 9)], 1, 0),  # not worth it
+        ([progress(0, None), progress(10, 7)], 1, 0),  # not worth it
         ([progress(0, None), progress(10, 1e6)], 10, 8),  # never more than batches, and the run begins the second one
         ([progress(0, None, 10_000), progress(10, 1e6, 10_000)], MOST, MOST - 1),
     ],

@@ -13,7 +13,7 @@ from benchmarks.bench_sharing import CONFIG, inputs, packed, workers
 from hscr.artifacts import file_digest
 from hscr.data_set import DataSet
 from hscr.model import load_model
-from hscr.shard import generate_shard
+from hscr.shard import generate_shards
 from service import jobs
 from service.archive import ArchiveLimits
 from service.datasets import import_upload
@@ -30,7 +30,7 @@ def test_preferences_of_two_workers_are_one_processes(tmp_path: Path) -> None:
     """The job's run is put to sleep in its second batch until the helper has made the third."""
     model, data = inputs(tmp_path, N)
     alone = tmp_path / "alone.jsonl"
-    list(generate_shard(load_model(model, device="cpu"), DataSet(data), CONFIG, (0, N), out=alone))
+    list(generate_shards(load_model(model, device="cpu"), DataSet(data), CONFIG, [(0, N)], out=alone))
     folder = tmp_path / "service"
     folder.mkdir()
     url = f"sqlite:///{folder / 'hscr.db'}"
