@@ -175,9 +175,10 @@ def _seek(image: Image.Image, frame: int, limits: ImageLimits) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # damaged EXIF beside a good picture
-        return image
+        pass
+    return image
 
 
 def _to_rgb(image: Image.Image, view: View) -> Image.Image:

@@ -17,6 +17,7 @@ from types import FrameType
 
 import uvicorn
 
+from hscr.freed_memory import keep_freed_memory
 from service import logs
 from service.app import create_app
 from service.engine import LocalEngine
@@ -53,6 +54,7 @@ class Server(uvicorn.Server):
 def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
     """Serve until a signal. `make_engine` is for tests."""
     watch_parent()
+    keep_freed_memory()
     settings = Settings()
     logs.configure("api", settings.log)
     try:
