@@ -155,6 +155,11 @@ def test_a_small_body_cannot_become_much_memory(
     assert len(answer.content) < 20_000
 
 
+@pytest.mark.parametrize("body", [b"a" * 5000 + b'{"x": [1, 2]}&', b"[{,&]}" * 1000, b",", b""])
+def test_bytes_of_structure_are_counted_however_many_there_are(body: bytes) -> None:
+    assert _values(body) == sum(body.count(mark) for mark in (b"[", b"{", b",", b"&"))
+
+
 def many_parts(n: int, size: int, file: bytes = b"") -> Iterator[bytes]:
     for i in range(n):
         yield b'--X\r\nContent-Disposition: form-data; name="a%d"%s\r\n\r\n' % (i, file) + b"a" * size + b"\r\n"
