@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from service.body import _values
 from service.timely import PIPELINE_MAX
 from tests.abuse.rig import Rig, raw
 from tests.conftest import dataset_zip, png
