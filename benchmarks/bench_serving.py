@@ -33,6 +33,7 @@ from hscr.image_view import View
 from hscr.images import read_images
 from hscr.model import load_model
 from service.decoding import Decoders
+from service.freed_memory import keep_freed_memory
 
 QUESTIONS = [f"What does this picture show in the {where}?" for where in "left right middle top bottom corner".split()]
 
@@ -283,6 +284,8 @@ def targets(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             told(f"{what}, processor time", asked[cell]["× generate (CPU)"], limit)
     for r in tables.get("added", []):
         told(f"added to the model's own time, {r['image']} image, p50", r["added p50 ms"], 5, "ms", most=True)
+        # The service keeps freed memory, which makes its engine faster than the call here: this is the part that owes nothing to that.
+        told(f"of it around the engine, {r['image']} image, p50", r["of it around the engine"], 5, "ms", most=True)
     if pooled := tables.get("decoding"):
         more = pooled[0]["p50 ms"] - pooled[1]["p50 ms"]
         told("decoding a PNG in a process of the pool, more than here, p50", more, 5, "ms", most=True)
@@ -311,6 +314,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    keep_freed_memory()  # as the service's process does, so that both sides have it
     os.environ["HSCR_ENGINE_THREADS"] = str(given.threads)
     n = 12 if given.quick else given.questions
     clients = [1, 16]

@@ -19,6 +19,7 @@ from service.errors import Problem
 VALUES_MAX = 100_000  # of JSON: each begins with one of the bytes below, or follows one
 PARTS_MAX = 64  # of a form: a question has at most 16 images and as many fields
 _STRUCTURE = b"[{,&"
+_FEW = 64  # of them in a chunk, which are found one by one
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
@@ -83,7 +84,7 @@ class Body:
         if self._left < 0:
             self._refuse("body_too_large", f"At most {self._limits.bytes} bytes are read here.")
         if self._delimiter is None:
-            self._values -= len(chunk) - len(chunk.translate(None, _STRUCTURE))
+            self._values -= _values(chunk)
             if self._values < 0:
                 self._refuse("body_too_large", f"At most {VALUES_MAX} values are read here.")
             return
@@ -97,6 +98,19 @@ class Body:
     def _refuse(self, code: str, detail: str) -> None:
         self.refused = Problem(code, detail, headers=_CLOSE)
         raise BodyRefused(self.refused)
+
+
+def _values(chunk: bytes) -> int:
+    """How many bytes of structure there are. An image in base64 has none, and passing over it is ten times faster than counting in it."""
+    n = 0
+    for mark in _STRUCTURE:
+        at = chunk.find(mark)
+        while at >= 0:
+            n += 1
+            if n > _FEW:
+                return len(chunk) - len(chunk.translate(None, _STRUCTURE))
+            at = chunk.find(mark, at + 1)
+    return n
 
 
 def _form(content_type: bytes) -> tuple[bytes | None, bool]:

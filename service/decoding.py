@@ -118,18 +118,20 @@ class Decoders:
         What was decoded a moment ago for the same salt is not decoded again.
         """
         common = _common(limits, views)
-        key = _key(several, common, salt)
-        if (known := self._recent.get(key)) is not None:
+        glance = _glance(several, common, salt)
+        digest = cache(lambda: _digest(several, common, salt))
+        if (known := self._recent.get(glance, digest)) is not None:
             return known
         if self._holds_too_much() and not (self._recent.clear() and not self._holds_too_much()):
             self._count("no_room")
             raise DecodersBusy
-        answer, pixels = self._ask({"sizes": [len(data) for data in several], **common}, several)
+        # What was never seen has its digest made while another process decodes it.
+        answer, pixels = self._ask({"sizes": [len(data) for data in several], **common}, several, digest)
         decoded = tuple(
             Decoded(self._hold(Image.frombytes("RGB", tuple(told["size"]), data)), _note(told))
             for told, data in zip(answer["images"], pixels, strict=True)
         )
-        self._recent.put(key, decoded)
+        self._recent.put(glance, digest(), decoded)
         return decoded
 
     def check(self, path: Path, limits: ImageLimits = ImageLimits(), view: View = View()) -> Note:
@@ -157,7 +159,9 @@ class Decoders:
                 if child is not None:
                     child.end()
 
-    def _ask(self, order: dict[str, Any], data: Sequence[bytes]) -> tuple[dict[str, Any], list[bytearray]]:
+    def _ask(
+        self, order: dict[str, Any], data: Sequence[bytes], meanwhile: Callable[[], object] = lambda: None
+    ) -> tuple[dict[str, Any], list[bytearray]]:
         try:
             child = self._free.get(timeout=self.seconds)
         except queue.Empty:
@@ -171,7 +175,7 @@ class Decoders:
                 child = None
                 child = self._start()
             try:
-                answer, pixels = _exchange(child, order, data, self.seconds)
+                answer, pixels = _exchange(child, order, data, self.seconds, meanwhile)
             except (OSError, EOFError, ValueError) as error:
                 child.end()
                 child = None
@@ -231,35 +235,42 @@ class Decoders:
 class Recent:
     """Decoded images of the last questions, by what they were made from: bounded in bytes, least recently used out first. Thread-safe.
 
+    They are looked up at a glance, and are what is sought only where the digest says so too; of those that look alike the last is kept.
+
     Where for `seconds` nobody asks about any of them all are let go: they are somebody's pictures.
     """
 
     def __init__(self, max_bytes: int, seconds: float = 300) -> None:
         self.max_bytes, self.seconds = max_bytes, seconds
         self._used, self._waits = 0.0, False
-        self._items: OrderedDict[bytes, tuple[Decoded, ...]] = OrderedDict()
+        self._items: OrderedDict[int, tuple[bytes, tuple[Decoded, ...]]] = OrderedDict()
         self._n_bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, key: bytes) -> tuple[Decoded, ...] | None:
+    def get(self, glance: int, digest: Callable[[], bytes]) -> tuple[Decoded, ...] | None:
         with self._lock:
-            if (found := self._items.get(key)) is not None:
-                self._items.move_to_end(key)
-                self._used = time.monotonic()
-            return found
+            found = self._items.get(glance)
+        if found is None or found[0] != digest():
+            return None
+        with self._lock:
+            if glance in self._items:
+                self._items.move_to_end(glance)
+            self._used = time.monotonic()
+        return found[1]
 
-    def put(self, key: bytes, decoded: tuple[Decoded, ...]) -> None:
+    def put(self, glance: int, digest: bytes, decoded: tuple[Decoded, ...]) -> None:
         size = _pixel_bytes(decoded)
         with self._lock:
-            if key in self._items or size > self.max_bytes:
+            if size > self.max_bytes:
                 return
-            self._items[key] = decoded
-            self._n_bytes += size
+            _, alike = self._items.pop(glance, (b"", ()))
+            self._n_bytes += size - _pixel_bytes(alike)
+            self._items[glance] = digest, decoded
             self._used = time.monotonic()
             if not self._waits:
                 self._wait(self.seconds)
             while self._n_bytes > self.max_bytes:
-                self._n_bytes -= _pixel_bytes(self._items.popitem(last=False)[1])
+                self._n_bytes -= _pixel_bytes(self._items.popitem(last=False)[1][1])
 
     def _wait(self, seconds: float) -> None:
         timer = threading.Timer(seconds, self._let_go)
@@ -289,7 +300,12 @@ def _held_bytes(image: Image.Image) -> int:
     return 4 * image.width * image.height  # Pillow's RGB
 
 
-def _key(several: Sequence[bytes], common: dict[str, Any], salt: str) -> bytes:
+def _glance(several: Sequence[bytes], common: dict[str, Any], salt: str) -> int:
+    """Of what the digest below is of, the lengths and a few bytes from all over the files: other than each kept one's means new."""
+    return hash((json.dumps([common, salt]), *((len(data), data[:: len(data) // 256 + 1]) for data in several)))
+
+
+def _digest(several: Sequence[bytes], common: dict[str, Any], salt: str) -> bytes:
     """Of everything that decoding depends on, and of who may share it."""
     whole = hashlib.sha256(json.dumps([len(several), common, salt]).encode())
     for data in several:
@@ -321,13 +337,17 @@ def _note(told: dict[str, Any]) -> Note:
 
 
 def _exchange(
-    child: _Child, order: dict[str, Any], data: Sequence[bytes], seconds: float
+    child: _Child, order: dict[str, Any], data: Sequence[bytes], seconds: float, meanwhile: Callable[[], object]
 ) -> tuple[dict[str, Any], list[bytearray]]:
-    """Raises TimeoutError after so many seconds, EOFError or OSError where the process ended, ValueError where it said something else."""
+    """The answer and its pixels or bytes; `meanwhile` is called when all is sent.
+
+    Raises TimeoutError after so many seconds, EOFError or OSError where the process ended, ValueError where it said something else.
+    """
     orders, answers = (pipe.fileno() for pipe in child.pipes)
     until = time.monotonic() + seconds
     for part in (json.dumps(order).encode() + b"\n", *data):
         _through(orders, select.POLLOUT, memoryview(part), until, os.write)
+    meanwhile()
     if (length := int.from_bytes(_read(answers, 4, until), "big")) > _HEAD_MAX_BYTES:
         raise ValueError
     answer: dict[str, Any] = json.loads(_read(answers, length, until))

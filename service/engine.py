@@ -158,11 +158,12 @@ class LocalEngine:
         except Exception:
             self._entries = {}
             raise
-        for row, answer in answers.items():
-            entry = self._entries.pop(row)
+        ended = [(self._entries.pop(row), answer) for row, answer in answers.items()]
+        for entry, answer in ended:
             self._learn(entry.item, answer)
-            entry.finish(answer)
         self._count()
+        for entry, answer in ended:  # last: whoever waits shares the interpreter with this thread
+            entry.finish(answer)
 
     def leave(self, entries: Sequence[Entry[Question, Answer]]) -> None:
         if not self.joins:

@@ -20,6 +20,7 @@ import uvicorn
 from service import logs
 from service.app import create_app
 from service.engine import LocalEngine
+from service.freed_memory import keep_freed_memory
 from service.lifeline import watch_parent
 from service.settings import Settings
 from service.state import State
@@ -53,6 +54,7 @@ class Server(uvicorn.Server):
 def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
     """Serve until a signal. `make_engine` is for tests."""
     watch_parent()
+    keep_freed_memory()
     settings = Settings()
     logs.configure("api", settings.log)
     try:

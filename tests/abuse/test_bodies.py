@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from service.body import _values
 from service.timely import PIPELINE_MAX
 from tests.abuse.rig import Rig, raw
 from tests.conftest import dataset_zip, png
@@ -186,6 +187,11 @@ def test_a_small_body_cannot_become_much_memory(
     else:
         refused(answer, code)
     assert len(answer.content) < 20_000
+
+
+@pytest.mark.parametrize("body", [b"a" * 5000 + b'{"x": [1, 2]}&', b"[{,&]}" * 1000, b",", b""])
+def test_bytes_of_structure_are_counted_however_many_there_are(body: bytes) -> None:
+    assert _values(body) == sum(body.count(mark) for mark in (b"[", b"{", b",", b"&"))
 
 
 def many_parts(n: int, size: int, file: bytes = b"") -> Iterator[bytes]:

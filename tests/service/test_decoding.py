@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -151,6 +152,37 @@ def test_a_file_that_was_decoded_a_moment_ago_is_not_decoded_again() -> None:
         assert pool.stats().orders == 5
 
 
+def test_files_that_look_alike_at_a_glance_are_told_apart() -> None:
+    """By the digest; the last of them is kept."""
+    one = bytearray(encoded(Image.new("RGB", (64, 64)), "BMP"))
+    other = bytearray(one)
+    other[-2] = 255
+    common = decoding._common(LIMITS, [View()])
+    assert decoding._glance([bytes(one)], common, "") == decoding._glance([bytes(other)], common, "")
+    with closing(Decoders(1, 2**30, 20.0, recent_max_bytes=3 * 64 * 64 * 4)) as pool:
+        first, second, again = (pool.decode([bytes(data)], LIMITS, [View()]) for data in (one, other, other))
+        assert first[0].image.tobytes() != second[0].image.tobytes()
+        assert again is second
+        assert pool._recent._n_bytes == 64 * 64 * 4
+        assert pool.decode([bytes(one)], LIMITS, [View()])[0].image.tobytes() == first[0].image.tobytes()
+
+
+def test_a_files_digest_is_made_while_another_process_decodes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known one's before, so that nothing is decoded; each once."""
+    busy: list[int] = []
+    with closing(Decoders(1, 2**30, 20.0, recent_max_bytes=2**20)) as pool:
+
+        def digest(*of: Any) -> bytes:
+            busy.append(pool.stats().busy)
+            return made(*of)
+
+        made = decoding._digest
+        monkeypatch.setattr(decoding, "_digest", digest)
+        for n in (0, 1, 1):
+            pool.decode([png(n)], LIMITS, [View()])
+    assert busy == [1, 1, 0]
+
+
 def test_kept_images_make_room_for_questions_that_wait() -> None:
     one = 8 * 8 * 4
     with closing(Decoders(1, 2**30, 20.0, held_max_bytes=2 * one, recent_max_bytes=2 * one)) as pool:
@@ -164,13 +196,13 @@ def test_kept_images_make_room_for_questions_that_wait() -> None:
 def test_kept_images_are_let_go_when_nobody_asks() -> None:
     """They are somebody's pictures; a question in between puts it off, once."""
     kept, image = Recent(2**20, 0.6), Decoded(Image.new("RGB", (8, 8)), Note("PNG", None, ()))
-    kept.put(b"key", (image,))
+    kept.put(1, b"digest", (image,))
     time.sleep(0.2)
     asked = time.monotonic()
-    assert kept.get(b"key") is not None
+    assert kept.get(1, lambda: b"digest") is not None
     wait_for(lambda: not kept._items, 20)
     assert time.monotonic() - asked >= 0.6
-    kept.put(b"key", (image,))
+    kept.put(1, b"digest", (image,))
     wait_for(lambda: not kept._items, 20)
 
 
