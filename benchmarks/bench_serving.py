@@ -284,7 +284,7 @@ def targets(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             told(f"{what}, processor time", asked[cell]["× generate (CPU)"], limit)
     for r in tables.get("added", []):
         told(f"added to the model's own time, {r['image']} image, p50", r["added p50 ms"], 5, "ms", most=True)
-        # The service keeps freed memory, which makes its engine faster than the call here: this is the part that owes nothing to that.
+        # The part that owes nothing to how fast either side's engine is.
         told(f"of it around the engine, {r['image']} image, p50", r["of it around the engine"], 5, "ms", most=True)
     if pooled := tables.get("decoding"):
         more = pooled[0]["p50 ms"] - pooled[1]["p50 ms"]

@@ -29,7 +29,7 @@ from hscr.model import VLM, add_lora, checkpoint_gradients, require_images
 from hscr.optimize import optimize
 from hscr.parent import as_parent, load_parent, on_top_of, parent_digest, with_parents_shape
 from hscr.parts import Parts
-from hscr.processes import rank, told
+from hscr.processes import parted, rank, told
 from hscr.records import PreferenceRecord, read_preferences, write_jsonl
 from hscr.repeats import sentences
 from hscr.review import read_review, reviewed
@@ -219,6 +219,7 @@ def _optimizing(
     inputs = json_digest([*asked, *on_top_of(parent)])
     if run.is_done(stage, inputs):
         told("")  # nothing to follow
+        parted()
         yield Stage(stage, "skipped")
         return
     yield Stage(stage, "started")
@@ -262,6 +263,7 @@ def _optimizing(
             # Only where optimize() saw the wish too and wrote a checkpoint: the signal may have come between the two looks.
             if step.step < step.total and step.checkpoint and should_stop():
                 raise Stopped(stage)
+        parted()
         if displaced(chosen):
             yield Warning_(
                 "likelihood_displacement",

@@ -61,16 +61,16 @@ def refuse(code: str, message: str) -> None:
 
 
 def lines(stop: threading.Event) -> Iterator[str]:
-    """Lines of standard input until it ends. Raises Stopped where the run is asked to stop while it waits for one."""
+    """Lines of standard input that say something, until it ends. Raises Stopped where the run is asked to stop before the next."""
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as file:
-        while True:
-            while not select.select([file], [], [], 0.5)[0]:  # nothing of a further line lies in a buffer
-                if stop.is_set():
-                    raise Stopped("generating")
-            line = file.readline()
-            if not line:
+        while not stop.is_set():
+            if not select.select([file], [], [], 0.5)[0]:  # nothing of a further line lies in a buffer
+                continue
+            if not (line := file.readline()):
                 return
-            yield line.decode("utf-8", "replace").strip()
+            if line := line.strip():
+                yield line.decode("utf-8", "replace")
+    raise Stopped("generating")
 
 
 def show(events: Iterable[Event], mode: str) -> None:

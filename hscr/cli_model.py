@@ -90,7 +90,7 @@ def align(
     data_set, evaluation = DataSet(data), DataSet(eval_data) if eval_data else None
     for row in data_set.rejected[:20]:
         console.print(f"[yellow]line {row.line} left out:[/] {escape(row.reason)}")
-    with stoppable() as stop, followers(processes, lambda why: refuse("bad_input", why)):
+    with stoppable() as stop, followers(processes, refuse):
         first = rank() == 0
         vlm = load(model, dtype, device, revision, quantize)
         if first and not (out / "plan.json").is_file():  # of the first attempt

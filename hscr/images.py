@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +31,7 @@ __all__ = [
 ]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+_ORIENTATION = 0x0112  # EXIF
 _KNOWN = "PNG, JPEG, WebP, TIFF, BMP, GIF, DICOM or NIfTI image"
 Images = Image.Image | Sequence[Image.Image]  # what a question is about: one image, or several in order
 
@@ -175,9 +175,12 @@ def _seek(image: Image.Image, frame: int, limits: ImageLimits) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # damaged EXIF beside a good picture
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image  # exif_transpose would copy it
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF beside a good picture
+        return image
 
 
 def _to_rgb(image: Image.Image, view: View) -> Image.Image:

@@ -170,7 +170,7 @@ def empty_cache(vlm: VLM, new: int = GrowingLayer.ROOM) -> DynamicCache:
     cache = copy.deepcopy(vlm.empty_cache)
     for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
-            layer.room = min(new, layer.MOST_ROOM)
+            layer.room = new
     return cache
 
 
@@ -209,7 +209,11 @@ class Rows:
         new: int = GrowingLayer.ROOM,
     ) -> None:
         """`new`: tokens that will be appended to a row, about."""
-        self.vlm, self.own_masks, self.cache = vlm, vlm.family.masks is not None, empty_cache(vlm, new)
+        self.vlm, self.own_masks, self.cache = (
+            vlm,
+            vlm.family.masks is not None,
+            empty_cache(vlm, min(new, GrowingLayer.MOST_ROOM)),
+        )
         self._start(prompts)
         self._columns([tokens_of(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
 
@@ -225,7 +229,9 @@ class Rows:
         """Rows whose prompts' first tokens are computed: `held` has a row's keys and values by layer, [heads, tokens, d]."""
         rows = cls.__new__(cls)
         starts = [own[0][0].shape[1] for own in held]
-        new += max(len(p.input_ids) - n + len(tail) for p, n, tail in zip(prompts, starts, tails, strict=True))
+        new = min(new, GrowingLayer.MOST_ROOM) + max(
+            len(p.input_ids) - n + len(tail) for p, n, tail in zip(prompts, starts, tails, strict=True)
+        )
         rows.vlm, rows.own_masks, rows.cache = vlm, vlm.family.masks is not None, empty_cache(vlm, new)
         rows._start(prompts)
         rows.images = ()  # they are in what is held

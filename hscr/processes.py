@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import IO, Any, TypeVar
@@ -25,10 +26,12 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+Refuse = Callable[[str, str], object]  # given a code and a message
 Followers = Sequence[tuple[subprocess.Popen[bytes], IO[bytes]]]  # each with the file that holds what it said
 # The followers wait while the first process generates and evaluates.
 PATIENCE = timedelta(days=30)
 GRACE_S = 3.0  # an exchange with a process that is gone fails within that, if it does
+_over = threading.Event()  # nothing is exchanged with the followers any more
 
 
 @cache
@@ -82,13 +85,18 @@ def told(value: T | None) -> T:
     return box[0]
 
 
+def parted() -> None:
+    """Nothing is exchanged from here on: whatever becomes of the others, this process goes on."""
+    _over.set()
+
+
 @contextmanager
-def followers(n: int, refuse: Callable[[str], object]) -> Iterator[None]:
+def followers(n: int, refuse: Refuse) -> Iterator[None]:
     """Start n − 1 more of this very command beside this process, which becomes the first; ended with it, however it ends.
 
-    Where one of them ends, so does the block, by a ValueError with what it said; where this process waits for it in an exchange that no
-    signal interrupts, `refuse` is told that, and the process ends with it. Under a launcher that set WORLD_SIZE (torchrun, accelerate
-    launch) nothing is started, and what ends is the launcher's business.
+    Where one of them fails before they have `parted`, so does this process: `refuse` is told the code and the message of its last error,
+    and the exit status is its own, 1 where it said nothing (killed, say), so that a supervisor tries again. Under a launcher that set
+    WORLD_SIZE (torchrun, accelerate launch) nothing is started, and what ends is the launcher's business.
     """
     if n < 2 or "WORLD_SIZE" in os.environ:
         yield
@@ -101,7 +109,7 @@ def followers(n: int, refuse: Callable[[str], object]) -> Iterator[None]:
     shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
     parent = {"HSCR_PARENT_PID": str(os.getpid())}  # they end themselves where this process is killed
-    over = threading.Event()
+    _over.clear()
     with ExitStack() as files:
         children = []
         for r in range(1, n):
@@ -113,45 +121,54 @@ def followers(n: int, refuse: Callable[[str], object]) -> Iterator[None]:
                 stdout=said,
             )
             children.append((child, said))
-        watch = threading.Thread(target=_watch, args=(children, over, refuse), daemon=True)
+        watch = threading.Thread(target=_watch, args=(children, refuse), daemon=True)
         watch.start()
         try:
             yield
         except RuntimeError as error:
-            if (why := _lost(children, GRACE_S)) is not None:
-                raise ValueError(why) from error
-            raise
+            if (lost := _lost(children, GRACE_S)) is None:
+                raise
+            refuse(lost.code, lost.message)
+            raise SystemExit(lost.status) from error
         finally:
-            over.set()
+            _over.set()
             watch.join()
             for child, _ in children:
                 child.send_signal(signal.SIGKILL)
                 child.wait()
 
 
-def _watch(children: Followers, over: threading.Event, refuse: Callable[[str], object]) -> None:
-    """End this process where one of the others has ended and the exchange with it does not fail by itself."""
-    while not over.wait(0.2):
-        if (why := _lost(children)) is not None and not over.wait(2 * GRACE_S):
-            refuse(why)
+@dataclass(frozen=True)
+class _Lost:
+    """How a follower failed."""
+
+    code: str
+    message: str
+    status: int
+
+
+def _watch(children: Followers, refuse: Refuse) -> None:
+    """End this process where one of the others has failed and the exchange with it, which no signal interrupts, does not fail by itself."""
+    while not _over.wait(0.2):
+        if (lost := _lost(children)) is not None and not _over.wait(2 * GRACE_S):
+            refuse(lost.code, lost.message)
             for child, _ in children:
                 child.send_signal(signal.SIGKILL)
-            os._exit(2)
+            os._exit(lost.status)
 
 
-def _lost(children: Followers, within_s: float = 0.0) -> str | None:
-    """What the first of them that failed said last; None where none has, within so long."""
+def _lost(children: Followers, within_s: float = 0.0) -> _Lost | None:
+    """The first of them that failed; None where none has, within so long."""
     until = time.monotonic() + within_s
     while True:
         for number, (child, said) in enumerate(children, 1):
-            if child.poll():
+            if status := child.poll():
                 said.seek(0)
-                words = [json.loads(line) for line in said.read().splitlines() if line.startswith(b'{"type": "error"')]
-                return (
-                    words[-1]["message"]
-                    if words
-                    else f"process {number} of this run ended with status {child.returncode}"
-                )
+                lines = [line for line in said if line.startswith(b'{"type": "error"') and line.endswith(b"\n")]
+                if lines and status > 0:
+                    error = json.loads(lines[-1])
+                    return _Lost(error["code"], error["message"], status)
+                return _Lost("process_lost", f"process {number} of this run ended with status {status}", 1)
         if time.monotonic() >= until:
             return None
         time.sleep(0.05)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -85,52 +85,65 @@ def generate_shards(
     if folder is None:
         raise ValueError("name the file or the folder of parts to write to")
     require_images(vlm, max(len(r.images) for r in data.records))
-    inputs = part_inputs(vlm, data, config, parent)
-    similarity = load_similarity(config.preference.similarity)
+    making = _Making(
+        vlm,
+        data,
+        config,
+        part_inputs(vlm, data, config, parent),
+        load_similarity(config.preference.similarity),
+        TokenBudget(config.preference.token_budget),
+        out,
+        folder,
+        should_stop,
+    )
     with as_parent(vlm, parent):
-        for bounds in shards:
-            yield from _shard(vlm, data, config, bounds, inputs, similarity, out, folder, should_stop)
+        for start, stop in shards:
+            yield from making.shard(start, stop)
+    yield from captured_events(vlm, STAGE)
 
 
-def _shard(
-    vlm: VLM,
-    data: DataSet,
-    config: AlignConfig,
-    bounds: tuple[int, int],
-    inputs: str,
-    similarity: Similarity,
-    out: Path | None,
-    folder: Path,
-    should_stop: Callable[[], bool],
-) -> Iterator[Event]:
-    (start, stop), size = bounds, config.preference.batch_size
-    if out is None and made_already(folder, inputs, start, stop):
-        yield Stage(STAGE, "skipped")
-        return
-    name = out.name if out is not None else f"{inputs.removeprefix('sha256:')[:16]}.{start}-{stop}"
-    scratch = RunDir(folder / f".{name}.partial")
-    with scratch.locked():
-        yield Stage(STAGE, "started")
-        resumed = scratch.start(STAGE, json_digest([inputs, start, stop]))
-        partial = PartialFile(
-            scratch.path / "preferences.partial.jsonl", batch_lengths(stop - start, size), resume=resumed
-        )
-        position = min(start + partial.done * size, stop)
-        rate = Rate(STAGE, stop - start, position - start)
-        yield rate.at(position - start)
-        budget = TokenBudget(config.preference.token_budget)
-        tokens = budget.tokens
-        for batch in batches_made(vlm, data, config, similarity, budget, position, stop):
-            partial.append(batch)
-            position += len(batch)
-            if budget.tokens < tokens:
-                yield out_of_memory("preference", tokens := budget.tokens)
+@dataclass(frozen=True)
+class _Making:
+    """What the shards of one call share; the budget stays as small as one of them made it."""
+
+    vlm: VLM
+    data: DataSet
+    config: AlignConfig
+    inputs: str
+    similarity: Similarity
+    budget: TokenBudget
+    out: Path | None
+    folder: Path
+    should_stop: Callable[[], bool]
+
+    def shard(self, start: int, stop: int) -> Iterator[Event]:
+        inputs, out, folder, budget = self.inputs, self.out, self.folder, self.budget
+        size = self.config.preference.batch_size
+        if out is None and made_already(folder, inputs, start, stop):
+            yield Stage(STAGE, "skipped")
+            return
+        name = out.name if out is not None else f"{inputs.removeprefix('sha256:')[:16]}.{start}-{stop}"
+        scratch = RunDir(folder / f".{name}.partial")
+        with scratch.locked():
+            yield Stage(STAGE, "started")
+            resumed = scratch.start(STAGE, json_digest([inputs, start, stop]))
+            partial = PartialFile(
+                scratch.path / "preferences.partial.jsonl", batch_lengths(stop - start, size), resume=resumed
+            )
+            position = min(start + partial.done * size, stop)
+            rate = Rate(STAGE, stop - start, position - start)
             yield rate.at(position - start)
-            if position < stop and should_stop():
-                raise Stopped(STAGE)
-        yield from captured_events(vlm, STAGE)
-        digest = file_digest(partial.path)
-        partial.rename(out if out is not None else folder / part_name(inputs, start, stop, digest))
-        shutil.rmtree(scratch.path)
-    yield Stage(STAGE, "completed")
-    yield Result(None, digest, {"records": stop - start})
+            tokens = budget.tokens
+            for batch in batches_made(self.vlm, self.data, self.config, self.similarity, budget, position, stop):
+                partial.append(batch)
+                position += len(batch)
+                if budget.tokens < tokens:
+                    yield out_of_memory("preference", tokens := budget.tokens)
+                yield rate.at(position - start)
+                if position < stop and self.should_stop():
+                    raise Stopped(STAGE)
+            digest = file_digest(partial.path)
+            partial.rename(out if out is not None else folder / part_name(inputs, start, stop, digest))
+            shutil.rmtree(scratch.path)
+        yield Stage(STAGE, "completed")
+        yield Result(None, digest, {"records": stop - start})

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
-KEPT_BYTES = 256 * 2**20  # of free memory at the heap's end, at most
+KEPT_BYTES = (
+    256 * 2**20
+)  # of free memory at the heap's end, at most; what lies between pieces in use cannot be given back anyway
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # <malloc.h>
 _MMAP_BYTES = 32 * 2**20  # the most that glibc allows: what is larger is mapped on its own, and given back
 

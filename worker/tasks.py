@@ -7,11 +7,13 @@ the child to hand its job back now.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from celery.signals import setup_logging, worker_process_init, worker_shutting_down
@@ -24,6 +26,7 @@ from service.settings import Settings
 from worker import help as helping
 from worker import supervise
 
+log = logging.getLogger("hscr.worker")
 settings = Settings()
 logs.configure("worker", settings.log)
 app = make_celery(settings)
@@ -49,17 +52,20 @@ def _answer(job_id: Any, work: Callable[..., None]) -> None:
         return  # a forged bell
     parent = os.getppid()
     leaving = lambda: _child["told"] or os.getppid() != parent  # noqa: E731
-    signal.signal(signal.SIGTERM, lambda *_: _child.update(told=True))  # from here on there may be a job to hand back
-    database = Database(settings.database)
+    before = signal.signal(signal.SIGTERM, lambda *_: _child.update(told=True))
+    die_with_parent(parent, signal.SIGTERM)  # TERM, not KILL: from here on there may be a job to hand back
     try:
-        work(database, settings, job_id, should_stop=lambda: _shutdown[0] != 0 or leaving())
+        with closing(Database(settings.database)) as database:
+            work(database, settings, job_id, should_stop=lambda: _shutdown[0] != 0 or leaving())
+    except Exception as error:
+        log.error("job %s: its bell was not answered: %s", job_id, type(error).__name__)  # its text may name a file
+        raise
     finally:
-        database.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if (
-            leaving()
-        ):  # nobody waits for this child any more, or it was told to go; the message was acknowledged on receipt
+        # Nobody waits for this child any more, or it was told to go; the message was acknowledged on receipt.
+        if leaving():
             os._exit(0)
+        die_with_parent(parent)
+        signal.signal(signal.SIGTERM, before)
 
 
 @setup_logging.connect
@@ -74,8 +80,6 @@ def _tell_child(**_: Any) -> None:
 
 @worker_process_init.connect
 def _prepare_child(**_: Any) -> None:
-    # While it waits the kernel ends it. A handler of Python's runs between two steps of the interpreter, so one that came just before the
-    # wait for the next bell would come to nothing, and the child outlive its parent.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tracing.start("worker", settings.trace, threads=False)
-    die_with_parent(os.getppid(), signal.SIGTERM)  # TERM, not KILL: there may be a job to hand back
+    # KILL while it waits: Python's handler of a TERM that came just before the wait for the next bell would run behind it, so never.
+    die_with_parent(os.getppid())

@@ -204,7 +204,7 @@ def conversation(request: ChatRequest) -> tuple[tuple[Turn, ...], list[bytes], l
 
 def invalid(param: str | None, why: str) -> Problem:
     """The client shows the message alone, so it names the field too; a name that the caller made up stands in `param` only."""
-    known = param is not None and set(re.findall(r"[^.\[\]\d]+", param)) <= _FIELDS
+    known = param is not None and set(re.sub(r"\[\d+\]", "", param).split(".")) <= _FIELDS
     return Problem("invalid_parameter", f"{param}: {why}" if known else why, param=param)
 
 

@@ -293,7 +293,7 @@ def test_one_command_makes_the_parts_that_it_is_told(
     load = hscr.shard.load_similarity
     monkeypatch.setattr(hscr.shard, "load_similarity", lambda name: (loads.append(name), load(name))[1])
     same = ["generate", whole.data, "-m", whole.model, *FLAGS, "--device", "cpu", "--events", "json"]
-    os.write(said, b"3/3\n1/3\n3/3\n")
+    os.write(said, b"3/3\n\n1/3\n3/3\n")
     os.close(said)
     code, out, err = command(*same, "--shard", "-", "--parts", tmp_path / "told")
     assert code == 0, err
@@ -322,3 +322,20 @@ def test_a_command_that_waits_for_a_part_stops_on_term(whole: Whole, command: An
     code, _, _ = command("generate", whole.data, "-m", whole.model, *FLAGS, "--shard", "-", "--parts", tmp_path)
     timer.join()
     assert code == 75
+
+
+def test_a_command_with_further_parts_before_it_stops_on_term(
+    whole: Whole,
+    command: Any,  # noqa: F811
+    tmp_path: Path,
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = hscr.shard.load_similarity
+    monkeypatch.setattr(
+        hscr.shard, "load_similarity", lambda name: (os.kill(os.getpid(), signal.SIGTERM), load(name))[1]
+    )
+    os.write(said, b"1/3\n2/3\n3/3\n")
+    code, _, _ = command("generate", whole.data, "-m", whole.model, *FLAGS, "--shard", "-", "--parts", tmp_path / "p")
+    assert code == 75
+    assert not (tmp_path / "p").exists()

@@ -102,10 +102,15 @@ if os.environ.get("RANK") == "1":
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("sick", "says"),
-    [("early", "process 1 of this run ended with status 3"), ("optimizing", "record r7: its image cannot be read")],
+    ("sick", "status", "code", "says"),
+    [
+        ("early", 1, "process_lost", "process 1 of this run ended with status 3"),  # tried again by a supervisor
+        ("optimizing", 2, "bad_input", "record r7: its image cannot be read"),
+    ],
 )
-def test_a_run_ends_with_the_error_of_a_follower_that_fails(place: Path, tmp_path: Path, sick: str, says: str) -> None:
+def test_a_run_ends_with_the_error_of_a_follower_that_fails(
+    place: Path, tmp_path: Path, sick: str, status: int, code: str, says: str
+) -> None:
     """Before it has met the first one, which waits for it then, and in a step."""
     (tmp_path / "sitecustomize.py").write_text(SICK)
     root = str(Path(__file__).parent.parent.parent)
@@ -115,9 +120,9 @@ def test_a_run_ends_with_the_error_of_a_follower_that_fails(place: Path, tmp_pat
             out, _ = run.communicate(timeout=120)
         finally:
             run.kill()
-    assert run.returncode == 2
+    assert run.returncode == status
     last = json.loads(out.splitlines()[-1])
-    assert (last["type"], last["code"], last["message"]) == ("error", "bad_input", says)
+    assert (last["type"], last["code"], last["message"]) == ("error", code, says)
 
 
 @pytest.mark.thorough

@@ -206,7 +206,7 @@ def test_answers_fit_into_the_room_that_was_made_for_them(
     answerer = answerer_of(family, prefix_cache_bytes=2**24)
     batch = AnswerBatch(answerer)
     monkeypatch.setattr(VLM, "eos_ids", frozenset())
-    batch.join([AnswerRequest(picture(0), question, max_tokens=150) for question in QUESTIONS])
+    batch.join([AnswerRequest(picture(0), question, max_tokens=256) for question in QUESTIONS])
     batch.step()
 
     def copied(*given: object) -> None:
