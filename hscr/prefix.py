@@ -27,10 +27,8 @@ class GrowingLayer(DynamicLayer):
     at the right edge, and rows can leave, without a copy of those that stay.
     """
 
-    ROOM, MOST_ROOM = (
-        64,
-        256,
-    )  # columns: where nobody says how many will come, and at most, for long answers may end early
+    ROOM = 64  # columns, where nobody says how many will come
+    MOST_ROOM = 256  # for answers, which may end early
     MORE = 4  # rows
     BEFORE = 32  # columns on the left, for newcomers that are a little longer
 
@@ -209,12 +207,7 @@ class Rows:
         new: int = GrowingLayer.ROOM,
     ) -> None:
         """`new`: tokens that will be appended to a row, about."""
-        self.vlm, self.own_masks, self.cache = (
-            vlm,
-            vlm.family.masks is not None,
-            empty_cache(vlm, min(new, GrowingLayer.MOST_ROOM)),
-        )
-        self._start(prompts)
+        self._start(vlm, prompts, min(new, GrowingLayer.MOST_ROOM))
         self._columns([tokens_of(p, 0, tail) for p, tail in zip(prompts, tails, strict=True)])
 
     @classmethod
@@ -232,15 +225,15 @@ class Rows:
         new = min(new, GrowingLayer.MOST_ROOM) + max(
             len(p.input_ids) - n + len(tail) for p, n, tail in zip(prompts, starts, tails, strict=True)
         )
-        rows.vlm, rows.own_masks, rows.cache = vlm, vlm.family.masks is not None, empty_cache(vlm, new)
-        rows._start(prompts)
+        rows._start(vlm, prompts, new)
         rows.images = ()  # they are in what is held
         rows._columns([(p.input_ids[:n], p.position_ids[..., :n]) for p, n in zip(prompts, starts, strict=True)])
         fill(rows.cache, held, more=GrowingLayer.MORE)
         rows._columns([tokens_of(p, n, tail) for p, n, tail in zip(prompts, starts, tails, strict=True)])
         return rows
 
-    def _start(self, prompts: Sequence[Prompt]) -> None:
+    def _start(self, vlm: VLM, prompts: Sequence[Prompt], room: int) -> None:
+        self.vlm, self.own_masks, self.cache = vlm, vlm.family.masks is not None, empty_cache(vlm, room)
         self.ids = torch.empty((len(prompts), 0), dtype=torch.long, device=self.vlm.device)
         self.first: list[int] = []  # the column where a row begins
         # A row's first tokens by name and number: rows that have a name in common have equal keys and values there; None: nobody else's.

@@ -23,12 +23,13 @@ from service.errors import Problem
 from service.models import Dataset, Job
 from service.pages import After
 from service.routes.datasets import RejectedView, RepeatsView, take
+from service.routes.fine_tuning_request import ID
 from service.routes.jobs import report
 from service.routing import Router
 from service.state import Service, State, Who
 
 router = Router(prefix="/v1/files", tags=["openai"], responses=openai_errors.RESPONSES)
-FileId = Annotated[str, Path(max_length=60, pattern=r"^[A-Za-z0-9_\-]+$", examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
+FileId = Annotated[str, Path(max_length=60, pattern=ID, examples=["ds_019ab2c4d5e6f708192a3b4c5d6e"])]
 RESULTS = "results_"  # and a job's id: the file of its report
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 PAGE_MAX = 500
