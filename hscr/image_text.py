@@ -1,7 +1,8 @@
 """How an image is written in a prompt's text, learnt when it is first processed: the next question on it needs no look at its pixels.
 
 A processor puts as many placeholders as the image has visual tokens, with marks of rows and tiles between them, in the place of one; how
-many depends on the image's size alone. What is kept of an image is that text and the sizes its positions depend on.
+many depends on the image's size alone. What is kept of an image is that text and the sizes its positions depend on. Where the text is the
+placeholder again and again, and that is one token whatever stands beside it, the token is repeated rather than the text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hscr.chat import Asked, prompt_text
@@ -25,6 +27,7 @@ MOST = 10_000
 class _Written:
     placeholder: str
     replacement: str
+    repeats: int  # of the placeholder that are the replacement; 0: it is another text
     sizes: dict[str, Tensor]
 
 
@@ -39,8 +42,12 @@ class ImageTexts:
         (replaced,) = batch["text_replacement_offsets"]
         if len(replaced) == 1:
             sizes = {name: batch[name] for name in ("image_grid_thw",) if name in batch}
-            text = sys.intern(replaced[0]["replacement"])  # one for all images of a size
-            self._items[key] = _Written(replaced[0]["text"], text, sizes)
+            placeholder, text = (
+                replaced[0]["text"],
+                sys.intern(replaced[0]["replacement"]),
+            )  # one for all images of a size
+            n = len(text) // len(placeholder)
+            self._items[key] = _Written(placeholder, text, n if text == placeholder * n else 0, sizes)
             if len(self._items) > MOST:
                 self._items.popitem(last=False)
 
@@ -53,10 +60,21 @@ class ImageTexts:
         chat = prompt_text(vlm, asked, 1)
         if chat.count(written.placeholder) != 1:
             return None
-        text = chat.replace(written.placeholder, written.replacement)
-        special = adds_special_tokens(vlm, chat)
-        ids = vlm.tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"][0]
+        ids = torch.tensor(_ids(vlm, chat, written))
         return ids, vlm.family.positions(vlm.base, ids, written.sizes)
+
+
+def _ids(vlm: VLM, chat: str, written: _Written) -> list[int]:
+    special = adds_special_tokens(vlm, chat)
+    if written.repeats and (token := vlm.tokenizer.convert_tokens_to_ids(written.placeholder)) is not None:
+        # The tokenizer cuts a text at its added tokens before all else, so what stands around one does not depend on how often it comes.
+        ids: list[int] = vlm.tokenizer(chat, add_special_tokens=special)["input_ids"]
+        if token in vlm.tokenizer.added_tokens_decoder and ids.count(token) == 1:
+            at = ids.index(token)
+            return [*ids[:at], *[token] * written.repeats, *ids[at + 1 :]]
+    text = chat.replace(written.placeholder, written.replacement)
+    ids = vlm.tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids
 
 
 def adds_special_tokens(vlm: VLM, chat: str) -> bool:

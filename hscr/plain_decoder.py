@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from hscr.adapted_layer import normed
 from hscr.families import handed_with_deepstack
 from hscr.grouped_attention import grouped_sdpa
 from hscr.lora_rows import LoraRows
@@ -40,13 +39,32 @@ class _Joint:
     bias: Tensor | None
 
 
+class _Norm:
+    """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) of [..., D], as the module has it."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight, self.eps = module.weight.data, module.variance_epsilon
+        self.plain = self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
+        if self.plain:  # there torch's own is six kernels, and this four: x·√D·w / √(|x|² + D·ε)
+            d = self.weight.shape[0]
+            self.scaled = self.weight * d**0.5
+            self.least = torch.full((), (d * self.eps) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.plain:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x / torch.hypot(length, self.least)).mul_(self.scaled)
+
+
 @dataclass
 class _Layer:
-    first: Any  # norm before attention
+    first: _Norm  # before attention
     qkv: _Joint
     attention: Any
+    norms: tuple[_Norm, _Norm] | None  # of queries and keys, where it has them
     out: _Joint
-    second: Any  # norm before the MLP
+    second: _Norm  # before the MLP
     gate_up: _Joint
     act: Any
     down: _Joint
@@ -58,6 +76,7 @@ class PlainDecoder:
     def __init__(self, vlm: VLM, name: str, decoder: Any) -> None:
         self.decoder, self.head = decoder, vlm.base.lm_head
         self.layers = [_layer(f"{name}.layers.{i}", layer) for i, layer in enumerate(decoder.layers)]
+        self.norm = _Norm(decoder.norm)
         self.names = {n for x in self.layers for joint in (x.qkv, x.out, x.gate_up, x.down) for n in joint.names}
         attention = decoder.layers[0].self_attn
         self.d = attention.head_dim
@@ -162,8 +181,8 @@ class PlainDecoder:
         mask = mask_of(new) if shared is None else None
         caches: list[Any] = cache.layers
         for layer, held in zip(self.layers, caches, strict=True):
-            states = _linear(lora, layer.qkv, _normed(layer.first, x)).view(n, new, -1, self.d)
-            turned = self._turned(layer.attention, states[:, :, : self.heads + self.groups], cos, sin)
+            states = _linear(lora, layer.qkv, layer.first(x)).view(n, new, -1, self.d)
+            turned = self._turned(layer, states[:, :, : self.heads + self.groups], cos, sin)
             queries, values = turned[:, :, : self.heads], states[:, :, self.heads + self.groups :]
             keys, values = held.update(turned[:, :, self.heads :].transpose(1, 2), values.transpose(1, 2))
             if layer is self.layers[-1] and last < new:  # of the others nobody asks for more than keys and values
@@ -174,9 +193,9 @@ class PlainDecoder:
             else:
                 attended = self._attended(layer.attention, queries, keys, values, mask)
             x += _linear(lora, layer.out, attended)
-            gate, up = _linear(lora, layer.gate_up, _normed(layer.second, x)).chunk(2, -1)
+            gate, up = _linear(lora, layer.gate_up, layer.second(x)).chunk(2, -1)
             x += _linear(lora, layer.down, layer.act(gate) * up)
-        return _normed(self.decoder.norm, x)
+        return self.norm(x)
 
     def _embedded(self, rows: Rows) -> Tensor:
         """[n, new, D] of the new columns, features in the places of visual tokens."""
@@ -189,11 +208,12 @@ class PlainDecoder:
         x = self.decoder.embed_tokens(ids.masked_fill(visual, 0))  # an image token may lie outside the vocabulary
         return x.masked_scatter(visual[..., None], torch.cat(features).to(x.dtype))
 
-    def _turned(self, attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _turned(self, layer: _Layer, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries and keys [n, new, heads, d] at their positions (rotary embedding, Su et al. 2021, arXiv 2104.09864)."""
-        if hasattr(attention, "q_norm"):
+        if layer.norms is not None:
+            of_queries, of_keys = layer.norms
             queries, keys = states.split([self.heads, self.groups], 2)
-            states = torch.cat([_normed(attention.q_norm, queries), _normed(attention.k_norm, keys)], 2)
+            states = torch.cat([of_queries(queries), of_keys(keys)], 2)
         return torch.addcmul(states * cos, states.roll(self.d // 2, -1), sin)
 
     def _attended(self, attention: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -244,13 +264,6 @@ def _linear(lora: LoraRows | None, joint: _Joint, x: Tensor) -> Tensor:
     return out
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    if x.dtype == torch.float32 and x.device.type == "cpu":  # where torch's own is eight kernels
-        return normed(x, norm.weight, norm.variance_epsilon)[0]
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
 def _is_plain(decoder: Any) -> bool:
     if decoder.config._attn_implementation not in ("sdpa", "grouped_sdpa"):
         return False
@@ -270,12 +283,14 @@ def _layer(name: str, layer: Any) -> _Layer:
     def joint(part: str, *names: str) -> _Joint:
         return joined([f"{name}.{part}.{n}" for n in names], [part_of(layer, n) for n in names])
 
+    attention = layer.self_attn
     return _Layer(
-        layer.input_layernorm,
+        _Norm(layer.input_layernorm),
         joint("self_attn", "q_proj", "k_proj", "v_proj"),
-        layer.self_attn,
+        attention,
+        (_Norm(attention.q_norm), _Norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
         joint("self_attn", "o_proj"),
-        layer.post_attention_layernorm,
+        _Norm(layer.post_attention_layernorm),
         joint("mlp", "gate_proj", "up_proj"),
         layer.mlp.act_fn,
         joint("mlp", "down_proj"),

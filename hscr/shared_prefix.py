@@ -43,7 +43,11 @@ class Sharing:
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """queries [n, G, h, d] of G groups of h heads, keys and values [n, G, K, d] → [n, G, h, d]."""
         queries = queries * scale
-        own = torch.matmul(queries, keys[:, :, self.tail :].transpose(-1, -2)).add_(self.mask)
+        behind, values_behind = (t[:, :, self.tail :].flatten(0, 1) for t in (keys, values))  # views: `bmm` of them is
+        own = torch.bmm(
+            queries.flatten(0, 1), behind.transpose(1, 2)
+        )  # half again as fast as `matmul` of four dimensions
+        own = own.unflatten(0, queries.shape[:2]).add_(self.mask)
         parts = self._together(queries).split(self._sizes(queries), 1)
         found = [
             _widened(torch.bmm(part, keys[g.source, :, g.start : g.end].transpose(-1, -2)), self.width)
@@ -56,7 +60,7 @@ class Sharing:
             torch.bmm(part[..., : g.end - g.start], values[g.source, :, g.start : g.end])
             for g, part in zip(self.groups, parts, strict=True)
         ]
-        out = torch.matmul(self._apart(rest, own), values[:, :, self.tail :])
+        out = torch.bmm(self._apart(rest, own).flatten(0, 1), values_behind).view_as(queries)
         return out.add_(self._apart(_joined(found), queries))
 
     def _sizes(self, states: Tensor) -> list[int]:

@@ -8,12 +8,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import hscr.model
 from hscr.adapted_decoder import AdaptedDecoder
@@ -30,6 +33,7 @@ from hscr.families import (
 )
 from hscr.families import plain_positions as counted_through
 from hscr.feature_cache import FeatureCache
+from hscr.image_text import _ids, _Written
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, load_model
 from hscr.packing import packed_logits, row_logits, tree_logits
 from hscr.visual_tokens import Prompt, drop_visual_tokens, dropout_mask, dropped
@@ -231,6 +235,15 @@ def test_another_question_on_a_known_image_is_written_as_the_processor_writes_it
         ids = batch["input_ids"][0]
         assert torch.equal(prompt.input_ids, ids)
         assert torch.equal(prompt.position_ids, vlm.family.positions(vlm.base, ids, batch))
+
+
+def test_a_placeholder_is_repeated_as_a_token_only_where_it_is_one_beside_others() -> None:
+    words = Tokenizer(models.WordLevel({"?": 0, "<image>": 1, "<image><image>": 2, "what": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    written = _Written("<image>", "<image>" * 2, 2, {})
+    for added, ids in [([], [2, 3]), (["<image>"], [1, 1, 3])]:
+        fast = PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=added)
+        assert _ids(SimpleNamespace(tokenizer=fast), "<image> what", written) == ids  # type: ignore[arg-type]
 
 
 def test_a_processor_that_does_not_fit_its_model_is_named(folder: Callable[[str], Path]) -> None:
