@@ -316,5 +316,12 @@ def joined(names: Sequence[str], layers: Sequence[torch.nn.Linear]) -> _Joint:
             whole = whole.T.contiguous().T
         for layer, part in zip(layers, whole.split(outs), strict=True):
             layer.weight.data = part
+            layer.register_state_dict_post_hook(_row_by_row)
     bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
     return _Joint(tuple(names), outs, whole, bias)
+
+
+def _row_by_row(layer: torch.nn.Linear, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """What is saved of a layer is laid as everybody expects: safetensors takes nothing else."""
+    name = prefix + "weight"
+    state[name] = state[name].contiguous()

@@ -36,6 +36,7 @@ from hscr.feature_cache import FeatureCache
 from hscr.image_text import _ids, _Written
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, load_model
 from hscr.packing import packed_logits, row_logits, tree_logits
+from hscr.plain_decoder import PlainDecoder
 from hscr.visual_tokens import Prompt, drop_visual_tokens, dropout_mask, dropped
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import MADE, NAMES, save_tiny, stock_row
@@ -235,6 +236,22 @@ def test_another_question_on_a_known_image_is_written_as_the_processor_writes_it
         ids = batch["input_ids"][0]
         assert torch.equal(prompt.input_ids, ids)
         assert torch.equal(prompt.position_ids, vlm.family.positions(vlm.base, ids, batch))
+
+
+def test_a_model_that_answered_holds_its_weights_once_and_is_saved_as_it_was_loaded(vlm: VLM, tmp_path: Path) -> None:
+    def held() -> int:
+        return sum(
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vlm.base.parameters()}.values()
+        )
+
+    before, n_bytes = {name: t.clone() for name, t in vlm.base.state_dict().items()}, held()
+    if PlainDecoder.of(vlm) is None:
+        pytest.skip("no plain decoder")
+    assert held() <= n_bytes
+    vlm.base.save_pretrained(tmp_path / "saved")
+    again = type(vlm.base).from_pretrained(tmp_path / "saved").state_dict()
+    assert before.keys() == again.keys()
+    assert all(torch.equal(t, again[name]) for name, t in before.items())
 
 
 def test_a_placeholder_is_repeated_as_a_token_only_where_it_is_one_beside_others() -> None:
