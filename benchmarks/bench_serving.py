@@ -101,8 +101,9 @@ def throughput(folder: Path, model: Path, clients: list[int], n: int) -> list[di
                 known = service.closed([body(i, QUESTIONS[1], t) for i, t in mix], c)
                 rows.append(row(mode, "known", c, known, plain))
             shared = pictures(folder, max(n // 6, 1), 2000)
-            six = [body(i, q, t) for i in shared for q, t in zip(QUESTIONS, lengths(6), strict=True)]
-            rows.append(row(mode, "six questions on one", 6, service.closed(six, 6), plain))
+            for kind, lead in (("new", ""), ("known", "And now: ")):
+                six = [body(i, lead + q, t) for i in shared for q, t in zip(QUESTIONS, lengths(6), strict=True)]
+                rows.append(row(mode, f"six questions on one, {kind}", 6, service.closed(six, 6), plain))
     return rows
 
 
@@ -277,7 +278,8 @@ def targets(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     asked = {(r["method"], r["images"], r["clients"]): r for r in tables.get("throughput", [])}
     for what, cell, limit in (
         ("16 clients, new images, against generate", ("continuous", "new", 16), 1.5),
-        ("six questions at once on one new image, against generate", ("continuous", "six questions on one", 6), 6),
+        ("six questions at once on one new image, against generate", ("continuous", "six questions on one, new", 6), 6),
+        ("six at once on one known image, against generate", ("continuous", "six questions on one, known", 6), 6),
     ):
         if cell in asked:
             told(what, asked[cell]["× generate"], limit)
@@ -317,7 +319,7 @@ def main() -> None:
     keep_freed_memory()  # as the service's process does, so that both sides have it
     os.environ["HSCR_ENGINE_THREADS"] = str(given.threads)
     n = 12 if given.quick else given.questions
-    clients = [1, 16]
+    clients = [1, 16] if given.quick else [1, 4, 16, 64]
     repeats = 3
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

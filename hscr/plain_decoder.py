@@ -194,7 +194,7 @@ class PlainDecoder:
                 attended = self._attended(layer.attention, queries, keys, values, mask)
             x += _linear(lora, layer.out, attended)
             gate, up = _linear(lora, layer.gate_up, layer.second(x)).chunk(2, -1)
-            x += _linear(lora, layer.down, layer.act(gate) * up)
+            x += _linear(lora, layer.down, layer.act(gate).mul_(up))
         return self.norm(x)
 
     def _embedded(self, rows: Rows) -> Tensor:
