@@ -1,13 +1,14 @@
 """`python -m service.decode_child`: decodes and cleans images that others sent, one order after the other, under limits of memory and time.
 
-An order is a line of JSON and the bytes of its images on stdin; the answer, on stdout, JSON behind its length (4 bytes, the highest first),
-then RGB pixels or a cleaned file.
+An order is a line of JSON on stdin; the answer, on stdout, JSON behind its length (4 bytes, the highest first). The order's files, and the
+answer's pixels of four bytes or cleaned file, lie in the memory that both processes share (service/decode_arena.py), or follow there.
 The process ends with its stdin, writes no file, and is killed by its own alarm where whoever ordered is too late to do it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -17,17 +18,22 @@ from typing import Any
 from hscr.image_limits import ImageError, ImageLimits, Note
 from hscr.image_view import View, parsed_view
 from hscr.images import read_image, read_images, read_limited
+from service.decode_arena import Arena
 
 
 def main() -> None:
     memory, seconds = int(sys.argv[1]), float(sys.argv[2])
+    arena = _arena(int(sys.argv[3])) if len(sys.argv) > 3 else None
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     orders, answers = sys.stdin.buffer, sys.stdout.buffer
     while line := orders.readline():
         order = json.loads(line)
-        given = [orders.read(size) for size in order["sizes"]]
+        if arena and order["shared"]:
+            given = [bytes(part) for part in arena.get(order["sizes"])]
+        else:
+            given = [orders.read(size) for size in order["sizes"]]
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         pixels: list[bytes] = []
         try:
@@ -37,11 +43,18 @@ def main() -> None:
         except MemoryError:
             answer, pixels = {"refused": "decoding the image needs more memory than it may take"}, []
         signal.setitimer(signal.ITIMER_REAL, 0)
-        told = json.dumps(answer).encode()
+        shared = arena is not None and arena.put(pixels)
+        told = json.dumps({**answer, "shared": shared}).encode()
         answers.write(len(told).to_bytes(4, "big") + told)
-        for part in pixels:
+        for part in () if shared else pixels:
             answers.write(part)
         answers.flush()
+
+
+def _arena(descriptor: int) -> Arena:
+    arena = Arena(descriptor)
+    os.close(descriptor)
+    return arena
 
 
 def _decoded(order: dict[str, Any], given: list[bytes], pixels: list[bytes]) -> dict[str, Any]:
@@ -53,7 +66,7 @@ def _decoded(order: dict[str, Any], given: list[bytes], pixels: list[bytes]) -> 
     images = []
     for decoded in read_images(given, limits, views):
         images.append({**_told(decoded.note), "size": decoded.image.size})
-        pixels.append(decoded.image.tobytes())
+        pixels.append(decoded.image.tobytes("raw", "RGBX"))
     return {"images": images}
 
 

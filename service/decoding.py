@@ -1,40 +1,33 @@
-"""Images are decoded in processes of their own (service/decode_child.py), kept warm: a file that crashes, stalls or swells takes one of
+"""Images are decoded in processes of their own (service/decode_process.py), kept warm: a file that crashes, stalls or swells takes one of
 those along, never the API. A process that was lost is replaced by the next order.
-
-They end when their stdin does, so with this process however it dies. (PR_SET_PDEATHSIG would follow the thread that started them.)
 """
 
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
 import json
-import os
 import queue
-import select
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from hscr.image_limits import ImageError, ImageLimits, Note
 from hscr.image_view import View
 from hscr.images import Decoded
+from service.decode_process import DecodeProcess
 from service.settings import Settings
 
-_F_SETPIPE_SZ, _PIPE_BYTES = 1031, 2**20
-_HEAD_MAX_BYTES = 2**20  # of an answer's JSON
+T = TypeVar("T")
 
 
 class DecodersBusy(Exception):
@@ -61,24 +54,6 @@ class DecodeStats:
     no_room: int
 
 
-@dataclass
-class _Child:
-    process: subprocess.Popen[bytes]
-
-    @property
-    def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        return self.process.stdin, self.process.stdout
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in self.pipes:
-            with suppress(OSError):
-                pipe.close()
-
-
 class Decoders:
     """`processes` at most, each with `memory_bytes` of addresses and `seconds` an order. Thread-safe.
 
@@ -99,7 +74,7 @@ class Decoders:
         self._held: dict[
             object, int
         ] = {}  # changed by single calls only: images are let go in any thread, at any point of it
-        self._free: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # None: a process that is not started
+        self._free: queue.LifoQueue[DecodeProcess | None] = queue.LifoQueue()  # None: a process that is not started
         self._counts = dict.fromkeys(("orders", "refused", "lost", "no_room"), 0)
         self._count_lock = threading.Lock()
         self.processes = processes
@@ -126,30 +101,24 @@ class Decoders:
             self._count("no_room")
             raise DecodersBusy
         # What was never seen has its digest made while another process decodes it.
-        answer, pixels = self._ask({"sizes": [len(data) for data in several], **common}, several, digest)
-        decoded = tuple(
-            Decoded(self._hold(Image.frombytes("RGB", tuple(told["size"]), data)), _note(told))
-            for told, data in zip(answer["images"], pixels, strict=True)
-        )
+        decoded = tuple(self._ask(common, several, self._image, digest))
         self._recent.put(glance, digest(), decoded)
         return decoded
 
     def check(self, path: Path, limits: ImageLimits = ImageLimits(), view: View = View()) -> Note:
         """Whether a file can be decoded; no pixels come back. Raises ImageError, DecodersBusy."""
-        order = {"sizes": [], "path": str(path.resolve()), **_common(limits, [view])}
-        return _note(self._ask(order, ())[0]["images"][0])
+        order = {"path": str(path.resolve()), **_common(limits, [view])}
+        return self._ask(order, (), lambda told, _: _note(told))[0]
 
     def clean(self, path: Path, key: bytes, limits: ImageLimits = ImageLimits(), view: View = View()) -> Cleaned:
         """What of a file may be stored (hscr/clean_image.py). Raises ImageError, DecodersBusy."""
-        order = {"sizes": [], "path": str(path.resolve()), "key": key.hex(), **_common(limits, [view])}
-        answer, content = self._ask(order, ())
-        told = answer["images"][0]
-        return Cleaned(_note(told), bytes(content[0]) if "bytes" in told else None)
+        order = {"path": str(path.resolve()), "key": key.hex(), **_common(limits, [view])}
+        return self._ask(order, (), _cleaned)[0]
 
     def warm(self) -> None:
         """Start one process now, so that the first question does not wait for it."""
         child = self._free.get()
-        self._free.put(child or self._start())
+        self._free.put(child or DecodeProcess.start(self.memory_bytes, self.seconds))
 
     def close(self) -> None:
         """End the processes that are free."""
@@ -160,8 +129,13 @@ class Decoders:
                     child.end()
 
     def _ask(
-        self, order: dict[str, Any], data: Sequence[bytes], meanwhile: Callable[[], object] = lambda: None
-    ) -> tuple[dict[str, Any], list[bytearray]]:
+        self,
+        order: dict[str, Any],
+        data: Sequence[bytes],
+        taken: Callable[[dict[str, Any], bytearray | memoryview], T],
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> list[T]:
+        """What `taken` makes of each image of the answer (DecodeProcess.answer)."""
         try:
             child = self._free.get(timeout=self.seconds)
         except queue.Empty:
@@ -173,9 +147,9 @@ class Decoders:
                 if child is not None:
                     child.end()
                 child = None
-                child = self._start()
+                child = DecodeProcess.start(self.memory_bytes, self.seconds)
             try:
-                answer, pixels = _exchange(child, order, data, self.seconds, meanwhile)
+                answer, made = child.answer(order, data, self.seconds, taken, meanwhile)
             except (OSError, EOFError, ValueError) as error:
                 child.end()
                 child = None
@@ -192,44 +166,20 @@ class Decoders:
         if "refused" in answer:
             self._count("refused")
             raise ImageError(answer["refused"])
-        return answer, pixels
+        return made
 
     def _holds_too_much(self) -> bool:
         return sum(list(self._held.values())) >= self.held_max_bytes
 
-    def _hold(self, image: Image.Image) -> Image.Image:
-        token = object()
+    def _image(self, told: dict[str, Any], pixels: bytearray | memoryview) -> Decoded:
+        image, token = Image.frombytes("RGB", tuple(told["size"]), pixels, "raw", "RGBX"), object()
         self._held[token] = _held_bytes(image)
         weakref.finalize(image, self._held.pop, token, None)
-        return image
+        return Decoded(image, _note(told))
 
     def _count(self, what: str) -> None:
         with self._count_lock:
             self._counts[what] += 1
-
-    def _start(self) -> _Child:
-        names = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")  # no key, no database address
-        environment = {k: os.environ[k] for k in names if k in os.environ}
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        # Pages that an image took serve the next: given back each time, they cost half as much again as decoding a small PNG.
-        environment |= {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
-        child = _Child(
-            subprocess.Popen(
-                [sys.executable, "-m", "service.decode_child", str(self.memory_bytes), str(self.seconds)],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # a traceback may quote a header
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the API, which waits for its answers
-            )
-        )
-        for pipe in child.pipes:
-            os.set_blocking(pipe.fileno(), False)  # our ends only
-            if sys.platform == "linux":
-                with suppress(OSError):
-                    fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
-        return child
 
 
 class Recent:
@@ -329,54 +279,12 @@ def decoders(settings: Settings) -> Decoders:
 
 
 def _common(limits: ImageLimits, views: Sequence[View]) -> dict[str, Any]:
-    return {"limits": asdict(limits), "views": [view.to_json() for view in views]}
+    return {"limits": vars(limits), "views": [view.to_json() for view in views]}
+
+
+def _cleaned(told: dict[str, Any], content: bytearray | memoryview) -> Cleaned:
+    return Cleaned(_note(told), bytes(content) if "bytes" in told else None)
 
 
 def _note(told: dict[str, Any]) -> Note:
     return Note(told["format"], told["modality"], tuple(told["flags"]))
-
-
-def _exchange(
-    child: _Child, order: dict[str, Any], data: Sequence[bytes], seconds: float, meanwhile: Callable[[], object]
-) -> tuple[dict[str, Any], list[bytearray]]:
-    """The answer and its pixels or bytes; `meanwhile` is called when all is sent.
-
-    Raises TimeoutError after so many seconds, EOFError or OSError where the process ended, ValueError where it said something else.
-    """
-    orders, answers = (pipe.fileno() for pipe in child.pipes)
-    until = time.monotonic() + seconds
-    for part in (json.dumps(order).encode() + b"\n", *data):
-        _through(orders, select.POLLOUT, memoryview(part), until, os.write)
-    meanwhile()
-    if (length := int.from_bytes(_read(answers, 4, until), "big")) > _HEAD_MAX_BYTES:
-        raise ValueError
-    answer: dict[str, Any] = json.loads(_read(answers, length, until))
-    sizes = (
-        told["size"][0] * told["size"][1] * 3 if "size" in told else told.get("bytes", 0)
-        for told in answer.get("images", ())
-    )
-    return answer, [_read(answers, size, until) for size in sizes]
-
-
-def _read(descriptor: int, n: int, until: float) -> bytearray:
-    out = bytearray(n)
-    _through(descriptor, select.POLLIN, memoryview(out), until, lambda fd, left: os.readv(fd, [left]))
-    return out
-
-
-def _through(
-    descriptor: int, event: int, left: memoryview, until: float, moved: Callable[[int, memoryview], int]
-) -> None:
-    """All bytes of `left` through a pipe that does not block, in either direction."""
-    ready = select.poll()
-    ready.register(descriptor, event)
-    while left:
-        try:
-            n = moved(descriptor, left)
-        except BlockingIOError:
-            if not ready.poll(max(0.0, 1000 * (until - time.monotonic()))):
-                raise TimeoutError from None
-            continue
-        if n == 0:
-            raise EOFError
-        left = left[n:]

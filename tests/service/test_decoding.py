@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +19,8 @@ from PIL import Image
 
 from hscr.image_limits import Note
 from hscr.images import Decoded, ImageError, ImageLimits, View, decode_image
-from service import decoding
+from service import decode_process, decoding
+from service.decode_arena import ARENA_BYTES, Arena, arena_file
 from service.decoding import Decoders, DecodersBusy, Recent
 from tests.conftest import png, wait_for
 from tests.hscr.medical import dicom
@@ -49,6 +52,65 @@ def test_pixels_notes_and_views_are_those_of_the_library(decoders: Decoders) -> 
     assert (two.note.format, two.note.flags) == ("dicom", ("burned_in_annotation",))
     with pytest.raises(ImageError, match="the data is not a PNG"):
         decoders.decode([b"canary"], LIMITS, [View()])
+
+
+def test_what_does_not_fit_into_the_shared_memory_goes_through_the_pipes(decoders: Decoders) -> None:
+    """There and back: pixels of a file that fits, and a file that does not; in between one that fits both ways."""
+    pictures = [Image.linear_gradient("L").resize((side, side)).convert("RGB") for side in (2100, 100, 2400)]
+    files = [encoded(picture, "BMP") for picture in pictures]
+    assert [len(data) > ARENA_BYTES for data in files] == [False, False, True]
+    for picture, data in zip(pictures, files, strict=True):
+        assert decoders.decode([data], LIMITS, [View()])[0].image.tobytes() == picture.tobytes()
+    several = decoders.decode(files[:2], LIMITS, [View(), View()])
+    assert [d.image.tobytes() for d in several] == [p.tobytes() for p in pictures[:2]]
+
+
+def test_without_shared_memory_all_goes_through_the_pipes(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def forbidden(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
+    assert decoders.decode([png(3)], LIMITS, [View()])[0].image.tobytes() == decode_image(png(3)).tobytes()
+    (tmp_path / "good.png").write_bytes(png())
+    assert decoders.clean(tmp_path / "good.png", b"key").note.format == "png"
+
+
+def test_an_image_is_its_own_when_the_next_one_comes(decoders: Decoders) -> None:
+    first = decoders.decode([png(1)], LIMITS, [View()])[0].image
+    before = first.tobytes()
+    assert decoders.decode([png(2)], LIMITS, [View()])[0].image.tobytes() != before
+    assert first.tobytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is shared")
+def test_shared_memory_cannot_be_cut_or_read_beyond_and_ends_with_its_process() -> None:
+    """Whoever reads a mapped file that another process has cut is killed."""
+    descriptor = arena_file()
+    assert descriptor is not None
+    with pytest.raises(PermissionError):
+        os.ftruncate(descriptor, 0)
+    arena = Arena(descriptor)
+    os.close(descriptor)
+    for sizes in ([ARENA_BYTES, 1], [-1, 2]):
+        with pytest.raises(ValueError, match="more than"):
+            list(arena.get(sizes))
+    del arena
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("hscr-decode")
+
+    gc.collect()  # of pools of other tests
+    before, descriptors = mapped(), psutil.Process().num_fds()
+    with closing(Decoders(1, 2**30, 20)) as pool:
+        for _ in range(3):
+            pool.decode([png()], LIMITS, [View()])
+            assert mapped() == before + 1
+            process = child(pool)
+            process.kill()
+            process.wait(10)
+    assert (mapped(), psutil.Process().num_fds()) == (before, descriptors)
 
 
 def test_a_killed_process_is_replaced(decoders: Decoders) -> None:
@@ -217,7 +279,7 @@ def test_a_process_whose_answer_was_not_read_whole_answers_nobody_else(
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "_read", no_memory)
+        patched.setattr(decode_process, "_read", no_memory)
         with pytest.raises(MemoryError):
             decoders.decode([png(0)], LIMITS, [View()])
     assert not first.is_running()
