@@ -14,8 +14,7 @@ from contextlib import aclosing
 from typing import Any, Literal
 from uuid import uuid4
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from hscr.answers import Answer, Delta, TokenLogprob
@@ -29,7 +28,7 @@ from service.errors import Problem
 from service.event_stream import event_stream
 from service.routes.chat_request import ChatRequest, conversation, read
 from service.routes.vqa import ModelRef, model_ref
-from service.routing import Router
+from service.routing import Router, direct, json_response
 from service.state import Service, State
 
 router = Router(prefix="/v1", tags=["openai"])
@@ -120,7 +119,8 @@ class _Told:
     openapi_extra=OPENAPI,
     response_model=ChatCompletion,
 )
-async def chat(state: Service, request: Request) -> ChatCompletion | StreamingResponse:
+@direct
+async def chat(state: Service, request: Request) -> Response:
     """Several turns; images as data URLs, placed before the text of their turn. `stream: true` answers with server-sent events."""
     asking.ready(state, request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -128,7 +128,8 @@ async def chat(state: Service, request: Request) -> ChatCompletion | StreamingRe
     wish = read(await request.body())
     turns, data, views = conversation(wish)
     asking.require_images(state, len(data))
-    resolved = await asyncio.to_thread(model_of, state, wish.model)
+    base = wish.model == state.settings.model_id
+    resolved = None if base else await asyncio.to_thread(model_of, state, wish.model)
     decoded = await asyncio.to_thread(asking.decode, state, request, data, views)
     question = Question(
         images=tuple(d.image for d in decoded),
@@ -149,7 +150,7 @@ async def chat(state: Service, request: Request) -> ChatCompletion | StreamingRe
         parts = await asking.stream(state, question, request)
         return event_stream(_events(told, wish, parts))
     answer = await asking.ask(state, question, request)
-    return ChatCompletion(
+    completion = ChatCompletion(
         id=told.id,
         created=told.created,
         model=told.model,
@@ -164,6 +165,7 @@ async def chat(state: Service, request: Request) -> ChatCompletion | StreamingRe
         system_fingerprint=told.fingerprint,
         hscr=told.ours(wish, answer),
     )
+    return json_response(completion)
 
 
 def model_of(state: State, name: str) -> Resolved | None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import pybase64
-from fastapi import Request
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
@@ -28,7 +28,7 @@ from service.engine import Question
 from service.errors import Problem
 from service.event_stream import event, event_stream
 from service.problems import invalid_fields
-from service.routing import Router
+from service.routing import Router, direct, json_response
 from service.state import Service, State
 
 router = Router(tags=["vqa"])
@@ -175,7 +175,8 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 @router.post(
     "/vqa", summary="Ask a question on an image", openapi_extra=OPENAPI, response_model=VQAResponse, responses=STREAMED
 )
-async def vqa(state: Service, request: Request) -> Any:
+@direct
+async def vqa(state: Service, request: Request) -> Response:
     """Base and adapters are served together. When too many questions wait, 503 at once with Retry-After."""
     begin = time.perf_counter()
     asking.ready(state, request)
@@ -206,7 +207,7 @@ async def vqa(state: Service, request: Request) -> Any:
         )
 
     if not parameters.stream:
-        return response(await asking.ask_all(state, questions, request))
+        return json_response(response(await asking.ask_all(state, questions, request)))
     streams: list[AsyncGenerator[Delta | Answer]] = []
     try:  # a refusal of either comes before the first byte
         for question in questions:
