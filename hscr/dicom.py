@@ -43,7 +43,7 @@ def read_dicom(data: bytes, limits: ImageLimits, view: View) -> tuple[Image.Imag
             raise ImageError(f"the DICOM file has no frame or more than {limits.frames}")
         if frame >= frames:
             raise ImageError("frame: the file has fewer")
-        return Image.fromarray(_rgb(dataset, frame, view)), note(dataset)
+        return Image.fromarray(_shown(dataset, frame, view)).convert("RGB"), note(dataset)
 
 
 def open_dicom(data: bytes, limits: ImageLimits) -> Dataset:
@@ -83,15 +83,15 @@ def _inflated(data: bytes, limit: int) -> bytes:
     return out.getvalue() + content
 
 
-def _rgb(dataset: Dataset, frame: int, view: View) -> NDArray[np.uint8]:
-    """uint8 [rows, columns, 3]."""
+def _shown(dataset: Dataset, frame: int, view: View) -> NDArray[np.uint8]:
+    """uint8 [rows, columns] of grey values, [rows, columns, 3] of colours."""
     from pydicom.pixels import apply_color_lut
 
     kind = str(dataset.get("PhotometricInterpretation", "")).strip().upper()
     values = _frame(dataset, frame)
     if values.ndim == 2 and kind != "PALETTE COLOR":
         one = _monochrome(dataset, values, frame, view)
-        return np.repeat((255 - one if kind == "MONOCHROME1" else one)[..., None], 3, axis=2)
+        return 255 - one if kind == "MONOCHROME1" else one
     if view.window is not None:
         raise ImageError("a window is for grey values; this DICOM image has colours")
     if values.ndim == 2:

@@ -36,7 +36,7 @@ def read_nifti(data: bytes, limits: ImageLimits, view: View) -> tuple[Image.Imag
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         volume = kind.from_stream(io.BytesIO(data))
-        return Image.fromarray(_shown(volume, len(data), limits, view)), Note("nifti")
+        return Image.fromarray(_shown(volume, len(data), limits, view)).convert("RGB"), Note("nifti")
 
 
 def unpacked(data: bytes, limit: int) -> bytes:
@@ -54,7 +54,7 @@ def unpacked(data: bytes, limit: int) -> bytes:
 
 
 def _shown(volume: Any, size: int, limits: ImageLimits, view: View) -> NDArray[np.uint8]:
-    """uint8 [rows, columns, 3]."""
+    """uint8 [rows, columns] of grey values, [rows, columns, 3] of colours."""
     from nibabel.orientations import io_orientation
 
     shape = tuple(int(n) for n in volume.shape)
@@ -109,5 +109,5 @@ def _grey_or_colour(values: NDArray[Any], header: Any, view: View) -> NDArray[np
         centre, width = view.window
         low, high = centre - width / 2, centre + width / 2
     elif not (np.isfinite([low, high]).all() and high > low):  # the file says no range to show
-        return np.repeat(grey(values)[..., None], 3, axis=2)
-    return np.repeat(grey(values, low, high)[..., None], 3, axis=2)
+        return grey(values)
+    return grey(values, low, high)
