@@ -96,7 +96,9 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
     )
     app.state.hscr = state
     problems.install(app)
-    modules = (
+    modules = (  # routes are tried in this order: first those whose callers wait for a model
+        vqa,
+        chat,
         datasets,
         align,
         evaluate,
@@ -109,8 +111,6 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         aliases,
         gates,
         lineage,
-        vqa,
-        chat,
         models,
         files,
         fine_tuning,
