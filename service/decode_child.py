@@ -1,7 +1,7 @@
 """`python -m service.decode_child`: decodes and cleans images that others sent, one order after the other, under limits of memory and time.
 
 An order is a line of JSON on stdin; the answer, on stdout, JSON behind its length (4 bytes, the highest first). The order's files, and the
-answer's pixels of four bytes or cleaned file, lie in the memory that both processes share (service/decode_arena.py), or follow there.
+answer's pixels or cleaned file, lie in the memory that both processes share (service/decode_arena.py), or follow there.
 The process ends with its stdin, writes no file, and is killed by its own alarm where whoever ordered is too late to do it.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from hscr.image_limits import ImageError, ImageLimits, Note
 from hscr.image_view import View, parsed_view
 from hscr.images import read_image, read_images, read_limited
-from service.decode_arena import Arena
+from service.decode_arena import ARENA_BYTES, Arena
 
 
 def main() -> None:
@@ -63,11 +63,11 @@ def _decoded(order: dict[str, Any], given: list[bytes], pixels: list[bytes]) -> 
         return _cleaned(Path(order["path"]), bytes.fromhex(order["key"]), limits, views[0], pixels)
     if "path" in order:  # a file that was unpacked to our own disk: only whether it can be read, and its note
         return {"images": [_told(read_image(Path(order["path"]), limits, views[0]).note)]}
-    images = []
-    for decoded in read_images(given, limits, views):
-        images.append({**_told(decoded.note), "size": decoded.image.size})
-        pixels.append(decoded.image.tobytes("raw", "RGBX"))
-    return {"images": images}
+    decoded = read_images(given, limits, views)
+    # Small pictures go as they lie in Pillow's memory: to take a byte that is not used out and put it in again costs more than to carry it.
+    mode = "RGBX" if sum(4 * d.image.width * d.image.height for d in decoded) <= ARENA_BYTES else "RGB"
+    pixels += (d.image.tobytes("raw", mode) for d in decoded)
+    return {"images": [{**_told(d.note), "size": d.image.size, "mode": mode} for d in decoded]}
 
 
 def _cleaned(path: Path, key: bytes, limits: ImageLimits, view: View, out: list[bytes]) -> dict[str, Any]:

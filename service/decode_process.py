@@ -22,9 +22,6 @@ from service.decode_arena import Arena, arena_file
 
 _F_SETPIPE_SZ, _PIPE_BYTES = 1031, 2**20
 _HEAD_MAX_BYTES = 2**20  # of an answer's JSON
-BYTES_A_PIXEL = (
-    4  # as they lie in Pillow's memory: a byte that is not used costs less than to take it out and put it in again
-)
 T = TypeVar("T")
 
 
@@ -116,7 +113,7 @@ def _size(told: dict[str, Any]) -> int:
     """In bytes, of what comes with it."""
     if "size" in told:
         width, height = told["size"]
-        return int(BYTES_A_PIXEL * width * height)
+        return int(len(told["mode"]) * width * height)
     return int(told.get("bytes", 0))
 
 

@@ -172,7 +172,7 @@ class Decoders:
         return sum(list(self._held.values())) >= self.held_max_bytes
 
     def _image(self, told: dict[str, Any], pixels: bytearray | memoryview) -> Decoded:
-        image, token = Image.frombytes("RGB", tuple(told["size"]), pixels, "raw", "RGBX"), object()
+        image, token = Image.frombytes("RGB", tuple(told["size"]), pixels, "raw", told["mode"]), object()
         self._held[token] = _held_bytes(image)
         weakref.finalize(image, self._held.pop, token, None)
         return Decoded(image, _note(told))

@@ -55,10 +55,13 @@ def test_pixels_notes_and_views_are_those_of_the_library(decoders: Decoders) -> 
 
 
 def test_what_does_not_fit_into_the_shared_memory_goes_through_the_pipes(decoders: Decoders) -> None:
-    """There and back: pixels of a file that fits, and a file that does not; in between one that fits both ways."""
-    pictures = [Image.linear_gradient("L").resize((side, side)).convert("RGB") for side in (2100, 100, 2400)]
-    files = [encoded(picture, "BMP") for picture in pictures]
-    assert [len(data) > ARENA_BYTES for data in files] == [False, False, True]
+    """A file and its pixels, pixels alone; in between what fits, as four bytes a pixel or as three."""
+    kinds = [(2400, "BMP"), (100, "BMP"), (2400, "PNG"), (2100, "BMP")]
+    pictures = [Image.linear_gradient("L").resize((side, side)).convert("RGB") for side, _ in kinds]
+    files = [encoded(picture, kind) for picture, (_, kind) in zip(pictures, kinds, strict=True)]
+    assert [len(data) > ARENA_BYTES for data in files] == [True, False, False, False]
+    assert 3 * 2400**2 > ARENA_BYTES
+    assert 4 * 2100**2 > ARENA_BYTES > 3 * 2100**2
     for picture, data in zip(pictures, files, strict=True):
         assert decoders.decode([data], LIMITS, [View()])[0].image.tobytes() == picture.tobytes()
     several = decoders.decode(files[:2], LIMITS, [View(), View()])
