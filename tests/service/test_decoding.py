@@ -172,11 +172,8 @@ def test_a_process_that_reads_strangers_files_is_told_no_secret(
     for name in ("HSCR_API_KEY", "DATABASE_URL", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "canary")
     decoders.warm()
-    process = child(decoders)
-    wait_for(
-        lambda: bool(process.environ()), 10
-    )  # the kernel closes the pipe that its start waits for before it lays this out
-    told = process.environ()
+    # The kernel closes the pipe that starting it waits for before it lays this out.
+    told = wait_for(child(decoders).environ, 10)
     assert "canary" not in told.values()
     assert told["OMP_NUM_THREADS"] == "1"
 
