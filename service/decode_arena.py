@@ -11,9 +11,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 
-ARENA_BYTES = (
-    16 * 2**20
-)  # a picture of 2048 × 2048 pixels; decoding a larger one takes a hundred times as long as the pipe
+ARENA_BYTES = 2**24  # a picture of 2048 × 2048 pixels; decoding a larger one takes a hundred times as long as the pipe
 
 
 class Arena:
