@@ -13,7 +13,11 @@ COPY hscr hscr
 COPY service service
 COPY worker worker
 COPY migrations migrations
-RUN pip install --extra-index-url "$TORCH_INDEX" -c constraints.txt -e ".[service,s3]"
+# What docker-compose.yml's settings and every format of docs/data.md need. `medical` brings pylibjpeg-libjpeg, which is GPL-3: that is why it
+# is an extra and not a dependency; an image that is handed on without it is built with `--build-arg HSCR_EXTRAS=service,s3,data,caption,trace`
+# and reads no DICOM and no NIfTI. Others: pyproject.toml.
+ARG HSCR_EXTRAS=service,s3,medical,data,caption,trace
+RUN pip install --extra-index-url "$TORCH_INDEX" -c constraints.txt -e ".[$HSCR_EXTRAS]"
 
 RUN useradd --uid 10001 --create-home hscr && mkdir -p /data/tmp /models && chown -R hscr /data /models
 USER hscr

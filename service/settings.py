@@ -33,131 +33,192 @@ def without_secrets() -> dict[str, str]:
 
 
 class Settings(BaseSettings):
-    """All settings with their defaults. `DATABASE_URL` and `REDIS_URL` have no prefix, as is usual."""
+    """All settings with their defaults. `DATABASE_URL` and `REDIS_URL` have no prefix, as is usual.
+
+    What each one is stands below it, and from here it comes into docs/settings.md (service/settings_page.py).
+    """
 
     model_config = SettingsConfigDict(env_prefix="HSCR_", extra="ignore", populate_by_name=True)
 
     data_dir: Path = Path("hscr-data")
-    database_url: str = Field(default="", validation_alias=AliasChoices("DATABASE_URL", "HSCR_DATABASE_URL"))
+    """The data folder: SQLite, data sets, runs, artifacts, caches. All processes of one service share it."""
+    database_url: str = Field(
+        default="", repr=False, validation_alias=AliasChoices("DATABASE_URL", "HSCR_DATABASE_URL")
+    )
+    """postgresql://USER:PASSWORD@HOST:PORT/NAME; empty: a SQLite file in the data folder."""
     redis_url: str = Field(
-        default="redis://127.0.0.1:6379/0", validation_alias=AliasChoices("REDIS_URL", "HSCR_REDIS_URL")
+        default="redis://127.0.0.1:6379/0", repr=False, validation_alias=AliasChoices("REDIS_URL", "HSCR_REDIS_URL")
     )
-
-    artifacts_url: str = (
-        Field(  # where adapters, reports and data sets lie; empty = in the data folder (docs/storage.md)
-            default="", repr=False, validation_alias=AliasChoices("ARTIFACTS_URL", "HSCR_ARTIFACTS_URL")
-        )
+    """The broker, Valkey or Redis. Only bells lie there; `hscr up` starts one of its own where this is not set."""
+    artifacts_url: str = Field(
+        default="", repr=False, validation_alias=AliasChoices("ARTIFACTS_URL", "HSCR_ARTIFACTS_URL")
     )
-    artifacts_options: SecretStr | None = Field(  # JSON: what fsspec needs to open that address
+    """Where adapters, reports and data sets lie; empty: in the data folder ([storage.md](storage.md))."""
+    artifacts_options: SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("ARTIFACTS_OPTIONS", "HSCR_ARTIFACTS_OPTIONS")
     )
-    artifacts_cache_max_bytes: int = Field(default=50 * 2**30, ge=0)  # of what was read from such an address
-    artifacts_wait_s: float = Field(default=600.0, ge=0)  # a job waits so long for a store that is away
-    artifacts_grace_s: float = Field(default=3600.0, ge=0)  # objects without a row are removed when they are older
-    log: Literal["auto", "json", "console"] = (
-        "auto"  # JSON lines, or lines for people; auto: by whether stderr is a terminal
-    )
-    trace: Literal["auto", "on", "off"] = "auto"  # OpenTelemetry; auto: where OTEL_EXPORTER_OTLP_ENDPOINT is set
+    """JSON: what fsspec needs to open that address."""
+    artifacts_cache_max_bytes: int = Field(default=50 * 2**30, ge=0)
+    """What is kept in the data folder of what was read from such an address."""
+    artifacts_wait_s: float = Field(default=600.0, ge=0)
+    """A job waits so long for a store that is away."""
+    artifacts_grace_s: float = Field(default=3600.0, ge=0)
+    """Objects without a row are removed when they are older."""
+    feature_cache: str = ""
+    """Folder of image features, shared by runs and engine; empty: in the data folder; `off`: none."""
+    disk_reserve_bytes: int = Field(default=512 * 2**20, ge=0)
+    """With less free in the data folder no run starts or goes on."""
+    keep_runs_s: float | None = Field(default=30 * 86400, ge=0)
+    """The folders of ended jobs are kept so long; `null`: until deleted."""
+    keep_idempotency_s: float = Field(default=7 * 86400, ge=0)
+    """Idempotency keys are kept so long."""
+    clean_interval_s: float = Field(default=60.0, gt=0)
+    """Between two looks at what may go."""
 
     host: str = "127.0.0.1"
+    """The address to listen on. Any but loopback needs `HSCR_API_KEY`."""
     port: int = 8000
+    """The port to listen on."""
     api_key: SecretStr | None = None
+    """A key with every scope; `hscr keys create` makes others."""
+    key_waiting_max: int | None = Field(default=1000, ge=0)
+    """Jobs of one key that wait (queued, paused, awaiting review)."""
+    key_running_max: int | None = Field(default=None, ge=1)
+    """Jobs of one key that run at once."""
+    key_questions_max: int | None = Field(default=32, ge=1)
+    """Questions of one key, waiting or being answered."""
+    uid_key: SecretStr | None = Field(default=None, min_length=16)
+    """Remaps UIDs of uploaded DICOM files; without one a secret in the data folder does ([data.md](data.md))."""
+    log: Literal["auto", "json", "console"] = "auto"
+    """JSON lines, or lines for people; `auto`: by whether stderr is a terminal."""
+    trace: Literal["auto", "on", "off"] = "auto"
+    """OpenTelemetry; `auto`: where `OTEL_EXPORTER_OTLP_ENDPOINT` is set ([observability.md](observability.md))."""
 
-    model: str = ""  # Hugging Face name or folder; empty = the demo model that ships with hscr
+    model: str = ""
+    """Hugging Face name or folder of the base model; empty: the demo model that ships with hscr."""
     model_revision: str | None = None
-    engine: Literal["local", "openai", "none"] = "local"
-    upstream_url: str = ""  # engine openai: the model server's address (vLLM), http://HOST:PORT
-    upstream_key: SecretStr | None = None
-    upstream_model: str = ""  # its name there; empty = HSCR_MODEL
-    upstream_data_dir: str = ""  # what the server calls the data folder, for adapters; empty = as it is called here
-    upstream_adapters_max: int = Field(default=16, ge=1)  # adapters kept loaded there
-    upstream_concurrency: int = Field(default=32, ge=1)  # questions with it at once; queue_max more wait
-    upstream_timeout_s: float = Field(default=120.0, gt=0)
-    upstream_check_s: float = Field(default=5.0, gt=0)  # between looks whether it is there
+    """Revision of a Hugging Face name; pin it."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` …, of engine and runs."""
     dtype: str = "auto"
-    # Jobs and engine on one device: both (a job's estimate must fit beside the engine), or one of them goes first.
-    device_policy: Literal["share", "serve_first", "train_first"] = "share"
-    device_name: str = (
-        ""  # of one device for all who share the data folder; empty = by `device` and CUDA_VISIBLE_DEVICES
-    )
-    device_wait_s: float = Field(default=120.0, ge=0)  # a job waits so long for the engine to leave
+    """`auto` (bfloat16 on CUDA, float32 elsewhere), `float32`, `bfloat16`, `float16`."""
+    engine: Literal["local", "openai", "none"] = "local"
+    """What answers questions: the model in the API's process, another server of OpenAI's shape (vLLM), nothing."""
     engine_threads: int = Field(default=1, ge=1)
-    scheduling: Literal["continuous", "static"] = "continuous"  # do questions join others between decode steps
-    batch_max: int = Field(default=16, ge=1)  # questions that are answered together
-    batch_tokens_max: int = Field(default=32768, ge=1)  # their tokens, prompts and answers: bounds the key-value cache
+    """Processor threads of the local engine."""
+    device_policy: Literal["share", "serve_first", "train_first"] = "share"
+    """Jobs and engine on one device: both, jobs wait for the engine to go, or the engine leaves for a job."""
+    device_name: str = ""
+    """One device for all who say the same name in one data folder; empty: by `HSCR_DEVICE` and `CUDA_VISIBLE_DEVICES`."""
+    device_wait_s: float = Field(default=120.0, ge=0)
+    """A job waits so long for the engine to leave."""
+
+    upstream_url: str = ""
+    """Engine `openai`: the model server's address, http://HOST:PORT ([serving.md](serving.md))."""
+    upstream_key: SecretStr | None = None
+    """Its key."""
+    upstream_model: str = ""
+    """The model's name there; empty: `HSCR_MODEL`."""
+    upstream_data_dir: str = ""
+    """What the server calls the data folder, for adapters; empty: as it is called here."""
+    upstream_adapters_max: int = Field(default=16, ge=1)
+    """Adapters kept loaded there."""
+    upstream_concurrency: int = Field(default=32, ge=1)
+    """Questions with it at once; `HSCR_QUEUE_MAX` more wait."""
+    upstream_timeout_s: float = Field(default=120.0, gt=0)
+    """For a whole answer."""
+    upstream_check_s: float = Field(default=5.0, gt=0)
+    """Between looks whether it is there."""
+
+    scheduling: Literal["continuous", "static"] = "continuous"
+    """Whether questions join others between decode steps, or whole batches are answered one after the other."""
+    batch_max: int = Field(default=16, ge=1)
+    """Questions that are answered together."""
+    batch_tokens_max: int = Field(default=32768, ge=1)
+    """Their tokens, prompts and answers: bounds the key-value cache."""
     batch_window_s: float = Field(default=0.005, ge=0)
+    """The first question of a batch waits so long for others."""
     queue_max: int = Field(default=64, ge=1)
-    key_questions_max: int | None = Field(default=32, ge=1)  # of one key, waiting or being answered
-    adapters_max_bytes: int = Field(default=2 * 2**30, ge=0)  # adapters kept loaded in the engine
-    prefix_cache_max_bytes: int = Field(default=2**30, ge=0)  # keys and values of images asked about; 0 = none
-    prefix_cache_per_key: bool = False  # callers do not share them: who asked about an image cannot be timed by others
+    """Questions that wait; more are refused at once with Retry-After."""
+    adapters_max_bytes: int = Field(default=2 * 2**30, ge=0)
+    """Adapters kept loaded in the engine."""
+    prefix_cache_max_bytes: int = Field(default=2**30, ge=0)
+    """Keys and values of images asked about; 0: none."""
+    prefix_cache_per_key: bool = False
+    """Callers do not share them: who asked about an image cannot be timed by others."""
 
     run_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "align"]
+    """What the worker runs for a job: a command line, or a JSON list."""
     evaluate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "evaluate"]
+    """The same for an evaluation."""
     generate_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "generate"]
+    """The same for parts of another worker's generation."""
     plan_command: Annotated[list[str], NoDecode] = [sys.executable, "-m", "hscr", "plan"]
-    plan_max_s: float = Field(default=180.0, gt=0)  # an estimate may take so long
+    """The same for an estimate."""
+    plan_max_s: float = Field(default=180.0, gt=0)
+    """An estimate may take so long."""
     run_threads: int = Field(default=1, ge=1)
-    feature_cache: str = (
-        ""  # folder of image features, shared by runs and engine; empty = in the data folder, `off` = none
-    )
+    """Processor threads of a run."""
+    share_generation: bool = True
+    """Idle workers make parts of a running job's preferences."""
+    share_worth: float = Field(default=4.0, gt=0)
+    """Where what is left takes this many times as long as a run's start."""
     lease_s: float = Field(default=30.0, gt=0)
-    stop_grace_s: float = Field(default=8.0, ge=0)  # a cancelled run gets this long after TERM, then KILL
-    lock_wait_s: float = Field(default=60.0, ge=0)  # an attempt waits this long for an older one's run to be dead
-    disk_reserve_bytes: int = Field(
-        default=512 * 2**20, ge=0
-    )  # with less free in the data folder no run starts or goes on
+    """A job whose worker says nothing for so long is given to another."""
+    stop_grace_s: float = Field(default=8.0, ge=0)
+    """A cancelled run gets so long after TERM, then KILL."""
+    lock_wait_s: float = Field(default=60.0, ge=0)
+    """An attempt waits so long for an older one's run to be dead."""
     max_crashes: int = Field(default=3, ge=1)
+    """A job fails after so many crashes in a row without progress between them."""
     sweep_interval_s: float = Field(default=1.0, gt=0)
+    """Between two rounds of the sweep."""
     ring_after_s: float = Field(default=5.0, gt=0)
-    share_generation: bool = True  # idle workers make parts of a running job's preferences
-    share_worth: float = Field(default=4.0, gt=0)  # where what is left takes this many times as long as a run's start
-    key_waiting_max: int | None = Field(
-        default=1000, ge=0
-    )  # jobs of one key that wait (queued, paused, awaiting review)
-    key_running_max: int | None = Field(default=None, ge=1)  # jobs of one key that run at once
+    """A queued job's bell is rung again when nobody answered it for so long."""
 
-    keep_runs_s: float | None = Field(default=30 * 86400, ge=0)  # the folders of ended jobs; None: until deleted
-    keep_idempotency_s: float = Field(default=7 * 86400, ge=0)
-    clean_interval_s: float = Field(default=60.0, gt=0)
-
-    webhook_hosts: Annotated[list[str], NoDecode] = []  # origins that may be called: https://host, http://host:port
-    webhook_secret: SecretStr | None = None  # whsec_…; several with spaces between, while it is being changed
+    webhook_hosts: Annotated[list[str], NoDecode] = []
+    """Origins that may be called, with commas or spaces between: https://host, http://host:port."""
+    webhook_secret: SecretStr | None = None
+    """`whsec_…`, which signs; several with spaces between, while it is being changed."""
     webhook_timeout_s: float = Field(default=10.0, gt=0)
-    webhook_pauses_s: list[float] = [
-        5,
-        30,
-        120,
-        600,
-        1800,
-        7200,
-        21600,
-        43200,
-    ]  # after each failed attempt, then given up
+    """For one attempt."""
+    webhook_pauses_s: list[float] = [5, 30, 120, 600, 1800, 7200, 21600, 43200]
+    """After each failed attempt, as a JSON list; then it is given up."""
 
+    connections_max: int | None = Field(default=512, ge=1)
+    """Open at once; beyond it only probes are answered."""
+    head_max_s: float = Field(default=20.0, gt=0)
+    """A request's line and headers come within this time."""
     body_max_bytes: int = 32 * 2**20
-    body_max_s: float = Field(default=120.0, gt=0)  # a body that is no upload comes within this time
-    body_pause_max_s: float = Field(default=30.0, gt=0)  # any body: without a byte
-    head_max_s: float = Field(default=20.0, gt=0)  # a request's line and headers come within this time
-    connections_max: int | None = Field(default=512, ge=1)  # open at once; beyond it only probes are answered
+    """Of a body that is no upload."""
+    body_max_s: float = Field(default=120.0, gt=0)
+    """Such a body comes within this time."""
+    body_pause_max_s: float = Field(default=30.0, gt=0)
+    """Any body: without a byte."""
     upload_max_bytes: int = 4 * 2**30
+    """Of an uploaded file."""
     upload_unpacked_max_bytes: int = 16 * 2**30
-    adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)  # of an uploaded adapter, unpacked
+    """Of an uploaded data set, unpacked."""
     upload_entries_max: int = 200_000
+    """Files in it."""
     record_rows_max: int = 500_000
-    import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)  # of the process that reads a foreign layout
-    decode_processes: int = Field(default=2, ge=1)  # that decode images, each with the limits below
-    decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
-    decoded_max_bytes: int = Field(default=2**30, ge=2**20)  # pixels of questions that wait or are answered
-    decoded_recent_max_bytes: int = Field(
-        default=128 * 2**20, ge=0
-    )  # of them kept for the next question on the same file
-    decode_max_s: float = Field(default=20.0, gt=0)
-    uid_key: SecretStr | None = Field(
-        default=None, min_length=16
-    )  # remaps UIDs of uploaded DICOM files; None: a secret in the data folder
+    """Records in it."""
+    adapter_max_bytes: int = Field(default=2 * 2**30, ge=1)
+    """Of an uploaded adapter, unpacked."""
+    import_memory_max_bytes: int = Field(default=4 * 2**30, ge=2**28)
+    """Of the process that reads a foreign layout."""
     import_max_s: float = Field(default=3600.0, gt=0)
+    """It may take so long."""
+    decode_processes: int = Field(default=2, ge=1)
+    """Processes that decode images, each with the limits below."""
+    decode_memory_max_bytes: int = Field(default=2 * 2**30, ge=2**28)
+    """Memory of each."""
+    decode_max_s: float = Field(default=20.0, gt=0)
+    """An image may take so long."""
+    decoded_max_bytes: int = Field(default=2**30, ge=2**20)
+    """Pixels of questions that wait or are answered."""
+    decoded_recent_max_bytes: int = Field(default=128 * 2**20, ge=0)
+    """Of them kept for the next question on the same file."""
 
     @field_validator("run_command", "evaluate_command", "generate_command", "plan_command", mode="before")
     @classmethod
@@ -201,6 +262,15 @@ class Settings(BaseSettings):
     @property
     def on_loopback(self) -> bool:
         return is_loopback(self.host)
+
+
+def variables() -> dict[str, str]:
+    """The environment variable of each setting, by its field."""
+    found = {}
+    for name, field in Settings.model_fields.items():
+        alias = field.validation_alias
+        found[name] = str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"HSCR_{name.upper()}"
+    return found
 
 
 @cache

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ import pytest
 import yaml
 from compose_pydantic import ComposeSpecification
 
+from service.settings import Settings, variables
 from service.up import _free_port
+from service.upstream.server import check_settings as check_upstream
 from tests.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
+OURS = ("migrate", "api", "worker", "sweep")
+FIXED = {
+    "HSCR_HOST",
+    "HSCR_PORT",
+    "HSCR_DATA_DIR",
+    "DATABASE_URL",
+    "REDIS_URL",
+}  # where things are inside of the containers
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +46,8 @@ def services(text: str) -> dict[str, Any]:
 def test_file_is_valid_by_the_specification(text: str) -> None:
     document = yaml.safe_load(text)
     plain = {key: value for key, value in document.items() if not key.startswith("x-")}
+    for name in OURS:  # the model of the specification knows the form before Compose 2.24 only
+        plain["services"][name]["env_file"] = [file["path"] for file in plain["services"][name]["env_file"]]
     ComposeSpecification.model_validate(plain)
 
 
@@ -44,12 +57,71 @@ def test_every_service_is_pinned_healthy_and_guarded(text: str, services: dict[s
         assert re.search(r":\d+\.\d+(\.\d+)?$", service["image"]), name
         assert ("healthcheck" in service) == (name != "migrate"), name
     assert "${HSCR_API_KEY:?" in text
+    assert "$(openssl" not in text.replace('echo "HSCR_API_KEY=$(openssl rand -hex 32)" >> .env', ""), (
+        "a key that nobody sees"
+    )
     for name in ("api", "worker"):
         devices = services[name]["deploy"]["resources"]["reservations"]["devices"]
         assert devices[0]["capabilities"] == ["gpu"]
     assert [name for name, service in services.items() if "ports" in service] == ["api"]
     assert "outside" in services["sweep"]["networks"], "the sweep sends webhooks"
     assert services["api"]["ports"][0].startswith("${HSCR_BIND:-127.0.0.1}")
+
+
+def containers_environment(service: dict[str, Any], dotenv: dict[str, str], shell: dict[str, str]) -> dict[str, str]:
+    """A container's variables by Compose's rules: `environment` over `env_file`, in it the shell over .env; unset without any value."""
+    known = dotenv | shell
+    result = dict(dotenv) if {"path": ".env", "required": False} in service.get("env_file", []) else {}
+    for name, value in service["environment"].items():
+        if value is None:
+            result |= {name: known[name]} if name in known else {}
+        else:
+            result[name] = re.sub(
+                r"\$\{(\w+)(?::([-?])([^}]*))?\}", lambda m: known.get(m[1]) or (m[3] if m[2] == "-" else ""), value
+            )
+    return result
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_setting_of_the_env_file_reaches_the_container(name: str, services: dict[str, Any]) -> None:
+    given = {variable: f"given-{field}" for field, variable in variables().items()}
+    reached = containers_environment(services[name], given, {})
+    assert {variable for variable in given if reached[variable] != given[variable]} == FIXED
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_nobody_sets_is_the_default(name: str, services: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable in place of none would be refused as a number or a key."""
+    for variable in variables().values():
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in containers_environment(services[name], {}, {"HSCR_API_KEY": "key"}).items():
+        monkeypatch.setenv(variable, value)
+    settings = Settings()
+    changed = {field for field, info in Settings.model_fields.items() if getattr(settings, field) != info.get_default()}
+    assert changed == {"host", "data_dir", "database_url", "redis_url", "api_key", "log"}
+
+
+def test_another_model_server_can_be_named(services: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shell as in .env."""
+    shell = {"HSCR_API_KEY": "key", "HSCR_ENGINE": "openai", "HSCR_UPSTREAM_URL": "http://vllm:8100", "HSCR_MODEL": "m"}
+    for variable, value in containers_environment(services["api"], {}, shell).items():
+        monkeypatch.setenv(variable, value)
+    settings = Settings()
+    check_upstream(settings)
+    assert (settings.engine, settings.upstream_url) == ("openai", "http://vllm:8100")
+
+
+def test_the_image_has_the_extras_that_its_settings_and_files_need() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    default = re.search(r"^ARG HSCR_EXTRAS=(\S+)$", text, re.M)
+    assert default
+    assert '-e ".[$HSCR_EXTRAS]"' in text
+    installed = set(default[1].split(","))
+    named = re.findall(r"HSCR_EXTRAS=(\S+?)`?(?:\s|$)", text)
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    assert {extra for names in named for extra in names.split(",")} <= known
+    # All but those that a run names itself, tests, and the demonstration's data: s3 for ARTIFACTS_URL, trace for OTEL_….
+    assert known - installed == {"dev", "demo", "quantized", "smolvlm"}
 
 
 def test_dockerfile_copies_what_the_commands_need() -> None:
@@ -64,11 +136,8 @@ def test_dockerfile_copies_what_the_commands_need() -> None:
 def test_its_commands_run(services: dict[str, Any], postgres: Any, valkey: str, tmp_path: Path) -> None:
     """migrate, api, worker, sweep with the file's commands and environment, on real servers; then SIGTERM ends each with 0."""
     port = _free_port()
-    given = {"HSCR_API_KEY": "key", "HSCR_ENGINE": "none"}
-    environment = {
-        k: re.sub(r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda m: given.get(m[1]) or m[2] or "", v)
-        for k, v in services["api"]["environment"].items()
-    }
+    shell = {"HSCR_API_KEY": "key", "HSCR_ENGINE": "none"}
+    environment = containers_environment(services["api"], {}, shell)
     environment |= {
         "DATABASE_URL": postgres(),
         "REDIS_URL": valkey,
