@@ -38,7 +38,9 @@ class Settings(BaseSettings):
     What each one is stands below it, and from here it comes into docs/settings.md (service/settings_page.py).
     """
 
-    model_config = SettingsConfigDict(env_prefix="HSCR_", extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="HSCR_", extra="ignore", populate_by_name=True, env_parse_none_str="null"
+    )
 
     data_dir: Path = Path("hscr-data")
     """The data folder: SQLite, data sets, runs, artifacts, caches. All processes of one service share it."""
@@ -103,11 +105,11 @@ class Settings(BaseSettings):
     dtype: str = "auto"
     """`auto` (bfloat16 on CUDA, float32 elsewhere), `float32`, `bfloat16`, `float16`."""
     engine: Literal["local", "openai", "none"] = "local"
-    """What answers questions: the model in the API's process, another server of OpenAI's shape (vLLM), nothing."""
+    """What answers: the model in the API's process, another server (vLLM), nothing."""
     engine_threads: int = Field(default=1, ge=1)
     """Processor threads of the local engine."""
     device_policy: Literal["share", "serve_first", "train_first"] = "share"
-    """Jobs and engine on one device: both, jobs wait for the engine to go, or the engine leaves for a job."""
+    """Who has the one device: both, or jobs wait for the engine, or it leaves for them."""
     device_name: str = ""
     """One device for all who say the same name in one data folder; empty: by `HSCR_DEVICE` and `CUDA_VISIBLE_DEVICES`."""
     device_wait_s: float = Field(default=120.0, ge=0)
@@ -131,7 +133,7 @@ class Settings(BaseSettings):
     """Between looks whether it is there."""
 
     scheduling: Literal["continuous", "static"] = "continuous"
-    """Whether questions join others between decode steps, or whole batches are answered one after the other."""
+    """Questions join others between decode steps, or whole batches follow each other."""
     batch_max: int = Field(default=16, ge=1)
     """Questions that are answered together."""
     batch_tokens_max: int = Field(default=32768, ge=1)
