@@ -10,11 +10,13 @@ import typer
 from hscr.cli import app, run_app
 from service.cli_admin import audit_app, keys_app
 from service.cli_backup import backup, restore
+from service.cli_doctor import doctor
 
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.command()(backup)
 app.command()(restore)
+app.command()(doctor)
 
 
 @app.command()
