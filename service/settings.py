@@ -21,10 +21,10 @@ SECRET_VARIABLES = frozenset(
     f"{prefix}{name}"
     for prefix in ("", "HSCR_")
     for name in (
-        *("API_KEY", "WEBHOOK_SECRET", "UPSTREAM_KEY", "UID_KEY"),
+        *("API_KEY", "WEBHOOK_SECRET", "UPSTREAM_KEY", "UID_KEY", "DB_PASSWORD"),  # the last one is Compose's
         *("DATABASE_URL", "REDIS_URL", "ARTIFACTS_URL", "ARTIFACTS_OPTIONS"),
     )
-) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OTEL_EXPORTER_OTLP_HEADERS"}
 
 
 def without_secrets() -> dict[str, str]:

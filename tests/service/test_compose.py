@@ -17,7 +17,7 @@ import pytest
 import yaml
 from compose_pydantic import ComposeSpecification
 
-from service.settings import Settings, variables
+from service.settings import Settings, variables, without_secrets
 from service.up import _free_port
 from service.upstream.server import check_settings as check_upstream
 from tests.conftest import wait_for
@@ -109,6 +109,17 @@ def test_another_model_server_can_be_named(services: dict[str, Any], monkeypatch
     settings = Settings()
     check_upstream(settings)
     assert (settings.engine, settings.upstream_url) == ("openai", "http://vllm:8100")
+
+
+def test_no_secret_of_the_env_file_reaches_a_run(services: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever .env holds is in the worker's environment; a run is its child."""
+    secret = [v for f, v in variables().items() if "SecretStr" in str(Settings.model_fields[f].annotation)]
+    text = (ROOT / "docker-compose.yml").read_text()
+    secret += [name for name in re.findall(r"\$\{(\w+)", text) if name.endswith(("KEY", "PASSWORD"))]
+    assert {"HSCR_API_KEY", "HSCR_UPSTREAM_KEY", "HSCR_DB_PASSWORD"} <= set(secret)
+    for variable, value in containers_environment(services["worker"], dict.fromkeys(secret, "canary"), {}).items():
+        monkeypatch.setenv(variable, value)
+    assert [name for name, value in without_secrets().items() if "canary" in value] == []
 
 
 def test_the_image_has_the_extras_that_its_settings_and_files_need() -> None:
