@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class GroundedWord:
 class VQARecord:
     """One question on one image or several, one reference answer. `image` and `further_images` are paths relative to the folder.
 
+    `group` is the patient or study that records share, None where none is known: parts of a data set never share one.
     `views` says for each image which frame, slice or window of its file is meant; empty where no file needs that.
     """
 
@@ -40,6 +41,7 @@ class VQARecord:
     image: str
     question: str
     answer: str
+    _: KW_ONLY  # by name from here on: a value in another's place would be a wrong record, silently
     answer_type: str = "open"
     options: tuple[str, ...] = ()
     grounded: tuple[GroundedWord, ...] = ()

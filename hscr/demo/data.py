@@ -127,7 +127,11 @@ def sample(
 
 
 def to_record(name: str, image: str, template: str, drawn: Slice, asked: Asked) -> VQARecord:
-    """The record of one sampled question; coordinates in `meta` are [x, y] pixels of the image."""
+    """The record of one sampled question; coordinates in `meta` are [x, y] pixels of the image.
+
+    No group: each slice is rendered for its own question, and the template it is cut from (`meta.volume`) is an average of many
+    heads, nobody's study. As a group it would hold the whole split together.
+    """
     meta: dict[str, object] = {"plane": drawn.facts.plane, "kind": asked.kind, "template": asked.template}
     meta["volume"] = template
     if drawn.lesion_centre:
@@ -136,7 +140,14 @@ def to_record(name: str, image: str, template: str, drawn: Slice, asked: Asked) 
         meta["marker"] = [drawn.marker_centre[1], drawn.marker_centre[0]]
     grounded = tuple(GroundedWord(word, among) for word, among in asked.grounded)
     return VQARecord(
-        name, image, asked.question, asked.answer, asked.answer_type, asked.options, grounded, asked.kind, meta
+        name,
+        image,
+        asked.question,
+        asked.answer,
+        answer_type=asked.answer_type,
+        options=asked.options,
+        grounded=grounded,
+        meta=meta,
     )
 
 

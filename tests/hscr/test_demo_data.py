@@ -16,6 +16,7 @@ from hscr.demo.language import KINDS, PARTS, REGIONS, ask, kinds_for
 from hscr.demo.slices import SIZE, Facts, LesionWish, MarkerWish, render
 from hscr.demo.volumes import LICENCES, PLANES, STRUCTURES, load_template
 from hscr.records import read_records
+from hscr.splits import split_data
 
 SMALL = {"align": 12, "test": 10}
 
@@ -60,9 +61,16 @@ def test_records_are_valid_and_images_are_square_grey_png(built: Path) -> None:
             with Image.open(built / name / record.image) as image:
                 assert (image.format, image.mode, image.size) == ("PNG", "L", (SIZE, SIZE))
             assert record.grounded
-            assert record.meta["volume"] == SPLITS[name].template
+            assert (record.meta["volume"], record.group) == (SPLITS[name].template, None)
+            assert record.meta["kind"] in KIND_WEIGHTS
             if record.answer_type == "closed":
                 assert record.answer in record.options
+
+
+def test_demo_records_are_split_one_by_one(built: Path, tmp_path: Path) -> None:
+    """`group` is a patient or study. A kind of question in its place held whole kinds together: few units, and parts that stay empty."""
+    summary = split_data(built / "align", tmp_path / "parts", {"train": 0.5, "test": 0.5}, seed=0)
+    assert sum(part["groups"] for part in summary["parts"].values()) == SMALL["align"]
 
 
 def test_unknown_split_is_refused(tmp_path: Path) -> None:

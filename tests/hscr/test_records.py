@@ -31,14 +31,20 @@ def test_a_full_record_survives_json() -> None:
         "images/a.png",
         "Which?",
         "no",
-        "closed",
-        ("yes", "no"),
-        (GroundedWord("no", ("yes", "no")),),
-        "g",
-        {"k": [1]},
+        answer_type="closed",
+        options=("yes", "no"),
+        grounded=(GroundedWord("no", ("yes", "no")),),
+        group="g",
+        meta={"k": [1]},
     )
     assert vqa_record(json.loads(json.dumps(to_json(record)))) == record
     assert vqa_record(GOOD) == VQARecord("a", "images/a.png", "Where?", "left")
+
+
+def test_what_comes_after_the_answer_is_given_by_name() -> None:
+    """The demo's kind of question once stood in the group's place, and the calibration part was five whole kinds."""
+    with pytest.raises(TypeError, match="positional"):
+        VQARecord("a", "a.png", "Which?", "left", "open")  # type: ignore[misc]
 
 
 def test_several_images_survive_json_and_one_keeps_its_old_form() -> None:

@@ -163,12 +163,12 @@ def test_a_word_within_a_longer_one_of_its_category_is_not_said() -> None:
 def test_score_names_say_type_and_scorer() -> None:
     is_open = VQARecord("a", "i", "q", "left frontal", grounded=(GroundedWord("left", ("left", "right")),))
     assert score(is_open, "left") == {"open/llava_med": 0.5, "open/strict": 0.5, "open/grounded_words": 1.0}
-    closed = VQARecord("a", "i", "q", "no", "closed", ("yes", "no"))
+    closed = VQARecord("a", "i", "q", "no", answer_type="closed", options=("yes", "no"))
     assert score(closed, "It is normal") == {"closed/llava_med": 1.0, "closed/strict": 0.0}
     assert "open/grounded_words" not in score(VQARecord("a", "i", "q", "left"), "left")
 
 
-CAPTION = VQARecord("a", "i", "Describe.", "the cat sat on the mat", "caption")
+CAPTION = VQARecord("a", "i", "Describe.", "the cat sat on the mat", answer_type="caption")
 
 
 def test_captions_are_scored_by_bleu_and_rouge() -> None:
