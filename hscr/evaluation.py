@@ -140,8 +140,8 @@ def evaluation_run(
 def headline(path: Path) -> dict[str, float]:
     """Headline metrics of an evaluation.json, flat, as numbers; none where there is no such file.
 
-    Per policy the real image's scores and what the grounding score is worth; the adapter's paired gains over the base, and over the
-    adapter before it, each with its interval and count.
+    Per policy the real image's scores, what the grounding score is worth, and the part that its threshold comes from; the adapter's
+    paired gains over the base, and over the adapter before it, each with its interval and count.
     """
     metrics: dict[str, float] = {}
     if not path.is_file():
@@ -158,6 +158,10 @@ def headline(path: Path) -> dict[str, float]:
             metrics[f"{policy}/grounding_auroc"] = area["mean"]
         if flag["threshold"] is not None:
             metrics[f"{policy}/grounding_threshold"] = flag["threshold"]
+        part = flag["calibration"]
+        metrics |= {f"{policy}/grounding_calibration/{name}": float(part[name]) for name in ("n", "n_wrong")}
+        if part.get("auroc"):
+            metrics[f"{policy}/grounding_calibration/auroc_low"] = part["auroc"]["low"]
     for over in ("gain", "gain_over_before"):
         for metric, span in evaluation.get(over, {}).get("real", {}).items():
             metrics |= {f"{over}/{metric}/{name}": float(value) for name, value in span.items()}

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hscr.calibration import says_nothing, too_few
 from hscr.visual_tokens import derived_seed
 
 COVERAGES = tuple(round(0.05 * i, 2) for i in range(1, 21))
-MIN_OF_EACH = 20  # wrong and right answers that a threshold needs in the calibration part
 RULE = "maximal Youden J (share of wrong answers flagged − share of right answers flagged) on the calibration part"
 _CELLS = 1_000_000  # of a bootstrap's matrices at a time: all at once would be gigabytes for a large data set
 
@@ -152,16 +152,11 @@ def flagging(calibration: Sequence[Judged], rest: Sequence[Judged], n_bootstrap:
     """
     n, n_wrong = len(calibration), sum(a.wrong for a in calibration)
     out: dict[str, Any] = {"threshold": None, "rule": RULE, "calibration": {"n": n, "n_wrong": n_wrong}}
-    if min(n_wrong, n - n_wrong) < MIN_OF_EACH:
-        out["reason"] = (
-            f"the calibration part has {n_wrong} wrong and {n - n_wrong} right answers; {MIN_OF_EACH} of each are needed"
-        )
-        return out
-    area = separation(calibration, n_bootstrap)["auroc"]
-    out["calibration"]["auroc"] = area
-    if not area["low"] > 0.5:
-        out["reason"] = "on the calibration part the score does not tell wrong answers from right ones"
-        return out
+    if (reason := too_few(n, n_wrong)) is None:
+        out["calibration"]["auroc"] = area = separation(calibration, n_bootstrap)["auroc"]
+        reason = says_nothing(area["low"])
+    if reason is not None:
+        return out | {"reason": reason}
     threshold = out["threshold"] = youden_threshold(calibration)
     out["measured"] = _measured(rest, lambda a: a.score < threshold, n_bootstrap) if rest else None
     return out

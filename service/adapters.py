@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, bindparam, delete, select, update
+from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from hscr.config import OptimizationConfig, PreferenceConfig
-from service import artifact_store, audit, jobs
+from hscr.config import OptimizationConfig
+from service import artifact_store, audit, jobs, thresholds
 from service.errors import Problem
 from service.models import Adapter, AdapterVersion, Alias, Dataset, Job, VersionTag
 
@@ -33,6 +33,7 @@ _ADAPTER = select(Adapter).where(Adapter.name == bindparam("name"))
 _VERSION = select(AdapterVersion).where(
     AdapterVersion.adapter_name == bindparam("name"), AdapterVersion.version == bindparam("number")
 )
+_MEASURED = _VERSION.add_columns(thresholds.EVALUATED_BY, thresholds.EVALUATED)
 _T = VersionTag.__table__.c
 _TAGS = select(_T.version, _T.tag).where(_T.adapter_name == bindparam("name"))
 _TAGS = _TAGS.where(_T.version.in_(bindparam("numbers", expanding=True))).order_by(_T.tag)
@@ -47,6 +48,7 @@ class Resolved:
     digest: str
     model: str
     threshold: float | None  # below it an answer is flagged
+    no_threshold: str | None  # why there is none
 
 
 def folder(data_dir: Path, digest: str) -> Path:
@@ -128,10 +130,12 @@ def get_version(session: Session, name: str, number: int) -> AdapterVersion:
     version = session.scalar(_VERSION, {"name": name, "number": number})
     if version is None:
         get(session, name)
-        raise Problem(
-            "version_not_found", "The adapter has no version of this number; GET /adapters/{name} lists them."
-        )
+        raise _no_version()
     return version
+
+
+def _no_version() -> Problem:
+    return Problem("version_not_found", "The adapter has no version of this number; GET /adapters/{name} lists them.")
 
 
 def resolve(session: Session, reference: str) -> Resolved:
@@ -142,25 +146,15 @@ def resolve(session: Session, reference: str) -> Resolved:
     name, alias, number = match["name"], match["alias"], match["version"]
     adapter = get(session, name)
     if number is None:
-        row = session.get(Alias, (name, alias or CHAMPION))
-        if row is None and alias is not None:
+        pointing = session.get(Alias, (name, alias or CHAMPION))
+        if pointing is None and alias is not None:
             raise Problem("alias_not_found", "The adapter has no such alias; GET /adapters/{name} lists them.")
-        number = row.version if row else adapter.last_version
-    version = get_version(session, name, int(number))
-    return Resolved(name, version.version, version.digest, version.model, flag(version)["threshold"])
-
-
-def flag(version: AdapterVersion | Row[Any]) -> dict[str, float | None]:
-    """What the version's evaluation says about its grounding score: `auroc` against wrong answers and the `threshold` of the flag (nats).
-
-    No threshold where the evaluation scored with another dropout ratio than the engine does: the two scores are not one.
-    """
-    ratio = version.config.get("preference", {}).get("dropout_ratio", PreferenceConfig.dropout_ratio)
-    threshold = version.metrics.get("adapter/grounding_threshold")
-    return {
-        "auroc": version.metrics.get("adapter/grounding_auroc"),
-        "threshold": threshold if ratio == PreferenceConfig.dropout_ratio else None,
-    }
+        number = pointing.version if pointing else adapter.last_version
+    row = session.execute(_MEASURED, {"name": name, "number": int(number)}).first()
+    if row is None:
+        raise _no_version()
+    version, flag = row.AdapterVersion, thresholds.flag(row.AdapterVersion, row.evaluated_by, row.evaluated)
+    return Resolved(name, version.version, version.digest, version.model, flag.threshold, flag.reason)
 
 
 def lora_shape(version: AdapterVersion) -> dict[str, Any]:

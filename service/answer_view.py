@@ -10,7 +10,9 @@ from hscr.answers import TOKEN_DROPOUT, Answer
 from service.adapters import Resolved
 
 UNGROUNDED = "The grounding score is below the threshold of this version."
-NO_THRESHOLD = "No threshold is known here, so nothing can be withheld: the base has none, nor a version whose evaluation gave none."
+NO_THRESHOLD = "No threshold is known here, so nothing can be withheld: {}."
+OF_VERSIONS = "a threshold belongs to a version, and the base answered"
+OTHER_SCORE = "another server answered, whose score no version's threshold is measured with"
 
 
 class AdapterRef(BaseModel):
@@ -33,7 +35,7 @@ class Grounding(BaseModel):
     )
     flagged: bool | None = Field(description="The score is below the version's threshold; null where it has none.")
     threshold: float | None = Field(
-        description="In nats, from the version's evaluation; null for the base and where that carried none."
+        description="In nats, from the version's newest evaluation that has one; null for the base and where none has."
     )
     tokens: list[Token] | None = Field(description="With `grounding` tokens, and an answer that is not withheld.")
     perturbation: str = Field(description="How the image was hidden; thresholds hold for token_dropout only.")
@@ -69,13 +71,13 @@ def scored(grounding: str, abstain: bool) -> str:
 
 def answer_view(answer: Answer, resolved: Resolved | None, grounding: str, abstain: bool) -> AnswerView:
     """What may be said: of a withheld answer neither text nor tokens."""
-    threshold = resolved.threshold if resolved and answer.perturbation == TOKEN_DROPOUT else None
+    threshold, missing = _threshold(answer, resolved)
     score = answer.score
     flagged = score < threshold if threshold is not None and score is not None else None
     withheld = abstain and flagged is True
     note = None
     if abstain:
-        note = UNGROUNDED if withheld else NO_THRESHOLD if threshold is None else None
+        note = UNGROUNDED if withheld else NO_THRESHOLD.format(missing) if threshold is None else None
     tokens = None
     if grounding == "tokens" and answer.tokens is not None and not withheld:
         tokens = [Token(**{name: getattr(t, name) for name in Token.model_fields}) for t in answer.tokens]
@@ -99,3 +101,10 @@ def answer_view(answer: Answer, resolved: Resolved | None, grounding: str, absta
         abstain_note=note,
         usage=Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens),
     )
+
+
+def _threshold(answer: Answer, resolved: Resolved | None) -> tuple[float | None, str | None]:
+    """The threshold that holds for this answer's score, or why none does."""
+    if answer.perturbation != TOKEN_DROPOUT:
+        return None, OTHER_SCORE
+    return (resolved.threshold, resolved.no_threshold) if resolved else (None, OF_VERSIONS)

@@ -17,7 +17,7 @@ from sqlalchemy import Dialect, Text, bindparam, cast, func, select
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
-from service import adapter_upload, adapters, aliases, artifact_store, audit
+from service import adapter_upload, adapters, aliases, artifact_store, audit, thresholds
 from service.look import Look, Raw
 from service.models import Adapter, AdapterVersion, Alias, VersionTag
 from service.pages import After, Limit, Page, page, page_text
@@ -52,10 +52,12 @@ class AdapterDetail(AdapterView):
 
 class FlagView(BaseModel):
     auroc: float | None = Field(
-        description="Probability that a wrong answer's grounding score is below a right one's, on the job's evaluation data."
+        description="Probability that a wrong answer's grounding score is below a right one's, on the evaluation's data."
     )
-    threshold: float | None = Field(
-        description="In nats; answers that score lower are flagged. Null where the evaluation could not carry one; the report says why."
+    threshold: float | None = Field(description="In nats; answers that score lower are flagged. Null: see `reason`.")
+    reason: str | None = Field(description="Why there is no threshold; null where there is one.")
+    evaluation: str | None = Field(
+        description="Id of the job whose evaluation gave these: the newest of the version with a threshold, else the newest with an AUROC."
     )
 
 
@@ -120,9 +122,13 @@ _TAGS = select(func.aggregate_strings(_T.tag, ",")).where(_T.adapter_name == _V.
 _POINTING = select(func.aggregate_strings(_L.alias, ","))
 _POINTING = _POINTING.where(_L.adapter_name == _V.adapter_name, _L.version == _V.version)
 _VERSION = Look(
-    select(*_V, _TAGS.scalar_subquery().label("tags"), _POINTING.scalar_subquery().label("aliases")).where(
-        _V.adapter_name == bindparam("name"), _V.version == bindparam("number")
-    )
+    select(
+        *_V,
+        _TAGS.scalar_subquery().label("tags"),
+        _POINTING.scalar_subquery().label("aliases"),
+        thresholds.EVALUATED_BY,
+        thresholds.EVALUATED,
+    ).where(_V.adapter_name == bindparam("name"), _V.version == bindparam("number"))
 )
 
 
@@ -244,7 +250,8 @@ def _detail_text(dialect: Dialect, raw: tuple[Raw, ...]) -> str:
 @kept(8 * 2**20)
 def _version_text(dialect: Dialect, raw: Raw) -> str:
     row = _VERSION.read(dialect, raw)
-    return _view(row, _words(row.tags), _words(row.aliases)).model_dump_json()
+    flag = thresholds.flag(row, row.evaluated_by, row.evaluated)
+    return _view(row, _words(row.tags), _words(row.aliases), flag).model_dump_json()
 
 
 def _words(text: str | None) -> list[str]:
@@ -256,15 +263,25 @@ def alias_view(row: Any) -> AliasView:
 
 
 def _views(session: Session, rows: Sequence[AdapterVersion]) -> list[VersionView]:
-    """The public form of versions of one adapter, with two questions however many they are."""
+    """The public form of versions of one adapter, with three questions however many they are."""
     if not rows:
         return []
     name = rows[0].adapter_name
-    tags, pointing = adapters.tags(session, name, [row.version for row in rows]), aliases.of(session, name)
-    return [_view(row, tags[row.version], [a.alias for a in pointing if a.version == row.version]) for row in rows]
+    numbers = [row.version for row in rows]
+    tags, pointing = adapters.tags(session, name, numbers), aliases.of(session, name)
+    later = thresholds.later(session, name, numbers)
+    return [
+        _view(
+            row,
+            tags[row.version],
+            [a.alias for a in pointing if a.version == row.version],
+            thresholds.flag(row, *later[row.version]),
+        )
+        for row in rows
+    ]
 
 
-def _view(row: Any, tags: list[str], names: list[str]) -> VersionView:
+def _view(row: Any, tags: list[str], names: list[str], flag: thresholds.Flag) -> VersionView:
     return VersionView(
         name=row.adapter_name,
         version=row.version,
@@ -276,7 +293,7 @@ def _view(row: Any, tags: list[str], names: list[str]) -> VersionView:
         dataset_digest=row.dataset_digest,
         config=row.config,
         metrics=row.metrics,
-        grounding=FlagView(**adapters.flag(row)),
+        grounding=FlagView(**flag.to_dict()),
         preferences_digest=row.preferences_digest,
         tags=sorted(tags),  # as strings here, not by the database's rules of a language
         notes=row.notes,

@@ -25,6 +25,7 @@ from hscr import cli_events
 from hscr.align import _result, align
 from hscr.answer import Answerer, AnswerRequest
 from hscr.artifacts import verify_manifest
+from hscr.calibration import says_nothing, too_few
 from hscr.config import AlignConfig
 from hscr.data_set import DataSet
 from hscr.events import Checkpoint, Event, Metrics, Progress, Result, Stage, Stopped, Warning_, to_line
@@ -163,6 +164,17 @@ def test_a_threshold_and_the_auroc_are_headline_metrics(finished: Finished, tmp_
     metrics = _result(out).metrics
     assert (metrics["adapter/grounding_threshold"], metrics["adapter/grounding_auroc"]) == (0.25, 0.75)
     assert "base/grounding_threshold" not in metrics
+
+
+def test_what_a_threshold_lacks_can_be_said_from_the_headline_metrics(finished: Finished, tmp_path: Path) -> None:
+    out = finished.copy(tmp_path / "out")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    flag, metrics = evaluation["flag"]["adapter"], _result(out).metrics
+    n, n_wrong = (int(metrics[f"adapter/grounding_calibration/{name}"]) for name in ("n", "n_wrong"))
+    assert too_few(n, n_wrong) == flag["reason"]
+    flag["calibration"]["auroc"] = {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 60}
+    (out / "evaluation.json").write_text(json.dumps(evaluation))
+    assert says_nothing(_result(out).metrics["adapter/grounding_calibration/auroc_low"]) is not None
 
 
 def test_captions_need_their_scorers_before_the_first_stage(

@@ -44,7 +44,7 @@ def test_a_full_record_survives_json() -> None:
 def test_what_comes_after_the_answer_is_given_by_name() -> None:
     """The demo's kind of question once stood in the group's place, and the calibration part was five whole kinds."""
     with pytest.raises(TypeError, match="positional"):
-        VQARecord("a", "a.png", "Which?", "left", "open")  # type: ignore[misc]
+        VQARecord("a", "a.png", "Which?", "left", "open")  # type: ignore[call-arg]
 
 
 def test_several_images_survive_json_and_one_keeps_its_old_form() -> None:

@@ -91,7 +91,7 @@ class TestMeasures:
     records = (
         VQARecord("a", "a.png", "Side?", "On the right.", grounded=(GroundedWord("right", ("left", "right")),)),
         VQARecord("b", "b.png", "Side?", "On the left.", grounded=(GroundedWord("left", ("left", "right")),)),
-        VQARecord("c", "c.png", "Left?", "no", "closed", ("yes", "no")),
+        VQARecord("c", "c.png", "Left?", "no", answer_type="closed", options=("yes", "no")),
     )
 
     def test_grounded_closed_and_the_prior_where_it_is_wrong(self):

@@ -10,7 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from service import adapters, datasets, jobs
+from hscr.calibration import says_nothing
+from service import adapters, datasets, jobs, thresholds
 from service.archive import ArchiveLimits
 from service.db import Database
 from service.models import Job
@@ -145,3 +146,86 @@ def test_run_that_gives_the_other_kind_of_result_publishes_nothing(
     run_job(database, settings, job_id, lambda: False)
     assert client.get(f"/jobs/{job_id}").json()["error"]["code"] == "no_result"
     assert client.get("/adapters/brain").json()["versions"] == [1]
+
+
+FEW = {f"adapter/grounding_{name}": value for name, value in
+       {"auroc": 0.7, "calibration/n": 58.0, "calibration/n_wrong": 16.0}.items()}  # fmt: skip
+BLUNT = {f"adapter/grounding_{name}": value for name, value in
+         {"auroc": 0.6, "calibration/n": 180.0, "calibration/n_wrong": 80.0, "calibration/auroc_low": 0.49}.items()}  # fmt: skip
+TOO_FEW = "the calibration part has 16 wrong and 42 right answers; 20 of each are needed"
+
+
+def sharp(threshold: float) -> dict[str, float]:
+    return {"adapter/grounding_auroc": 0.75, "adapter/grounding_threshold": threshold}
+
+
+@pytest.fixture
+def evaluate(
+    client: TestClient, database: Database, settings: Settings, unseen: str, stand_in: Callable[..., None]
+) -> Callable[[dict[str, float]], str]:
+    """Evaluate brain:1 to its end with these numbers; the job."""
+
+    def measure(metrics: dict[str, float]) -> str:
+        stand_in(metrics=metrics)
+        job_id: str = client.post("/evaluate", json={"dataset": unseen, "adapter": "brain:1"}).json()["id"]
+        run_job(database, settings, job_id, lambda: False)
+        return job_id
+
+    return measure
+
+
+def grounding(client: TestClient) -> tuple[float | None, float | None, str | None, str | None]:
+    """What a version says of itself, alone and in the list, which is the same."""
+    one = client.get("/adapters/brain/versions/1").json()["grounding"]
+    (listed,) = client.get("/adapters/brain/versions").json()["data"]
+    assert listed["grounding"] == one
+    return one["auroc"], one["threshold"], one["reason"], one["evaluation"]
+
+
+def test_a_threshold_is_of_the_newest_evaluation_that_has_one(
+    client: TestClient,
+    database: Database,
+    settings: Settings,
+    new_job: Callable[..., str],
+    stand_in: Callable[..., None],
+    evaluate: Callable[[dict[str, float]], str],
+) -> None:
+    stand_in(metrics=FEW)
+    made = new_job()
+    run_job(database, settings, made, lambda: False)
+    assert grounding(client) == (0.7, None, TOO_FEW, made)
+    blunt = evaluate(BLUNT)
+    assert grounding(client) == (0.6, None, says_nothing(0.49), blunt), "the newest that was measured"
+    assert evaluate({"accuracy": 0.5}) != blunt
+    assert grounding(client)[3] == blunt, "one that measured nothing of it is none"
+    first = evaluate(sharp(-0.02))
+    assert grounding(client) == (0.75, -0.02, None, first)
+    evaluate(FEW)
+    assert grounding(client) == (0.75, -0.02, None, first), "one without a threshold replaces none"
+    second = evaluate(sharp(0.5))
+    assert grounding(client) == (0.75, 0.5, None, second)
+    with database.read() as session:
+        found = adapters.resolve(session, "brain")
+        assert (found.threshold, found.no_threshold) == (0.5, None), "what /vqa goes by"
+
+
+def test_a_versions_own_threshold_stands_until_another_is_found(
+    client: TestClient,
+    database: Database,
+    settings: Settings,
+    new_job: Callable[..., str],
+    stand_in: Callable[..., None],
+    evaluate: Callable[[dict[str, float]], str],
+) -> None:
+    stand_in(metrics=sharp(-0.01))
+    made = new_job()
+    run_job(database, settings, made, lambda: False)
+    evaluate(BLUNT)
+    assert grounding(client) == (0.75, -0.01, None, made)
+    other = evaluate(sharp(0.25))
+    assert grounding(client) == (0.75, 0.25, None, other)
+
+
+def test_a_version_that_nothing_measured_says_so(client: TestClient, publish: Callable[..., str]) -> None:
+    publish()
+    assert grounding(client) == (None, None, thresholds.NEVER, None)

@@ -46,7 +46,7 @@ VIEWS = {
     "/jobs/{done}/webhooks": 2,
     "/adapters": 1,
     "/adapters/a0": 1,
-    "/adapters/a0/versions": 4,
+    "/adapters/a0/versions": 5,
     "/adapters/a0/versions/1": 1,
     "/adapters/a0/versions/1/lineage": 5,
     "/adapters/a0/aliases/champion/history": 2,

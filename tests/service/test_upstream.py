@@ -262,6 +262,7 @@ def test_no_threshold_holds_for_another_perturbation(before: Before) -> None:
     assert grounding["grounding"]["score"] is not None
     assert (grounding["grounding"]["threshold"], grounding["grounding"]["flagged"]) == (None, None)
     assert (grounding["abstained"], grounding["answer"] is None) == (False, False)
+    assert "another server answered" in grounding["abstain_note"]
 
 
 @pytest.mark.parametrize(("owner", "prompt_logprobs"), [("vllm", False), ("somebody", True)])

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hscr.answers import Answer, TokenGrounding
-from service import adapters
+from service import adapters, thresholds
 from service.app import create_app
 from service.decoding import decoders
 from service.engine import LocalEngine, Question
@@ -146,10 +146,16 @@ def test_an_answer_below_its_versions_threshold_is_flagged(
     if threshold is not None:
         metrics["adapter/grounding_threshold"] = threshold
     stand_in(metrics=metrics)
-    run_job(database, settings, new_job(), lambda: False)
+    job_id = new_job()
+    run_job(database, settings, job_id, lambda: False)
     grounding = asker.post("/vqa", json=body(adapter="brain", grounding="summary")).json()["grounding"]
     assert (grounding["score"], grounding["threshold"], grounding["flagged"]) == (2.0, threshold, flagged)
-    assert asker.get("/adapters/brain/versions/1").json()["grounding"] == {"auroc": 0.75, "threshold": threshold}
+    assert asker.get("/adapters/brain/versions/1").json()["grounding"] == {
+        "auroc": 0.75,
+        "threshold": threshold,
+        "reason": None if threshold is not None else thresholds.UNTOLD,
+        "evaluation": job_id,
+    }
     assert (
         asker.post("/vqa", json=body(grounding="summary")).json()["grounding"]["flagged"] is None
     )  # the base has none
@@ -164,6 +170,8 @@ def test_a_threshold_of_another_dropout_ratio_flags_nothing(
         run_job(database, settings, new_job(config={"preference": {"dropout_ratio": ratio}}), lambda: False)
         grounding = asker.post("/vqa", json=body(adapter="brain", grounding="summary")).json()["grounding"]
         assert grounding["threshold"] == threshold
+        told = asker.post("/vqa", json=body(adapter="brain", abstain=True)).json()["abstain_note"]
+        assert ("dropout_ratio 0.5" in (told or "")) == (threshold is None)
 
 
 def test_several_images_are_asked_in_order_in_both_forms(asker: TestClient, engine: Echo) -> None:
@@ -337,7 +345,8 @@ def versions(
 ) -> dict[str, str]:
     """Two versions of `brain`, the first with a threshold above the engine's score of 2.0 nats; their digests."""
     digests = {}
-    for steps, (number, metrics) in enumerate((("brain:1", {"adapter/grounding_threshold": 9.0}), ("brain:2", {})), 1):
+    few = {"adapter/grounding_calibration/n": 55.0, "adapter/grounding_calibration/n_wrong": 15.0}
+    for steps, (number, metrics) in enumerate((("brain:1", {"adapter/grounding_threshold": 9.0}), ("brain:2", few)), 1):
         stand_in(metrics=metrics, steps=steps)  # other weights
         run_job(database, settings, new_job(), lambda: False)
         with database.read() as session:
@@ -361,14 +370,20 @@ def test_a_flagged_answer_is_withheld_and_nothing_of_it_is_told(
     assert (given["answer"].split("|")[0], given["abstained"], given["abstain_note"]) == ("canary", None, None)
 
 
-@pytest.mark.parametrize("adapter", [None, "brain:2"])
+@pytest.mark.parametrize(
+    ("adapter", "why"),
+    [
+        (None, "a threshold belongs to a version, and the base answered."),
+        ("brain:2", "the calibration part has 15 wrong and 40 right answers; 20 of each are needed."),
+    ],
+)
 def test_without_a_threshold_nothing_is_withheld_and_it_is_said(
-    asker: TestClient, versions: dict[str, str], adapter: str | None
+    asker: TestClient, versions: dict[str, str], adapter: str | None, why: str
 ) -> None:
     got = asker.post("/vqa", json=body(adapter=adapter, abstain=True)).json()
     assert got["answer"].startswith("Where?")
     assert (got["abstained"], got["grounding"]["flagged"]) == (False, None)
-    assert got["abstain_note"].startswith("No threshold is known here")
+    assert got["abstain_note"] == f"No threshold is known here, so nothing can be withheld: {why}"
 
 
 def test_two_versions_answer_in_one_call_with_one_picture(
