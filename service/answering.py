@@ -37,6 +37,15 @@ class Answering:
             return "ok"
         return "away" if isinstance(self.engine, Upstream) else "loading"
 
+    def failure(self, settings: Settings) -> str | None:
+        """Why the model could not be loaded, without paths: /readyz is open to whoever reaches it. None where it is not that."""
+        error = self.asked.failure
+        if error is None:
+            return None
+        if isinstance(error, ValueError):
+            return settings.shown(str(error)[:2000])
+        return f"{type(error).__name__}; the log says where"
+
     def start(self) -> None:
         self.asked.start()
 

@@ -50,7 +50,7 @@ def _taking(state: State) -> Asked:
         raise Problem("engine_unavailable", "This replica runs jobs and the registry only (HSCR_ENGINE=none).")
     status = here.status
     if status == "failed":
-        raise Problem("engine_unavailable", "The model could not be loaded; the service's log says why.")
+        raise Problem("engine_unavailable", "The model could not be loaded; /readyz and the service's log say why.")
     if status == "yielded" and here.turn is not None:
         raise _yielded(here.turn.back_in_s)
     if status == "away":

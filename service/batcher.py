@@ -263,8 +263,7 @@ class Batcher(Generic[Item, Result]):
         try:
             self._setup()
         except Exception as error:
-            log.exception("the model could not be loaded")
-            self.failure = error
+            self._unloadable(error)
             return
         self.ready.set()
         while not (self._closing.is_set() and not self._waiting and not self._running):
@@ -274,12 +273,18 @@ class Batcher(Generic[Item, Result]):
                     try:
                         self._step_aside(self._turn)
                     except Exception as error:  # it cannot be loaded again
-                        self.failure = error
+                        self._unloadable(error)
                         return
             elif new := self._admitted():
                 self._join(new)
             if self._running:
                 self._step()
+
+    def _unloadable(self, error: Exception) -> None:
+        """What loads a model sees settings and the model's files, nothing of a caller: why it was refused may be said in whole."""
+        reason = {"reason": str(error)[:2000]} if isinstance(error, ValueError) else {}
+        log.exception("the model could not be loaded", extra=reason)
+        self.failure = error
 
     def _step_aside(self, turn: Turn) -> None:
         with self._came:

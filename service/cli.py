@@ -41,7 +41,7 @@ def up(
         code = Up(Settings(port=port, data_dir=data, host=host, model=model), say=typer.echo).run()
     except UpError as error:
         typer.secho(str(error), err=True, fg="red")
-        code = 2
+        code = error.code
     raise typer.Exit(code)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import shlex
 import sys
 from functools import cache
@@ -25,6 +26,9 @@ SECRET_VARIABLES = frozenset(
         *("DATABASE_URL", "REDIS_URL", "ARTIFACTS_URL", "ARTIFACTS_OPTIONS"),
     )
 ) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OTEL_EXPORTER_OTLP_HEADERS"}
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_FOLDERS = re.compile(r"(?<![\w/:])[~.]{0,2}/(?:[^\s/'\"]+/)*")  # of a path in a text; an address keeps its own
 
 
 def without_secrets() -> dict[str, str]:
@@ -258,8 +262,18 @@ class Settings(BaseSettings):
 
     @property
     def model_id(self) -> str:
-        """The model's name for people: a hub name as it is, of a folder only its last part (a path says too much)."""
-        return "hscr-demo" if not self.model else Path(self.model).name if Path(self.model).exists() else self.model
+        """The model's name for people: a hub name as it is, of a folder, there or not, only its last part (a path says too much)."""
+        if not self.model:
+            return "hscr-demo"
+        hub = _HUB_NAME.fullmatch(self.model) and not Path(self.model).exists()
+        return self.model if hub else Path(self.model).resolve().name
+
+    def shown(self, text: str) -> str:
+        """A sentence about the model for callers: the model by its name for people, of any other folder the last part only."""
+        own = sorted({self.model_path, str(Path(self.model_path).resolve())}, key=len, reverse=True)
+        for path in own:
+            text = text.replace(path, self.model_id)
+        return _FOLDERS.sub("", text)
 
     @property
     def on_loopback(self) -> bool:

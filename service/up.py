@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -34,7 +35,11 @@ STOP_WITHIN_S = {"api": 20.0, "worker": 15.0, "sweep": 5.0, "valkey": 5.0}
 
 
 class UpError(Exception):
-    """The service cannot be started; the message says what to do."""
+    """The service cannot be started; the message says what to do, `code` is the exit status."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass
@@ -187,10 +192,18 @@ class Up:
                     self.say(message)
             if not announced and time.monotonic() > next_look:
                 next_look = time.monotonic() + 0.5
-                if _is_ready(address):
+                readiness = _readiness(address)
+                if failure := readiness.get("engine_failure"):
+                    raise UpError(self._unloadable(failure), code=1)
+                if readiness.get("status") == "ready":
                     announced = True
                     self.say(f"ready: {address}  (documentation: {address}/docs; stop with Ctrl-C)")
             time.sleep(0.1)
+
+    def _unloadable(self, failure: str) -> str:
+        model = self.settings.model or "the demo model that ships with hscr"
+        log = (self.settings.data_dir / "logs" / "api.log").resolve()
+        return f"The model could not be loaded: {failure}\n--model (HSCR_MODEL) is {model}; more in {log}"
 
     def _end(self) -> None:
         if any(child.process for child in self.children.values()):
@@ -248,10 +261,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _is_ready(address: str) -> bool:
+def _readiness(address: str) -> dict[str, Any]:
+    """What /readyz says; nothing where nobody answers yet."""
     if not is_loopback(httpx.URL(address).host):
         address = address.replace(httpx.URL(address).host, "127.0.0.1")
     try:
-        return httpx.get(f"{address}/readyz", timeout=1.0, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
+        told = httpx.get(f"{address}/readyz", timeout=1.0, trust_env=False).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}

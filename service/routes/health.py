@@ -24,12 +24,17 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", summary="Can it take requests?")
 def readyz(state: Service) -> JSONResponse:
-    """200 when the database answers and the model (if this replica has one) is loaded; else 503 and what is missing."""
+    """200 when the database answers and the model (if this replica has one) is loaded; else 503 and what is missing.
+
+    `engine: failed` comes with `engine_failure`: why the model could not be loaded.
+    """
     checks: dict[str, Any] = {
         "database": _database(state),
         "engine": state.answering.status if state.answering else "none",
         "draining": state.draining.is_set(),
     }
+    if state.answering is not None and (failure := state.answering.failure(state.settings)) is not None:
+        checks["engine_failure"] = failure
     # A replica whose engine is away while a job has its device shows that job, and stays in service.
     ready = checks["database"] == "ok" and checks["engine"] in ("ok", "none", "yielded") and not checks["draining"]
     return JSONResponse({"status": "ready" if ready else "not ready", **checks}, 200 if ready else 503)

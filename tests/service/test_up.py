@@ -187,6 +187,21 @@ def test_port_in_use_is_said_plainly(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
+def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(tmp_path: Path) -> None:
+    model, port = tmp_path / "no-model", _free_port()
+    command = [sys.executable, "-m", "service.cli", "up", "--port", str(port), "--model", str(model)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "REDIS_URL", "HSCR_API_KEY")}
+    done = subprocess.run(
+        [*command, "--data", str(tmp_path / "d")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "The model could not be loaded: model 'no-model': no such folder" in done.stderr
+    assert str(model) in done.stderr
+    assert done.stdout.endswith("stopping\nstopped\n")
+
+
 def test_address_that_others_can_reach_needs_a_key(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service.cli", "up", "--host", "0.0.0.0", "--data", str(tmp_path / "d")]
     environment = {k: v for k, v in os.environ.items() if k != "HSCR_API_KEY"}

@@ -315,9 +315,48 @@ def test_model_that_cannot_be_loaded_is_said_and_readiness_is_down(settings: Set
 
     with TestClient(create_app(settings, Broken(settings)), base_url="http://127.0.0.1") as client:
         wait_for(lambda: client.get("/readyz").json()["engine"] == "failed", 20)
+        assert client.get("/readyz").json()["engine_failure"] == "OSError; the log says where"
         answer = client.post("/vqa", json=body())
         assert (answer.status_code, answer.json()["code"]) == (503, "engine_unavailable")
         assert "canary" not in answer.text
+
+
+def test_why_a_model_cannot_be_loaded_is_told_without_its_folder_and_logged_with_it(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = settings.model_copy(update={"model": "/canary/models/llava"})
+
+    class Broken(Echo):
+        def load(self) -> None:
+            raise ValueError("model '/canary/models/llava': no config.json there, see /canary/hub/x.json")
+
+    with TestClient(create_app(away, Broken(away)), base_url="http://127.0.0.1") as client:
+        wait_for(lambda: client.get("/readyz").json()["engine"] == "failed", 20)
+        ready = client.get("/readyz")
+        assert ready.status_code == 503
+        assert ready.json()["engine_failure"] == "model 'llava': no config.json there, see x.json"
+        assert client.get("/v1/models").json()["data"][0]["id"] == "llava"
+    (logged,) = [r for r in caplog.records if r.getMessage() == "the model could not be loaded"]
+    assert getattr(logged, "reason", "").startswith("model '/canary/models/llava': no config.json")
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("", "hscr-demo"),
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("gpt2", "gpt2"),
+        ("/canary/llava", "llava"),
+        ("/canary/llava/", "llava"),
+        ("../llava", "llava"),
+        ("~/llava", "llava"),
+        ("canary/models/llava", "llava"),
+    ],
+)
+def test_a_models_name_is_no_path_whether_its_folder_is_there_or_not(model: str, shown: str) -> None:
+    settings = Settings(model=model)
+    assert settings.model_id == shown
+    assert settings.shown(f"model {settings.model_path!r}: is odd") == f"model {shown!r}: is odd"
 
 
 def test_questions_and_file_names_are_not_logged(asker: TestClient, caplog: pytest.LogCaptureFixture) -> None:
