@@ -320,10 +320,19 @@ def get(session: Session, dataset_id: str, *, hold: bool = False) -> Dataset:
     return dataset
 
 
-def _unknown() -> Problem:
-    return Problem(
-        "dataset_not_found", "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
-    )
+def usable(session: Session, dataset_id: str, field: str) -> Dataset:
+    """A data set to work on, held as `get` holds it. Raises Problem, which carries `field`, the request's name for it."""
+    dataset = session.get(Dataset, dataset_id, with_for_update={"read": True, "key_share": True})
+    if dataset is None:
+        raise _unknown(param=field)
+    if dataset.n_records == 0:
+        raise Problem("dataset_empty", f"The data set named by `{field}` has no record.", param=field)
+    return dataset
+
+
+def _unknown(**where: Any) -> Problem:
+    detail = "No data set has this id; POST /datasets uploads one, GET /datasets lists them."
+    return Problem("dataset_not_found", detail, **where)
 
 
 @dataclass(frozen=True)

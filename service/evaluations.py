@@ -15,13 +15,18 @@ KIND = "evaluate"
 
 
 def ask(
-    session: Session, version: AdapterVersion, dataset_id: str, config: dict[str, Any], *, owner: str, **values: Any
+    session: Session,
+    version: AdapterVersion,
+    dataset_id: str,
+    config: dict[str, Any],
+    *,
+    owner: str,
+    field: str = "dataset",
+    **values: Any,
 ) -> Job:
-    """A queued evaluation of a version on a data set. Raises Problem."""
-    dataset = datasets.get(session, dataset_id, hold=True)
-    if dataset.n_records == 0:
-        raise Problem("dataset_empty", "The data set named by `dataset` has no record.")
-    check_unseen(session, version, dataset, config)
+    """A queued evaluation of a version on a data set, which the request named in `field`. Raises Problem."""
+    dataset = datasets.usable(session, dataset_id, field)
+    check_unseen(session, dataset, config, field, version=version)
     source = (version.adapter_name, version.version, version.digest)
     job = jobs.create(
         session,
@@ -40,14 +45,31 @@ def ask(
     return job
 
 
-def check_unseen(session: Session, version: AdapterVersion, dataset: Dataset, config: dict[str, Any]) -> None:
-    """Refuse a data set that the version, or one below it, was aligned on; the run looks at the pictures too. Raises Problem."""
+def check_unseen(
+    session: Session,
+    tested: Dataset,
+    config: dict[str, Any],
+    field: str,
+    *,
+    version: AdapterVersion | None = None,
+    learning: Dataset | None = None,
+) -> None:
+    """Refuse a data set that the version, or one below it, was aligned on, or that the job at hand will be (`learning`).
+
+    By digest, at once; the run looks at the pictures too. `field` named the data set. Raises Problem.
+    """
     if config["evaluation"]["allow_leak"]:
         return
-    if dataset.digest in lineage.learnt_from(session, version):
-        name = f"{version.adapter_name}:{version.version}"
-        detail = f"{name} was aligned on this very data set. Take other data, or say evaluation.allow_leak: true."
-        raise Problem("leak", detail)
+    if learning is not None and tested.digest == learning.digest:
+        who = "The job aligns"
+    elif version is not None and tested.digest in lineage.learnt_from(session, version):
+        who = f"{version.adapter_name}:{version.version} was aligned"
+    else:
+        return
+    detail = (
+        f"{who} on the very data set that `{field}` names. Take other data, or say evaluation.allow_leak: true there."
+    )
+    raise Problem("leak", detail, param=field)
 
 
 def publish(

@@ -67,10 +67,11 @@ def ask(
             Job, gate.job_id
         ).config == config:
             return gate
-    dataset = datasets.get(session, dataset_id, hold=True)
+    field = "gate.dataset"
+    dataset = datasets.usable(session, dataset_id, field)
     if champion is not None:
-        evaluations.check_unseen(session, champion, dataset, config)
-    job = evaluations.ask(session, candidate, dataset_id, config, owner=by)
+        evaluations.check_unseen(session, dataset, config, field, version=champion)
+    job = evaluations.ask(session, candidate, dataset_id, config, owner=by, field=field)
     gate = Gate(job_id=job.id, adapter_name=name, alias=alias, reason=reason, actor=by, **wish)
     session.add(gate)
     session.flush()

@@ -37,6 +37,7 @@ SCHEMA: dict[str, Any] = {
         "status": {"type": "integer"},
         "code": {"type": "string", "description": "Stable; switch on this."},
         "detail": {"type": "string"},
+        "param": {"type": "string", "description": "The request's field that is meant, where it is one."},
         "request_id": {"type": "string"},
     },
 }

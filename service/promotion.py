@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
-from service import adapters, aliases, datasets, gates, jobs, lineage
+from service import adapters, aliases, datasets, evaluations, gates, jobs
 from service.db import Database
 from service.errors import Problem
 from service.look import Look
@@ -25,13 +25,9 @@ def check(
     """The wish of a job that will learn from the data set `learnt`, on top of `parent`: what a gate would refuse later. Raises Problem."""
     if wish is None or wish["gate"] is None:
         return wish
-    tested = datasets.get(session, wish["gate"]["dataset_id"], hold=True)
-    if tested.n_records == 0:
-        raise Problem("dataset_empty", "The data set named by `promote.gate.dataset` has no record.")
-    digests = [datasets.get(session, learnt).digest, *(lineage.learnt_from(session, parent) if parent else ())]
-    if tested.digest in digests and not wish["gate"]["config"]["evaluation"]["allow_leak"]:
-        detail = "The job learns from the data set of its gate. Take other data, or say evaluation.allow_leak: true in the gate."
-        raise Problem("leak", detail)
+    field = "promote.gate.dataset"
+    tested, learning = datasets.usable(session, wish["gate"]["dataset_id"], field), datasets.get(session, learnt)
+    evaluations.check_unseen(session, tested, wish["gate"]["config"], field, version=parent, learning=learning)
     return wish
 
 

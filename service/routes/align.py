@@ -207,18 +207,19 @@ def _checks(state: State, request: AlignRequest) -> tuple[Callable[[Session], Ch
 
     def checked(session: Session) -> Checked:
         """The configuration, the version to align on top of, and what becomes of the new one."""
-        for field, dataset_id in (("dataset", request.dataset), ("evaluation.dataset", evaluation_dataset)):
-            if dataset_id is not None and datasets.get(session, dataset_id, hold=True).n_records == 0:
-                raise Problem("dataset_empty", f"The data set named by `{field}` has no record.")
+        data = datasets.usable(session, request.dataset, "dataset")
+        tested = datasets.usable(session, evaluation_dataset, "evaluation.dataset") if evaluation_dataset else None
         values = config.to_dict()
+        if tested is not None and config.evaluation.max_records:
+            evaluations.check_unseen(session, tested, values, "evaluation.dataset", learning=data)
         if request.parent is None:
             return values, None, promotion.check(session, wish, request.dataset, None)
         found = adapters.resolve(session, request.parent)
         parent = adapters.get_version(session, found.name, found.version)
         check_served(state, parent)
         values["optimization"] |= adapters.lora_shape(parent)
-        if evaluation_dataset is not None:
-            evaluations.check_unseen(session, parent, datasets.get(session, evaluation_dataset), values)
+        if tested is not None:
+            evaluations.check_unseen(session, tested, values, "evaluation.dataset", version=parent)
         source = (parent.adapter_name, parent.version, parent.digest)
         return values, source, promotion.check(session, wish, request.dataset, parent)
 

@@ -86,7 +86,7 @@ def evaluate(
         check_served(state, version)
         config = evaluation_config(version.config, request.evaluation, request.seed)
         job_requests.check_room(session, who.id, state.settings.key_waiting_max)
-        more = {"deadline_s": request.deadline_s, "webhook": request.webhook, "meta": request.metadata}
+        more: dict[str, Any] = {"deadline_s": request.deadline_s, "webhook": request.webhook, "meta": request.metadata}
         job = evaluations.ask(session, version, request.dataset, config, owner=who.id, **more)
         return job.id, job_view(session, job).model_dump(mode="json")
 

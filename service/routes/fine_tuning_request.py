@@ -21,6 +21,7 @@ ID = r"^[A-Za-z0-9_\-]+$"  # OpenAI's own have a hyphen: such a job is not found
 Auto = Literal["auto"] | None
 DEFAULT_NAME = "fine-tuned"  # of the adapter, where neither a suffix nor a parent names it
 METHODS = {"hscr": "hscr", "dpo": "dpo", "supervised": "sft"}  # -> objective
+_FILES = {"dataset": "training_file", "evaluation.dataset": "validation_file"}  # our field -> OpenAI's
 # OpenAI's hyperparameter -> ours; β of DPO is the reward's scale γ.
 _NAMES = {"n_epochs": "epochs", "batch_size": "batch_size", "beta": "gamma", "learning_rate_multiplier": "lr"}
 
@@ -125,8 +126,10 @@ def in_their_words(refusal: Problem, base: str) -> Problem:
     """A refusal of POST /align with the names of this route's fields."""
     if refusal.code in ("adapter_not_found", "version_not_found", "alias_not_found"):
         return _not_a_base(base)
-    param = {"dataset_not_found": "training_file", "dataset_empty": "training_file"}.get(refusal.code)
-    return Problem(refusal.code, refusal.detail, headers=refusal.headers, **({"param": param} | refusal.extra))
+    ours = refusal.extra.get("param")
+    theirs = None if ours is None else _FILES.get(ours, ours)
+    detail = refusal.detail.replace(f"`{ours}`", f"`{theirs}`")
+    return Problem(refusal.code, detail, headers=refusal.headers, **(refusal.extra | {"param": theirs}))
 
 
 def _not_a_base(base: str) -> Problem:

@@ -298,6 +298,21 @@ def test_dry_run_checks_what_a_start_checks(client: TestClient, dataset: Any) ->
         assert answer.json()["code"] == code
 
 
+@pytest.mark.either_database
+def test_an_evaluation_on_the_jobs_own_data_is_refused_unless_it_is_allowed(
+    client: TestClient, database: Database, dataset: Any
+) -> None:
+    body = {"dataset": dataset.id, "adapter": "brain", "evaluation": {"dataset": dataset.id}}
+    for path in ("/align", "/align?dry_run=true"):
+        answer = client.post(path, json=body)
+        assert (answer.status_code, answer.json()["code"]) == (422, "leak")
+        assert answer.json()["param"] == "evaluation.dataset"
+    assert count(database, Job) == 0
+    for harmless in ({"allow_leak": True}, {"max_records": 0}):  # with no record nothing is evaluated
+        asked = body | {"evaluation": {"dataset": dataset.id} | harmless}
+        assert client.post("/align", json=asked).status_code == 202
+
+
 def test_a_plan_that_cannot_be_made_says_so(client: TestClient, dataset: Any, settings: Any) -> None:
     body = {"dataset": dataset.id, "adapter": "brain"}
     settings.plan_command = [sys.executable, "-c", "raise SystemExit('/secret/path')"]

@@ -342,6 +342,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "no model's name": ({"model": "a/b c"}, "model_not_served", "model"),
     "an unknown file": ({"training_file": "ds_none"}, "dataset_not_found", "training_file"),
     "a file of OpenAI's": ({"training_file": "file-abc123"}, "dataset_not_found", "training_file"),
+    "an unknown file to validate on": ({"validation_file": "ds_none"}, "dataset_not_found", "validation_file"),
+    "its own file to validate on": ({"validation_file": "THE FILE"}, "leak", "validation_file"),
     "a bad suffix": ({"suffix": "../up"}, "invalid_request", "suffix"),
     "graders": ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method_not_supported", "method.type"),
     "another method": ({"method": {"type": "magic"}}, "invalid_request", "method.type"),
@@ -362,6 +364,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
 def test_what_cannot_run_is_refused_with_the_field_that_is_wrong(client: openai.OpenAI, database: Database) -> None:
     file = send(client, dataset_zip())
     for name, (change, code, param) in REFUSED.items():
+        change = {field: file.id if value == "THE FILE" else value for field, value in change.items()}
         with pytest.raises(openai.APIStatusError) as refused:
             client.fine_tuning.jobs.create(**{"model": "hscr-demo", "training_file": file.id} | change)
         assert refused.value.status_code in (404, 422), name
