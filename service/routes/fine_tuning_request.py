@@ -110,6 +110,8 @@ def _optimization(own: Hyperparameters, objective: str) -> dict[str, Any]:
     if own.preset not in PRESETS:
         raise Problem("invalid_config", f"preset: must be one of {', '.join(PRESETS)}", param="preset")
     values: dict[str, Any] = {"objective": objective}
+    if objective == "dpo":
+        values["anchor"] = 0.0  # the presets' supervised term would be most of the loss: that is RPO, not DPO
     for theirs, ours in _NAMES.items():
         given = getattr(own, theirs)
         if given is None or given == "auto":

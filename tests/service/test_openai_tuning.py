@@ -388,6 +388,17 @@ def test_older_hyperparameters_and_supervised_are_understood(client: openai.Open
     assert second["objective"] == "sft"
 
 
+def test_dpo_has_no_supervised_term_unless_it_is_asked_for(client: openai.OpenAI, database: Database) -> None:
+    file = send(client, dataset_zip())
+    made = [
+        client.fine_tuning.jobs.create(model="hscr-demo", training_file=file.id, extra_body=body)
+        for body in (given("dpo"), given("dpo", optimization={"anchor": 1.5}), given("hscr"))
+    ]
+    with database.read() as session:
+        configs = [jobs.get(session, job.id).config["optimization"] for job in made]
+    assert [(c["objective"], c["anchor"]) for c in configs] == [("dpo", 0.0), ("dpo", 1.5), ("hscr", 2.0)]
+
+
 def test_what_is_no_align_job_is_not_found_here(
     client: openai.OpenAI, new_job: Callable[..., str], database: Database
 ) -> None:
