@@ -34,11 +34,12 @@ def up(
     ] = "127.0.0.1",
 ) -> None:
     """Serve on this machine: API, worker, sweep, broker and database in one, until Ctrl-C."""
-    from service.settings import Settings
+    from service.settings import read_settings
     from service.up import Up, UpError
 
+    settings = read_settings(port=port, data_dir=data, host=host, model=model)
     try:
-        code = Up(Settings(port=port, data_dir=data, host=host, model=model), say=typer.echo).run()
+        code = Up(settings, say=typer.echo).run()
     except UpError as error:
         typer.secho(str(error), err=True, fg="red")
         code = error.code

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from service.db import Database
+    from service.settings import Settings
 
 keys_app = typer.Typer(help="API keys of the service: create, list, rotate, revoke.", no_args_is_help=True)
 audit_app = typer.Typer(
@@ -24,14 +25,35 @@ Data = Annotated[
 KeyId = Annotated[str, typer.Argument(help="The key's id: key_…")]
 
 
+def settings_of(data: Path | None) -> Settings:
+    """The settings, with the folder of --data. Raises ValueError."""
+    from service.settings import read_settings
+
+    return read_settings(data_dir=data) if data else read_settings()
+
+
+def of_service(data: Path | None) -> Settings:
+    """The settings of a service that is there already: nothing is created for a mistyped folder. Raises ValueError."""
+    from service.db import has_schema
+
+    settings = settings_of(data)
+    if not has_schema(settings.database):
+        if settings.database_url:
+            raise ValueError("DATABASE_URL: that database holds no service; start one on it first, or name another")
+        raise ValueError(
+            f"no service in {settings.data_dir.resolve()}: name its data folder with --data (HSCR_DATA_DIR), or set DATABASE_URL; "
+            "`hscr up` makes a new one"
+        )
+    return settings
+
+
 @contextmanager
 def _database(data: Path | None) -> Iterator[Database]:
     """The service's database, brought to the newest schema. A refusal ends as one clear line."""
     from service.db import Database, upgrade
     from service.errors import Problem
-    from service.settings import Settings
 
-    settings = Settings(data_dir=data) if data else Settings()
+    settings = of_service(data)
     upgrade(settings.database)
     database = Database(settings.database)
     try:

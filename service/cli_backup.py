@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli_admin import Data
+from service.cli_admin import Data, of_service, settings_of
 
 if TYPE_CHECKING:
     from service.backup import Report
@@ -19,9 +19,8 @@ def backup(
 ) -> None:
     """Copy database, data sets, adapters and reports into one folder with checksums, while the service runs."""
     from service.backup import backup as make
-    from service.settings import Settings
 
-    report = make(Settings(data_dir=data) if data else Settings(), out)
+    report = make(of_service(data), out)
     _tell(report)
     for job in report.busy:
         typer.secho(f"{job}: was under way; in the backup it begins anew", err=True)
@@ -36,9 +35,8 @@ def restore(
 ) -> None:
     """Bring a backup back into an empty data folder and an empty database; every byte and the audit are checked."""
     from service.backup import restore as bring
-    from service.settings import Settings
 
-    _tell(bring(Settings(data_dir=data) if data else Settings(), source))
+    _tell(bring(settings_of(data), source))
 
 
 def _tell(report: Report) -> None:

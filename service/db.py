@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Engine, TypeDecorator, create_engine, event, func, select, text
+from sqlalchemy import DateTime, Dialect, Engine, TypeDecorator, create_engine, event, func, inspect, select, text
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -178,6 +178,18 @@ def upgrade(url: str, revision: str = "head") -> None:
     from alembic import command
 
     command.upgrade(alembic_config(url), revision)
+
+
+def has_schema(url: str) -> bool:
+    """Whether a service made its tables there, of whatever revision. Creates nothing, also where a SQLite file is missing."""
+    where = make_url(url)
+    if where.get_backend_name() == "sqlite" and not Path(where.database or "").is_file():
+        return False
+    database = Database(url)
+    try:
+        return inspect(database.engine).has_table("alembic_version")
+    finally:
+        database.close()
 
 
 def alembic_config(url: str) -> Any:

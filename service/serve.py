@@ -22,7 +22,7 @@ from service.app import create_app
 from service.engine import LocalEngine
 from service.freed_memory import keep_freed_memory
 from service.lifeline import watch_parent
-from service.settings import Settings
+from service.settings import Settings, settings_or_exit
 from service.state import State
 from service.timely import timely
 
@@ -55,7 +55,7 @@ def main(make_engine: Callable[[Settings], LocalEngine] | None = None) -> int:
     """Serve until a signal. `make_engine` is for tests."""
     watch_parent()
     keep_freed_memory()
-    settings = Settings()
+    settings = settings_or_exit()
     logs.configure("api", settings.log)
     try:
         app = create_app(settings, make_engine(settings) if make_engine else None)

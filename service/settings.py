@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 SECRET_VARIABLES = frozenset(
     f"{prefix}{name}"
@@ -231,7 +231,12 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         """A JSON list, or a command line as a shell would split it."""
         if isinstance(value, str):
-            return json.loads(value) if value.lstrip().startswith("[") else shlex.split(value)
+            if not value.lstrip().startswith("["):
+                return shlex.split(value)
+            try:
+                return json.loads(value)
+            except ValueError:
+                raise ValueError("is no JSON list") from None
         return value
 
     @field_validator("webhook_hosts", mode="before")
@@ -287,6 +292,29 @@ def variables() -> dict[str, str]:
         alias = field.validation_alias
         found[name] = str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"HSCR_{name.upper()}"
     return found
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings, given ones in the environment's place. ValueError: a line a wrong variable, without its value."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        names = variables()
+        wrong = [(names.get(str(e["loc"][0]), e["loc"][0]), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        raise ValueError("\n".join(f"{name}: {said[:1].lower()}{said[1:]}" for name, said in wrong)) from None
+    except SettingsError as error:  # a list in JSON that is none; it quotes the field's name only
+        name = re.search(r'field "(\w+)"', str(error))
+        raise ValueError(f"{variables()[name[1]] if name else 'a setting'}: is not JSON") from None
+
+
+def settings_or_exit() -> Settings:
+    """For processes that are no command of `hscr`: a wrong variable ends them with its line and status 2."""
+    try:
+        return read_settings()
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+
 
 
 @cache

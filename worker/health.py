@@ -7,12 +7,12 @@ import sys
 import psutil
 import redis
 
-from service.settings import Settings
+from service.settings import settings_or_exit
 
 
 def healthy() -> bool:
     """Remote control is switched off on purpose, so the process itself is looked for instead of being pinged through the broker."""
-    with redis.Redis.from_url(Settings().redis_url, socket_timeout=3, socket_connect_timeout=3) as client:
+    with redis.Redis.from_url(settings_or_exit().redis_url, socket_timeout=3, socket_connect_timeout=3) as client:
         try:
             client.ping()
         except redis.RedisError:

@@ -29,7 +29,7 @@ from service.errors import Problem
 from service.lifeline import watch_parent
 from service.models import Job, Outbox
 from service.queue import call_helper, make_celery, ring, waiting_bells
-from service.settings import Settings
+from service.settings import Settings, settings_or_exit
 from worker import webhooks
 
 log = logging.getLogger("hscr.sweep")
@@ -147,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--healthy", action="store_true", help="exit 0 where a sweep ran within the last minute")
     arguments = parser.parse_args()
-    settings = Settings()
+    settings = settings_or_exit()
     alive = heartbeat_file(settings)
     if arguments.healthy:
         return 0 if alive.is_file() and time.time() - alive.stat().st_mtime < 60 else 1

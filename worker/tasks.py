@@ -22,12 +22,12 @@ from service import logs, tracing
 from service.db import Database
 from service.lifeline import die_with_parent, watch_parent
 from service.queue import HELP_TASK, QUEUE, TASK, make_celery
-from service.settings import Settings
+from service.settings import settings_or_exit
 from worker import help as helping
 from worker import supervise
 
 log = logging.getLogger("hscr.worker")
-settings = Settings()
+settings = settings_or_exit()
 logs.configure("worker", settings.log)
 app = make_celery(settings)
 _JOB_ID = re.compile(r"^job_[0-9a-f]{28}$")

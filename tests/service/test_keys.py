@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from service import jobs, keys
 from service.app import create_app
 from service.auth import REMEMBER_S, RULES
 from service.cli import app as cli
-from service.db import Database, now
+from service.db import Database, now, upgrade
 from service.models import ApiKey, AuditEntry
 from service.settings import Settings
 from tests.service.test_edge import KEY, every_route
@@ -260,9 +261,41 @@ def test_command_line_makes_lists_rotates_and_revokes(
     assert [tuple(t) for t in told] == [("cli", "key.create"), ("cli", "key.rotate"), ("cli", "key.revoke")]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "keys create --scope vqa",
+        "keys list",
+        "keys rotate key_1",
+        "keys revoke key_1",
+        "audit verify",
+        "backup -o saved",
+    ],
+)
+def test_commands_on_a_service_make_none_where_there_is_none(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DATABASE_URL", "HSCR_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    nobodys = tmp_path / "no-service.db"
+    sqlite3.connect(nobodys).close()
+    for words, place in (([], tmp_path / "hscr-data"), (["--data", str(tmp_path / "typo")], tmp_path / "typo")):
+        done = CliRunner().invoke(cli, [*command.split(), *words])
+        assert isinstance(done.exception, ValueError)
+        assert f"no service in {place}" in str(done.exception)
+        assert "--data" in str(done.exception)
+        assert done.stdout == ""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{nobodys}")
+    assert str(CliRunner().invoke(cli, command.split()).exception).startswith("DATABASE_URL: that database holds no")
+    assert list(tmp_path.iterdir()) == [nobodys]
+
+
 @pytest.mark.thorough
-def test_command_line_on_a_bare_folder_and_its_errors(tmp_path: Path) -> None:
-    """The program itself: a key before the first `hscr up`, one clear line and exit code 2 for what is wrong."""
+def test_command_line_on_a_new_services_folder_and_its_errors(tmp_path: Path) -> None:
+    """The program itself: one clear line and exit code 2 for what is wrong."""
+    (tmp_path / "d").mkdir()
+    upgrade(f"sqlite:///{tmp_path / 'd' / 'hscr.db'}")
 
     def hscr(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "service.cli", *words, "--data", str(tmp_path / "d")]
