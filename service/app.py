@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files as package_files
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -20,7 +21,7 @@ import hscr
 from service import logs, problems, tracing
 from service.answering import answering
 from service.artifact_store import open_store
-from service.auth import Auth, check_settings
+from service.auth import Auth, check_settings, describe
 from service.datasets import clear_leftovers
 from service.db import Database
 from service.decoding import decoders
@@ -65,6 +66,15 @@ Align a medical vision-language model on your own data and ask it, on your own m
 """
 
 
+class App(FastAPI):
+    """With the keys in its document: they are checked before any route (service/auth.py), where FastAPI does not see them."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        describe(document)
+        return document
+
+
 def create_app(settings: Settings | None = None, engine: LocalEngine | None = None) -> FastAPI:
     """The application. Raises ValueError where it would be open to others. `engine` is for tests."""
     settings = settings or Settings()
@@ -81,7 +91,7 @@ def create_app(settings: Settings | None = None, engine: LocalEngine | None = No
         open_store(settings),
         Feed(database, jobs.event_json),
     )
-    app = FastAPI(
+    app = App(
         title="HSCR",
         version=hscr.__version__,
         description=DESCRIPTION,

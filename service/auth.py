@@ -1,8 +1,9 @@
-"""Who may call, and what: an API key with scopes guards every route but the health checks.
+"""Who may call, and what: an API key with scopes guards every route but the health checks and the documentation.
 
 Keys are HSCR_API_KEY (every scope) and those of service/keys.py. Where no key exists at all the service answers on loopback only, and there
 it checks Host and Origin, for a web page may point its own name at 127.0.0.1 (DNS rebinding). /metrics is open where the service is bound
-to loopback. A route that no rule names needs the scope `admin`.
+to loopback, the documentation unless HSCR_OPEN_DOCS forbids it: a browser sends no key before the page that asks for one is there. A route
+that no rule names needs the scope `admin`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hmac
 import logging
 import time
 from hashlib import sha256
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi.concurrency import run_in_threadpool
@@ -27,6 +29,9 @@ from service.settings import Settings, is_loopback
 
 log = logging.getLogger("hscr.auth")
 OPEN = ("/healthz", "/readyz")
+DOCS, DOCS_ASSETS = ("/docs", "/openapi.json"), "/docs/assets/"  # nothing in them depends on what is stored here
+# For the OpenAPI document.
+SECURITY = {"key": {"type": "http", "scheme": "bearer", "description": "One of `hscr keys create`, or HSCR_API_KEY."}}
 READ = ("GET", "HEAD")
 REMEMBER_S, REMEMBER_MAX = 1.0, 1000  # a key that was looked up is known for so long, and so many are
 # By the first part or the first two parts of the path: the scopes that may read, and those that may change. `admin` may do everything.
@@ -58,6 +63,15 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(NO_KEY.format(host=settings.host))
 
 
+def describe(document: dict[str, Any]) -> None:
+    """Say in an OpenAPI document which operations take a key: all but the probes. It may be said again."""
+    document["components"]["securitySchemes"] = SECURITY
+    for path, operations in document["paths"].items():
+        if path not in OPEN:
+            for operation in operations.values():
+                operation["security"] = [{name: [] for name in SECURITY}]
+
+
 class Auth:
     """Puts the Caller into the request's state, or answers in the application's place."""
 
@@ -67,7 +81,10 @@ class Auth:
         self._seen: dict[bytes, tuple[Caller, float, int]] = {}
         self._no_key = (0.0, -1)  # until when no key is known to exist, and the count of changes that it goes with
         self._digest = sha256(key.encode()).digest() if key else None
-        self._open = (*OPEN, "/metrics") if settings.on_loopback else OPEN
+        self._open = frozenset(OPEN)
+        self._open |= {"/metrics"} if settings.on_loopback else set()
+        self._open |= set(DOCS) if settings.open_docs else set()
+        self._open_assets = settings.open_docs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,7 +92,7 @@ class Auth:
             return
         try:
             caller = await self._caller(scope)
-            if scope["path"] not in self._open and not caller.may(allowed := _allowed(scope)):
+            if not self._is_open(scope["path"]) and not caller.may(allowed := _allowed(scope)):
                 detail = (
                     f"This needs a key with the scope {' or '.join(allowed) or 'admin'}; hscr keys create makes one."
                 )
@@ -93,7 +110,7 @@ class Auth:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
-        if self._digest is not None and scope["path"] in self._open:
+        if self._digest is not None and self._is_open(scope["path"]):
             return ANYBODY
         if self._digest is not None and hmac.compare_digest(sha256(given.encode()).digest(), self._digest):
             return ENV
@@ -106,11 +123,14 @@ class Auth:
         if problem := _stranger(scope, headers):
             raise problem
         until, changes = self._no_key
-        if scope["path"] in self._open or (time.monotonic() < until and changes == keys.changes()):
+        if self._is_open(scope["path"]) or (time.monotonic() < until and changes == keys.changes()):
             return ANYBODY
         if await run_in_threadpool(self._keys_are_asked_for):
             raise _unauthorized()
         return ANYBODY
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open or (self._open_assets and path.startswith(DOCS_ASSETS))
 
     def _remembered(self, secret: str) -> Caller | None:
         """Whose secret this was a moment ago: forgotten at once where this process changes a key, within REMEMBER_S where another does."""

@@ -87,6 +87,8 @@ class Settings(BaseSettings):
     """The port to listen on."""
     api_key: SecretStr | None = None
     """A key with every scope; `hscr keys create` makes others."""
+    open_docs: bool = True
+    """`/docs` and `/openapi.json` need no key: they hold no data."""
     key_waiting_max: int | None = Field(default=1000, ge=0)
     """Jobs of one key that wait (queued, paused, awaiting review)."""
     key_running_max: int | None = Field(default=None, ge=1)

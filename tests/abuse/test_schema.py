@@ -52,7 +52,10 @@ class Target:
 
     def __init__(self, client: TestClient, ids: dict[str, Any]) -> None:
         self.client, self.ids = client, ids
-        self.schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+        document = client.get("/openapi.json").json()
+        for operation in (o for operations in document["paths"].values() for o in operations.values()):
+            operation.pop("security", None)  # else it makes keys up, and most of what it asks ends at 401
+        self.schema = schemathesis.openapi.from_dict(document)
 
 
 @pytest.fixture(scope="module")

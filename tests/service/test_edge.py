@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -43,12 +44,15 @@ def every_route(routes: Any) -> Iterator[tuple[str, str]]:
             yield from every_route(route.original_router.routes)
 
 
-def test_every_route_but_the_health_checks_needs_the_key(guarded: TestClient) -> None:
+DOCUMENTATION = ("/docs", "/docs/assets/swagger-ui.css", "/openapi.json")
+
+
+def test_every_route_but_the_health_checks_and_the_documentation_needs_the_key(guarded: TestClient) -> None:
     routes = sorted(set(every_route(guarded.app.routes)))  # type: ignore[attr-defined]
     assert len(routes) > 20
     for method, path in routes:
         bare = guarded.request(method, path)
-        if path in ("/healthz", "/readyz"):
+        if path in ("/healthz", "/readyz", *DOCUMENTATION):
             assert bare.status_code == 200, path
             continue
         assert bare.status_code == 401, (method, path)
@@ -221,6 +225,26 @@ def test_documentation_needs_no_internet(client: TestClient) -> None:
     assert {"/align", "/vqa", "/datasets", "/jobs/{job_id}/events", "/adapters/{name}/aliases/{alias}"} <= set(paths)
     assert set(paths["/vqa"]["post"]["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
     assert paths["/align"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+
+
+def test_a_browser_gets_the_documentation_and_is_asked_for_a_key_there(guarded: TestClient, settings: Settings) -> None:
+    document = guarded.get("/openapi.json").json()
+    (name,) = document["components"]["securitySchemes"]
+    scheme = document["components"]["securitySchemes"][name]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    asked = {
+        path: {json.dumps(operation.get("security")) for operation in operations.values()}
+        for path, operations in document["paths"].items()
+    }
+    free = [path for path, said in asked.items() if said == {"null"}]
+    assert sorted(free) == ["/healthz", "/readyz"]
+    assert all(said == {json.dumps([{name: []}])} for path, said in asked.items() if path not in free)
+    assert guarded.get("/docs/other").status_code == 401
+    closed = settings.model_copy(update={"host": "0.0.0.0", "api_key": SecretStr(KEY), "open_docs": False})
+    with TestClient(create_app(closed), base_url="http://service.example", raise_server_exceptions=False) as client:
+        for path in DOCUMENTATION:
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
 def test_no_reference_of_the_document_leads_nowhere(client: TestClient) -> None:
