@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hscr import __version__
 from hscr.adapter_folder import save_adapter
@@ -87,7 +88,7 @@ def align(
             lineage["review"] = file_digest(review)
         if parent is not None:
             lineage["parent"] = parent_digest(parent)
-        write_json(out / "config.json", {**config.to_dict(), "lineage": lineage})
+        yield from _changed(run, {**config.to_dict(), "lineage": lineage})
         yield from _repeated(run, data)
         if evaluation_data is not None and config.evaluation.max_records:
             if parent is not None and not config.evaluation.allow_leak:
@@ -105,6 +106,25 @@ def align(
         yield from measured(out, "evaluating", evaluating, vlm)
         yield from _reporting(run, data, evaluation_data)
         yield _result(out)
+
+
+def _changed(run: RunDir, config: dict[str, Any]) -> Iterator[Event]:
+    """Write RUN/config.json; what is not what it was there is said, for the adapter and the tables that rest on it are made anew."""
+    path = run.path / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else config
+    write_json(path, config)
+    names = []
+    for group, value in config.items():
+        was: Any = before.get(group, {})
+        if group == "lineage":  # other digests; a review is what a run goes on with
+            names += [f"the {name}" for name in ("model", "data", "parent") if value.get(name) != was.get(name)]
+        elif isinstance(value, dict):
+            names += [f"{group}.{name}" for name in value if name not in was or was[name] != value[name]]
+        elif was != value:
+            names.append(group)
+    if names:
+        told = ", ".join(names)
+        yield Warning_("settings_changed", f"settings changed in this folder: {told}; what rests on them is made anew")
 
 
 def _repeated(run: RunDir, data: DataSet) -> Iterator[Event]:

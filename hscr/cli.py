@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from hscr import cli_data, cli_demo, cli_model
+from hscr import __version__, cli_data, cli_demo, cli_model
 from hscr.cli_events import EXIT_STOPPED, refuse
 from hscr.cli_options import console
 from hscr.disk import is_full
@@ -24,6 +24,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hscr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 app.command(rich_help_panel=METHOD)(cli_model.align)
 app.command(rich_help_panel=METHOD)(cli_model.plan)
 app.command(rich_help_panel=METHOD)(cli_model.generate)

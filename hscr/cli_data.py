@@ -74,7 +74,10 @@ def tables(
     stored = json.loads(evaluation.read_text(encoding="utf-8")).get("settings", {}) if evaluation.is_file() else {}
     sets = [*(f"evaluation.{name}={json.dumps(value)}" for name, value in stored.items()), *(set_ or ())]
     settings = configuration("paper", None, sets)
-    summary = summarize(read_predictions(path), settings.evaluation)
+    predictions = read_predictions(path)
+    if not predictions:
+        raise ValueError(f"{run.name}: its predictions.jsonl is empty, so there is nothing to put into a table")
+    summary = summarize(predictions, settings.evaluation)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, summary)

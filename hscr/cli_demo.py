@@ -32,13 +32,17 @@ def demo_data(
 
 def demo_model(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train it again from nothing (under 30 minutes).")] = False,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the rebuilt model to.")] = DEMO_MODEL,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write the rebuilt model to.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Show the demo base model's card, or make the model again from the data."""
     if not rebuild:
         typer.echo((DEMO_MODEL / "README.md").read_text(encoding="utf-8"))
         return
+    if out is None:
+        raise ValueError("demo-model: --rebuild writes a model; say where with --out FOLDER")
     from hscr.demo.base import rebuild as make
     from hscr.progress import bars, by_name
 

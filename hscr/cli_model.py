@@ -290,7 +290,12 @@ def evaluate(
 
 
 def ask(
-    image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP file.")],
+    image: Annotated[
+        Path,
+        typer.Argument(
+            help="PNG, JPEG, WebP, TIFF, BMP or GIF file; DICOM and NIfTI with pip install 'hscr\\[medical]'."
+        ),
+    ],
     question: Annotated[str, typer.Argument(help="The question.")],
     model: Model = str(DEMO_MODEL),
     adapter: Annotated[Path | None, typer.Option(help="PEFT folder or run directory.")] = None,
@@ -299,6 +304,26 @@ def ask(
     seed: Annotated[int, typer.Option()] = 0,
     also: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="A further image, after the first. Repeatable.")
+    ] = None,
+    frame: Annotated[
+        int | None, typer.Option(min=0, max=999_999, help="Of a DICOM or TIFF file; NIfTI: the time point. From 0.")
+    ] = None,
+    plane: Annotated[
+        str | None, typer.Option(help="Of a NIfTI volume: axial, coronal or sagittal.", show_default="axial")
+    ] = None,
+    slice_: Annotated[
+        int | None,
+        typer.Option(
+            "--slice",
+            min=0,
+            max=999_999,
+            help="Of a NIfTI volume, from 0: the right, the back or the feet.",
+            show_default="the middle",
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(help="Centre and width of the grey values shown.", metavar="C,W", show_default="the file's own"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     dtype: DType = "auto",
@@ -310,13 +335,18 @@ def ask(
     from dataclasses import asdict
 
     from hscr.answer import Answerer, AnswerRequest
+    from hscr.image_view import parsed_view
     from hscr.images import ImageError, decode_image
     from hscr.progress import grounded_text
 
+    if not question.strip():
+        raise ValueError("the question is empty")
+    given = {"frame": frame, "plane": plane, "slice": slice_, "window": _window(window)}
+    view = parsed_view(given, "image")
     pictures = []
     for path in (image, *(also or ())):
         try:
-            pictures.append(decode_image(path))
+            pictures.append(decode_image(path, view=view))
         except ImageError as error:
             raise ValueError(f"{path}: {error}") from None
     adapter = adapter_folder(adapter)
@@ -331,3 +361,11 @@ def ask(
         typer.echo(json.dumps(told, ensure_ascii=False))
     else:
         Console().print(grounded_text(answer))
+
+
+def _window(text: str | None) -> list[float] | None:
+    """ "40,400" -> [40.0, 400.0]"""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--window {text}: write CENTRE,WIDTH, for example 40,400") from None

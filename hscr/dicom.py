@@ -42,7 +42,7 @@ def read_dicom(data: bytes, limits: ImageLimits, view: View) -> tuple[Image.Imag
         if not 1 <= frames <= limits.frames:
             raise ImageError(f"the DICOM file has no frame or more than {limits.frames}")
         if frame >= frames:
-            raise ImageError("frame: the file has fewer")
+            raise ImageError(f"frame: the file has fewer, {frames} of them, numbered from 0")
         return Image.fromarray(_shown(dataset, frame, view)).convert("RGB"), note(dataset)
 
 

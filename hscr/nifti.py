@@ -66,7 +66,7 @@ def _shown(volume: Any, size: int, limits: ImageLimits, view: View) -> NDArray[n
         raise ImageError("the image is damaged")  # its header promises more than there is
     shape, times = (*shape, 1)[:3], (shape[3] if len(shape) > 3 else 1)
     if (view.frame or 0) >= times:
-        raise ImageError("frame: the file has fewer")
+        raise ImageError(f"frame: the file has fewer, {times} of them, numbered from 0")
     axes = io_orientation(volume.affine)
     if np.isnan(axes).any():
         axes = np.array([[0, 1], [1, 1], [2, 1]])  # a damaged orientation: as stored
@@ -78,7 +78,7 @@ def _shown(volume: Any, size: int, limits: ImageLimits, view: View) -> NDArray[n
     n = shape[axis]
     index = n // 2 if view.slice is None else view.slice
     if index >= n:
-        raise ImageError("slice: the volume has fewer in this plane")
+        raise ImageError(f"slice: the volume has fewer in this plane, {n} of them, numbered from 0")
     across, up = (1, 2) if fixed == 0 else (0, 3 - fixed)
     check_size(shape[stored[across][0]], shape[stored[up][0]], limits)
     where: list[Any] = [slice(None)] * 3

@@ -30,6 +30,7 @@ class BodyLimits:
     bytes: int
     pause_s: float
     seconds: float | None
+    setting: str  # which bounds the bytes: an operator may raise it
 
 
 class BodyRefused(Exception):
@@ -56,7 +57,9 @@ class Body:
     def check_headers(self) -> None:
         """Refuse by what the headers say."""
         if self._declared.isdigit() and int(self._declared[:20]) > self._limits.bytes:
-            self._refuse("body_too_large", f"At most {self._limits.bytes} bytes are read here.")
+            self._refuse(
+                "body_too_large", f"At most {self._limits.bytes} bytes are read here ({self._limits.setting})."
+            )
         if self._odd_charset:  # some of Python's codecs raise what no parser expects
             self._refuse("unsupported_media_type", "Forms are read as UTF-8; leave the charset out.")
 
@@ -82,7 +85,9 @@ class Body:
     def _count(self, chunk: bytes) -> None:
         self._left -= len(chunk)
         if self._left < 0:
-            self._refuse("body_too_large", f"At most {self._limits.bytes} bytes are read here.")
+            self._refuse(
+                "body_too_large", f"At most {self._limits.bytes} bytes are read here ({self._limits.setting})."
+            )
         if self._delimiter is None:
             self._values -= _values(chunk)
             if self._values < 0:

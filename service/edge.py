@@ -60,15 +60,15 @@ class Edge:
             log.info("request", extra=told | {"ms": round(seconds * 1000, 1)})
 
     def _limits(self, scope: Scope, content_type: bytes) -> BodyLimits:
-        s, upload = self.settings, None
+        s, upload, setting = self.settings, None, ""
         if scope["method"] == "POST" and content_type.lower().startswith(b"multipart/form-data"):
             if scope["path"].rstrip("/") in _UPLOADS:
-                upload = s.upload_max_bytes
+                upload, setting = s.upload_max_bytes, "HSCR_UPLOAD_MAX_BYTES"
             elif _ADAPTER_UPLOAD.match(scope["path"]):
-                upload = s.adapter_max_bytes + 2**20
+                upload, setting = s.adapter_max_bytes + 2**20, "HSCR_ADAPTER_MAX_BYTES"
         if upload is not None:
-            return BodyLimits(upload, s.body_pause_max_s, None)
-        return BodyLimits(s.body_max_bytes, s.body_pause_max_s, s.body_max_s)
+            return BodyLimits(upload, s.body_pause_max_s, None, setting)
+        return BodyLimits(s.body_max_bytes, s.body_pause_max_s, s.body_max_s, "HSCR_BODY_MAX_BYTES")
 
     async def _served(self, scope: Scope, receive: Receive, guard: _Guard) -> None:
         """The application's response, or the refusal of a body, or of what it raised a problem without its text."""

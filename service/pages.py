@@ -16,6 +16,18 @@ Limit = Annotated[int, Query(ge=1, le=500, description="Most rows of a page.")]
 After = Annotated[
     str | None, Query(max_length=80, pattern=r"^[A-Za-z0-9._\-]+$", description="The `next` of the page before.")
 ]
+
+
+def after_id(prefix: str) -> Any:
+    """`after` of a list whose cursor is an id (service/models.py `new_id`): else whatever is sent sorts somewhere, and a page lies."""
+    pattern = rf"^({prefix})_[0-9a-f]{{28}}$"
+    return Query(max_length=60, pattern=pattern, description="The `next` of the page before.")
+
+
+AfterJob = Annotated[str | None, after_id("job")]
+AfterDataset = Annotated[str | None, after_id("ds")]
+AfterKey = Annotated[str | None, after_id("key")]
+AfterDelivery = Annotated[str | None, after_id("msg")]
 AfterNumber = Annotated[int, Query(ge=0, le=2**53, description="The `next` of the page before.")]
 
 

@@ -124,6 +124,10 @@ def _no_room() -> Problem:
 def invalid_fields(errors: Any) -> Problem:
     """Which fields are wrong and how; never what was in them."""
     fields = [
-        {"field": ".".join(str(p)[:80] for p in e["loc"][:8]), "reason": str(e["msg"])[:200]} for e in list(errors)[:20]
+        {
+            "field": ".".join(str(p)[:80] for p in e["loc"][:8]) or "body",
+            "reason": str(e["msg"]).removeprefix("Value error, ")[:200],
+        }
+        for e in list(errors)[:20]
     ]
     return Problem("invalid_request", "Correct the fields named in `errors`.", errors=fields)

@@ -161,7 +161,7 @@ def read(body: bytes) -> ChatRequest:
             if value is not None and value not in NEUTRAL[name]:
                 raise Problem("unsupported_parameter", f"{name}: {_unsupported(name)}", param=name)
         elif name not in IGNORED:
-            raise Problem("unsupported_parameter", "The request names it in `param`.", param=name[:80])
+            raise Problem("unsupported_parameter", "Leave out what `param` names.", param=name[:80])
     try:
         request = ChatRequest.model_validate(fields)
     except ValidationError as error:
@@ -231,4 +231,4 @@ def _param(loc: tuple[str | int, ...]) -> str:
 def _reason(error: Any) -> str:
     if error["type"].startswith("union_tag"):
         return "A part of a message is of type text or image_url."
-    return str(error["msg"])[:200] + "."
+    return str(error["msg"]).removeprefix("Value error, ")[:200] + "."

@@ -20,7 +20,7 @@ from service.errors import Problem
 from service.foreign import Reading
 from service.keys import Caller
 from service.models import Dataset, DatasetRecord
-from service.pages import After, AfterNumber, Limit, Page, page
+from service.pages import AfterDataset, AfterNumber, Limit, Page, page
 from service.routing import Router
 from service.state import Service, State, Who
 from service.uid_key import uid_key
@@ -136,7 +136,7 @@ def take(state: State, who: Caller, file: UploadFile, name: str, reading: Readin
 
 
 @router.get("", summary="Data sets, newest first")
-def index(state: Service, limit: Limit = 50, after: After = None) -> Page[DatasetView]:
+def index(state: Service, limit: Limit = 50, after: AfterDataset = None) -> Page[DatasetView]:
     query = select(Dataset).order_by(Dataset.id.desc()).limit(limit + 1)
     with state.database.read() as session:
         rows = session.scalars(query.where(Dataset.id < after) if after else query).all()

@@ -14,7 +14,7 @@ from service import adapters, evaluations, job_requests, webhooks
 from service.errors import Problem
 from service.idempotency import once
 from service.models import AdapterVersion
-from service.pages import After, Limit, Page, page
+from service.pages import AfterJob, Limit, Page, page
 from service.routes.adapters import Name, Number
 from service.routes.job_view import JobView, job_view
 from service.routing import Router
@@ -100,7 +100,9 @@ def evaluate(
 
 
 @router.get("/adapters/{name}/versions/{version}/evaluations", summary="What was measured of a version, oldest first")
-def index(state: Service, name: Name, version: Number, limit: Limit = 50, after: After = None) -> Page[EvaluationView]:
+def index(
+    state: Service, name: Name, version: Number, limit: Limit = 50, after: AfterJob = None
+) -> Page[EvaluationView]:
     with state.database.read() as session:
         adapters.get_version(session, name, version)
         rows = evaluations.of_version(session, name, version, after or "", limit + 1)

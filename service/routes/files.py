@@ -21,7 +21,7 @@ from service import artifact_store, datasets, jobs, openai_errors, retention
 from service.bundle import blocks, zipped
 from service.errors import Problem
 from service.models import Dataset, Job
-from service.pages import After
+from service.pages import after_id
 from service.routes.datasets import RejectedView, RepeatsView, take
 from service.routes.fine_tuning_request import ID
 from service.routes.jobs import report
@@ -33,6 +33,7 @@ FileId = Annotated[str, Path(max_length=60, pattern=ID, examples=["ds_019ab2c4d5
 RESULTS = "results_"  # and a job's id: the file of its report
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 PAGE_MAX = 500
+AfterFile = Annotated[str | None, after_id(f"ds|{RESULTS}job")]
 
 
 class FileObject(BaseModel):
@@ -91,7 +92,7 @@ def create(
 def index(
     state: Service,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
-    after: After = None,
+    after: AfterFile = None,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str, Query(max_length=40)] = PURPOSE,
 ) -> FileList:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from service import job_requests, jobs, openai_errors
 from service.errors import Problem
 from service.models import Job, JobEvent
-from service.pages import After
+from service.pages import After, AfterJob
 from service.routes.align import start
 from service.routes.fine_tuning_request import ID, FineTuningRequest, align_request, in_their_words
 from service.routes.fine_tuning_view import (
@@ -64,7 +64,7 @@ def create(
 
 
 @router.get("", summary="Align jobs, newest first (OpenAI)")
-def index(state: Service, request: Request, limit: Limit = 20, after: After = None) -> JobList:
+def index(state: Service, request: Request, limit: Limit = 20, after: AfterJob = None) -> JobList:
     """`metadata[key]=value` keeps those that carry it, `metadata=null` those that carry none."""
     query = select(Job).where(Job.kind == "align", Job.deleted_at.is_(None)).order_by(Job.id.desc()).limit(limit + 1)
     query = query.where(Job.id < after) if after else query

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from service import adapters, gates, jobs
 from service.models import Gate
-from service.pages import After, Limit, Page, page
+from service.pages import AfterJob, Limit, Page, page
 from service.routes.adapters import AliasName, Name
 from service.routing import Router
 from service.state import Service
@@ -67,7 +67,7 @@ class GateView(BaseModel):
 
 
 @router.get("/{name}/aliases/{alias}/gates", summary="What was decided about an alias, oldest first")
-def index(state: Service, name: Name, alias: AliasName, limit: Limit = 50, after: After = None) -> Page[GateView]:
+def index(state: Service, name: Name, alias: AliasName, limit: Limit = 50, after: AfterJob = None) -> Page[GateView]:
     with state.database.read() as session:
         adapters.get(session, name)
         rows = gates.of_alias(session, name, alias, after or "", limit + 1)

@@ -18,7 +18,7 @@ from service import artifact_store, jobs
 from service.errors import Problem
 from service.event_stream import TYPE, event_stream
 from service.look import Look, Raw
-from service.pages import After, AfterNumber, Limit, Page, page_text
+from service.pages import AfterJob, AfterNumber, Limit, Page, page_text
 from service.routes import job_looks
 from service.routes.job_view import JobView, Status
 from service.routing import Router
@@ -40,7 +40,7 @@ class EventView(BaseModel):
 @router.get("", summary="Jobs, newest first", response_model=Page[JobView])
 @written
 def index(
-    state: Service, limit: Limit = 50, after: After = None, status: Annotated[Status | None, Query()] = None
+    state: Service, limit: Limit = 50, after: AfterJob = None, status: Annotated[Status | None, Query()] = None
 ) -> str:
     return page_text(job_looks.page(state.database, after, status, limit + 1), limit)
 

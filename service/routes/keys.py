@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from service import keys
 from service.models import ApiKey, AuditEntry
-from service.pages import After, AfterNumber, Limit, Page, page
+from service.pages import AfterKey, AfterNumber, Limit, Page, page
 from service.routing import Router
 from service.state import Service, Who
 
@@ -69,7 +69,7 @@ class AuditView(BaseModel):
 
 
 @router.get("/keys", summary="Keys, newest first")
-def index(state: Service, limit: Limit = 50, after: After = None) -> Page[KeyView]:
+def index(state: Service, limit: Limit = 50, after: AfterKey = None) -> Page[KeyView]:
     query = select(ApiKey).order_by(ApiKey.id.desc()).limit(limit + 1)
     with state.database.read() as session:
         rows = session.scalars(query.where(ApiKey.id < after) if after else query).all()

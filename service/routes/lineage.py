@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from service import adapters, aliases, datasets, lineage
 from service.errors import Problem
 from service.models import AdapterVersion, Dataset, Job
-from service.pages import After, Limit, Page, page
+from service.pages import AfterJob, Limit, Page, page
 from service.routes.adapters import Name, Number
 from service.routes.datasets import DatasetId
 from service.routes.job_view import VersionRef
@@ -102,7 +102,7 @@ def of_digest(
 
 
 @router.get("/datasets/{dataset_id}/lineage", summary="What came of a data set")
-def of_dataset(state: Service, dataset_id: DatasetId, limit: Limit = 50, after: After = None) -> Page[UseView]:
+def of_dataset(state: Service, dataset_id: DatasetId, limit: Limit = 50, after: AfterJob = None) -> Page[UseView]:
     """The jobs that learnt from it or were evaluated on it, oldest first, with their versions and the aliases on them."""
     with state.database.read() as session:
         datasets.get(session, dataset_id)

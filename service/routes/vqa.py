@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pybase64
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from starlette.datastructures import UploadFile
 
 from hscr.answers import Answer, Delta
@@ -59,11 +59,12 @@ class Parameters(BaseModel):
         False, description="Server-sent events: `delta` with text as it comes, then `answer` with the whole response."
     )
 
-    @model_validator(mode="after")
-    def _flag_comes_last(self) -> Parameters:
-        if self.stream and self.abstain:
-            raise ValueError("stream and abstain do not go together: the flag is known when the answer is whole")
-        return self
+    @field_validator("stream")
+    @classmethod
+    def _flag_comes_last(cls, stream: bool, info: ValidationInfo) -> bool:
+        if stream and info.data.get("abstain"):
+            raise ValueError("does not go together with abstain: the flag is known when the answer is whole")
+        return stream
 
 
 class ViewFields(BaseModel):
@@ -144,7 +145,7 @@ _FORM["properties"] = {
     "image": _FILE,
     "images": {"type": "array", "items": _FILE, "minItems": 1, "maxItems": MAX_IMAGES},
     **ViewFields.model_json_schema()["properties"],
-    "window": {"type": "string", "examples": ["40,400"], "description": "centre,width"},
+    "window": {"type": "string", "examples": ["40,400"], "description": "centre,width, or as in JSON: [40,400]"},
     **_FORM["properties"],
 }
 _FORM["oneOf"] = _SCHEMA["oneOf"]
@@ -291,6 +292,6 @@ async def _read_form(request: Request) -> tuple[Parameters, list[bytes], list[Vi
             name: fields.pop(name) for name in ("frame", "plane", "slice", "window") if name in fields
         }
         if isinstance(chosen.get("window"), str):
-            chosen["window"] = chosen["window"].split(",")
+            chosen["window"] = chosen["window"].strip().removeprefix("[").removesuffix("]").split(",")
         view = ViewFields.model_validate(chosen).view()  # one for all images of a form
         return Parameters.model_validate(fields), [await file.read() for file in files], [view] * len(files)

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from service import audit, jobs, webhooks
 from service.models import WebhookDelivery
-from service.pages import After, Limit, Page, page
+from service.pages import AfterDelivery, Limit, Page, page
 from service.routes.jobs import JobId
 from service.routing import Router
 from service.state import Service, Who
@@ -39,7 +39,7 @@ class DeliveryView(BaseModel):
 
 
 @router.get("/{job_id}/webhooks", summary="What the job's webhook was told")
-def index(state: Service, job_id: JobId, limit: Limit = 50, after: After = None) -> Page[DeliveryView]:
+def index(state: Service, job_id: JobId, limit: Limit = 50, after: AfterDelivery = None) -> Page[DeliveryView]:
     """Oldest first, each with its attempts."""
     query = select(WebhookDelivery).where(WebhookDelivery.job_id == job_id).order_by(WebhookDelivery.id)
     query = query.where(WebhookDelivery.id > after) if after else query

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hscr import cli, cli_data, cli_demo, cli_events, cli_model, cli_options
+from hscr import __version__, cli, cli_data, cli_demo, cli_events, cli_model, cli_options
 from hscr.artifacts import json_digest
 from hscr.cli import app
 from hscr.cli_options import configuration
@@ -68,6 +68,25 @@ def test_help_reads_and_names_every_command(hscr: Any, command: str) -> None:
     assert all(c in out for c in COMMANDS) or command
 
 
+def test_version_is_printed(hscr: Any) -> None:
+    assert hscr("--version") == (0, f"hscr {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_names_a_path_of_this_machine(hscr: Any, command: str) -> None:
+    assert str(Path(cli.__file__).parent) not in hscr(command, "--help")[1]
+
+
+def test_ask_shows_the_frame_that_is_named(hscr: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "two.tiff", save_all=True, append_images=[picture(1)])
+    for number in (0, 1):
+        picture(number).save(tmp_path / f"{number}.tiff")
+    more = ["Where?", "-m", tiny_folder, "--max-tokens", 3, "--json"]
+    first, second = (json.loads(hscr("ask", tmp_path / f"{n}.tiff", *more)[1]) for n in (0, 1))
+    shown = json.loads(hscr("ask", tmp_path / "two.tiff", *more, "--frame", 1)[1])
+    assert (shown["tokens"], shown["tokens"] == first["tokens"]) == (second["tokens"], False)
+
+
 def test_help_shows_brackets_and_names_no_path_of_this_machine(hscr: Any) -> None:
     _, out, _ = hscr("align", "--help")
     assert "pip install 'hscr[quantized]'" in out  # rich takes a bare [word] for markup
@@ -94,7 +113,11 @@ def test_align_in_json_writes_nothing_but_events_to_stdout(
     code, out, err = hscr(*where)  # again, drawn: everything is skipped
     assert code == 0
     assert "unchanged" in err
+    assert "settings changed" not in err
     assert "open/strict" in out
+    _, out, _ = hscr(*where, "-s", "optimization.lr=1e-4", "--events", "json", "--stop-after", "generating")
+    told = [e["message"] for e in map(json.loads, out.splitlines()) if e.get("code") == "settings_changed"]
+    assert told == ["settings changed in this folder: optimization.lr; what rests on them is made anew"]
 
 
 def test_evaluate_compares_base_and_adapter_and_does_not_repeat_itself(
@@ -207,6 +230,19 @@ def test_ask_prints_an_answer_and_json_with_everything(hscr: Any, tiny_folder: P
             ["ask", "{data}/records.jsonl", "Where?"],
             "the data is not a PNG, JPEG, WebP, TIFF, BMP, GIF, DICOM or NIfTI image",
         ),
+        (["ask", "{data}/images/0.png", " "], "the question is empty"),
+        (
+            ["ask", "{data}/images/0.png", "Where?", "--frame", "1"],
+            "0.png: a frame can be chosen of DICOM, TIFF and NIfTI",
+        ),
+        (
+            ["ask", "{data}/images/0.png", "Where?", "--plane", "oblique"],
+            "image.plane: must be axial, coronal or sagittal",
+        ),
+        (["ask", "{data}/images/0.png", "Where?", "--window", "wide"], "--window wide: write CENTRE,WIDTH"),
+        (["ask", "{data}/images/0.png", "Where?", "--window", "40"], "image.window: must be [centre, width]"),
+        (["tables", "{empty}"], "its predictions.jsonl is empty"),
+        (["demo-model", "--rebuild"], "say where with --out FOLDER"),
         (["export", "{tmp}", "-o", "{tmp}/x"], "no preferences.jsonl there"),
         (["export", "{tmp}/nothing", "-o", "{tmp}/x", "--format", "csv"], "no preferences.jsonl there"),
     ],
@@ -214,7 +250,10 @@ def test_ask_prints_an_answer_and_json_with_everything(hscr: Any, tiny_folder: P
 def test_bad_input_ends_with_2_and_one_clear_line(
     hscr: Any, tiny_folder: Path, data_folder: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    names = {"{data}": data_folder, "{tmp}": tmp_path, "{model}": tiny_folder}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "predictions.jsonl").touch()
+    names = {"{data}": data_folder, "{tmp}": tmp_path, "{model}": tiny_folder, "{empty}": empty}
     filled = []
     for argument in arguments:
         for name, value in names.items():

@@ -214,6 +214,23 @@ def test_large_body_is_refused(settings: Settings) -> None:
         for content in (b"0" * 2000, (b"0" * 100 for _ in range(20))):
             answer = client.post("/align", content=content, headers={"Content-Type": "application/json"})
             assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+            assert answer.json()["detail"] == "At most 1000 bytes are read here (HSCR_BODY_MAX_BYTES)."
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/jobs", "/datasets", "/keys", "/jobs/job_x/webhooks", "/datasets/ds_x/lineage", "/adapters/brain/versions/1/evaluations",
+        "/adapters/brain/aliases/champion/gates", "/v1/fine_tuning/jobs", "/v1/files",
+    ],
+)  # fmt: skip
+def test_a_cursor_that_no_page_gave_is_refused_with_its_field(client: TestClient, path: str) -> None:
+    for odd in ("zzz", "0", "job_1", "ftjob-abc"):
+        answer = client.get(path, params={"after": odd})
+        assert answer.status_code == 422, odd
+        body = answer.json()
+        field = body["error"]["param"] if path.startswith("/v1") else body["errors"][0]["field"]
+        assert field.removeprefix("query.") == "after"
 
 
 def test_documentation_needs_no_internet(client: TestClient) -> None:

@@ -222,6 +222,13 @@ def test_frame_plane_slice_and_window_choose_what_is_asked_about_in_both_forms(a
     assert engine.asked[-1].images[0].getpixel((0, 0)) == (127, 127, 127)  # a window's centre is its middle grey
     asker.post("/vqa", json=body(image=image | {"frame": 0}))
     assert engine.asked[-1].images[0].getpixel((0, 0)) == (0, 0, 0)
+    for window in ("100,1", "[100, 1]", " [100,1] "):
+        data = {"question": "Where?", "frame": "1", "window": window}
+        assert asker.post("/vqa", files={"image": ("f.dcm", frames)}, data=data).status_code == 200
+        assert engine.asked[-1].images[0].getpixel((0, 0)) == (127, 127, 127)
+    data = {"question": "Where?", "plane": "axial", "slice": "8"}
+    beyond = asker.post("/vqa", files={"image": ("v.nii", volume)}, data=data)
+    assert beyond.json()["detail"] == "slice: the volume has fewer in this plane, 8 of them, numbered from 0."
 
 
 @pytest.mark.parametrize(
@@ -492,7 +499,9 @@ def test_a_stream_cannot_abstain(asker: TestClient, engine: Echo) -> None:
     for request in ({"json": body(stream=True, abstain=True)}, as_form(body(stream=True, abstain=True))):
         answer = asker.post("/vqa", **request)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-        assert "stream and abstain do not go together" in answer.json()["errors"][0]["reason"]
+        (told,) = answer.json()["errors"]
+        assert told["field"] == "stream"
+        assert told["reason"].startswith("does not go together with abstain")
     assert engine.asked == []
 
 
