@@ -302,7 +302,9 @@ def read_settings(**given: Any) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         names = variables()
-        wrong = [(names.get(str(e["loc"][0]), e["loc"][0]), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        wrong = [
+            (names.get(str(e["loc"][0]), e["loc"][0]), e["msg"].removeprefix("Value error, ")) for e in error.errors()
+        ]
         raise ValueError("\n".join(f"{name}: {said[:1].lower()}{said[1:]}" for name, said in wrong)) from None
     except SettingsError as error:  # a list in JSON that is none; it quotes the field's name only
         name = re.search(r'field "(\w+)"', str(error))
@@ -316,7 +318,6 @@ def settings_or_exit() -> Settings:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
-
 
 
 @cache

@@ -115,7 +115,9 @@ def test_align_in_json_writes_nothing_but_events_to_stdout(
     assert "unchanged" in err
     assert "settings changed" not in err
     assert "open/strict" in out
-    _, out, _ = hscr(*where, "-s", "optimization.lr=1e-4", "--seed", 3, "--events", "json", "--stop-after", "generating")
+    _, out, _ = hscr(
+        *where, "-s", "optimization.lr=1e-4", "--seed", 3, "--events", "json", "--stop-after", "generating"
+    )
     told = [e["message"] for e in map(json.loads, out.splitlines()) if e.get("code") == "settings_changed"]
     assert told == ["settings changed in this folder: optimization.lr, seed; what rests on them is made anew"]
 
