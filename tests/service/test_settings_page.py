@@ -34,6 +34,7 @@ def test_variables_are_those_that_settings_read(monkeypatch: pytest.MonkeyPatch)
         if value is not None:
             monkeypatch.setenv(variable, str(2**40) if variable.endswith("_BYTES") else value)
     monkeypatch.setenv("HSCR_SHARE_GENERATION", "false")
+    monkeypatch.setenv("HSCR_OPEN_DOCS", "false")
     read = Settings()
     given = [f for f in defaults if type(defaults[f]) in (int, float, bool)]
     assert [field for field in given if getattr(read, field) == defaults[field]] == []
