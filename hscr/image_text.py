@@ -42,10 +42,8 @@ class ImageTexts:
         (replaced,) = batch["text_replacement_offsets"]
         if len(replaced) == 1:
             sizes = {name: batch[name] for name in ("image_grid_thw",) if name in batch}
-            placeholder, text = (
-                replaced[0]["text"],
-                sys.intern(replaced[0]["replacement"]),
-            )  # one for all images of a size
+            text = sys.intern(replaced[0]["replacement"])  # one for all images of a size
+            placeholder = replaced[0]["text"]
             n = len(text) // len(placeholder)
             self._items[key] = _Written(placeholder, text, n if text == placeholder * n else 0, sizes)
             if len(self._items) > MOST:

@@ -43,10 +43,9 @@ class Sharing:
     def attention(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """queries [n, G, h, d] of G groups of h heads, keys and values [n, G, K, d] → [n, G, h, d]."""
         queries = queries * scale
-        behind, values_behind = (t[:, :, self.tail :].flatten(0, 1) for t in (keys, values))  # views: `bmm` of them is
-        own = torch.bmm(
-            queries.flatten(0, 1), behind.transpose(1, 2)
-        )  # half again as fast as `matmul` of four dimensions
+        # Views, row by head: `bmm` of them is half again as fast as `matmul` of four dimensions.
+        behind, values_behind = (t[:, :, self.tail :].flatten(0, 1) for t in (keys, values))
+        own = torch.bmm(queries.flatten(0, 1), behind.transpose(1, 2))
         own = own.unflatten(0, queries.shape[:2]).add_(self.mask)
         parts = self._together(queries).split(self._sizes(queries), 1)
         found = [

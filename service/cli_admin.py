@@ -34,10 +34,21 @@ def settings_of(data: Path | None) -> Settings:
 
 def of_service(data: Path | None) -> Settings:
     """The settings of a service that is there already: nothing is created for a mistyped folder. Raises ValueError."""
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
     from service.db import has_schema
 
     settings = settings_of(data)
-    if not has_schema(settings.database):
+    try:
+        there = has_schema(settings.database)
+    except ArgumentError:
+        raise ValueError("DATABASE_URL: is no address: postgresql://USER:PASSWORD@HOST:PORT/NAME") from None
+    except (SQLAlchemyError, ImportError) as error:
+        kind = type(error).__name__
+        raise ValueError(
+            f"the database does not answer ({kind}): is it up, is DATABASE_URL right? `hscr doctor` looks further"
+        ) from None
+    if not there:
         if settings.database_url:
             raise ValueError("DATABASE_URL: that database holds no service; start one on it first, or name another")
         raise ValueError(

@@ -47,6 +47,10 @@ def arena_file() -> int | None:
         descriptor = os.memfd_create("hscr-decode", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except (AttributeError, OSError):  # not Linux; or forbidden
         return None
-    os.ftruncate(descriptor, ARENA_BYTES)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    try:
+        os.ftruncate(descriptor, ARENA_BYTES)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except OSError:  # a sandbox that knows no seals
+        os.close(descriptor)
+        return None
     return descriptor

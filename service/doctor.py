@@ -52,14 +52,13 @@ def findings() -> Iterator[Finding]:
     yield from packages()
     if find_spec("pydantic_settings") is None:
         return
-    from pydantic import ValidationError
-
-    from service.settings import Settings
+    from service.settings import read_settings
 
     try:
-        settings = Settings()
-    except ValidationError as error:
-        yield from _unreadable(error)
+        settings = read_settings()
+    except ValueError as error:
+        for line in str(error).splitlines():
+            yield Finding(FAIL, "settings", f"{line}; docs/settings.md says what it takes")
         return
     yield from variables_set()
     yield from start(settings)
@@ -255,16 +254,6 @@ def broker(settings: Settings) -> Finding:
     return Finding(OK, "broker", "answers")
 
 
-def _unreadable(error: Exception) -> Iterator[Finding]:
-    """pydantic's findings by variable, without the values."""
-    from service.settings import variables
-
-    names = variables()
-    for one in error.errors():  # type: ignore[attr-defined]
-        field = str(one["loc"][0])
-        yield Finding(FAIL, "settings", f"{names.get(field, field)}: {one['msg']}; docs/settings.md says what it takes")
-
-
 def _cached(name: str, revision: str | None) -> tuple[Path | None, bool]:
     """The folder in Hugging Face's cache, and whether a first use would fetch it."""
     from huggingface_hub import try_to_load_from_cache
@@ -285,7 +274,10 @@ def _missing(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return lacks if any(folder.glob("*.safetensors")) else [*lacks, "model.safetensors"]
-    parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return [*lacks, "a whole model.safetensors.index.json"]
     return lacks + sorted(part for part in parts if not (folder / part).is_file())
 
 

@@ -28,7 +28,8 @@ SECRET_VARIABLES = frozenset(
 ) | {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OTEL_EXPORTER_OTLP_HEADERS"}
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_FOLDERS = re.compile(r"(?<![\w/:])[~.]{0,2}/(?:[^\s/'\"]+/)*")  # of a path in a text; an address keeps its own
+_QUOTED = re.compile(r"(['\"])(?:file://)?[~.]{0,2}/[^'\"]*/")  # a path's folders in a text; they may have blanks
+_FOLDERS = re.compile(r"(?:file://|(?<![\w/]))[~.]{0,2}/(?!/)(?:[^\s/'\"]+/)*")  # an address keeps its own
 
 
 def without_secrets() -> dict[str, str]:
@@ -273,14 +274,17 @@ class Settings(BaseSettings):
         if not self.model:
             return "hscr-demo"
         hub = _HUB_NAME.fullmatch(self.model) and not Path(self.model).exists()
-        return self.model if hub else Path(self.model).resolve().name
+        return (
+            self.model if hub else Path(os.path.abspath(self.model)).name
+        )  # a link's own: stored versions have that name
 
     def shown(self, text: str) -> str:
         """A sentence about the model for callers: the model by its name for people, of any other folder the last part only."""
         own = sorted({self.model_path, str(Path(self.model_path).resolve())}, key=len, reverse=True)
         for path in own:
-            text = text.replace(path, self.model_id)
-        return _FOLDERS.sub("", text)
+            if "/" in path:
+                text = re.sub(rf"{re.escape(path)}(?![\w./-])", lambda _: self.model_id, text)
+        return _FOLDERS.sub("", _QUOTED.sub(r"\1", text))
 
     @property
     def on_loopback(self) -> bool:

@@ -36,7 +36,7 @@ from hscr.feature_cache import FeatureCache
 from hscr.image_text import _ids, _Written
 from hscr.model import VLM, add_lora, decode_text, encode_answer, encode_prompts, load_model
 from hscr.packing import packed_logits, row_logits, tree_logits
-from hscr.plain_decoder import PlainDecoder
+from hscr.plain_decoder import PlainDecoder, joined
 from hscr.visual_tokens import Prompt, drop_visual_tokens, dropout_mask, dropped
 from tests.hscr.tiny import picture
 from tests.hscr.tiny_families import MADE, NAMES, save_tiny, stock_row
@@ -252,6 +252,18 @@ def test_a_model_that_answered_holds_its_weights_once_and_is_saved_as_it_was_loa
     again = type(vlm.base).from_pretrained(tmp_path / "saved").state_dict()
     assert before.keys() == again.keys()
     assert all(torch.equal(t, again[name]) for name, t in before.items())
+
+
+@pytest.mark.parametrize(("dtype", "by_row"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_only_float32_weights_are_laid_input_by_input(dtype: torch.dtype, by_row: bool) -> None:
+    """On a CPU: a product of bfloat16 takes twelve times as long so."""
+    layers = [torch.nn.Linear(8, n, bias=False, dtype=dtype) for n in (6, 4)]
+    before = [layer.weight.clone() for layer in layers]
+    first, again = (joined(["a", "b"], layers) for _ in range(2))
+    assert first.weight.is_contiguous() == by_row
+    assert first.weight.data_ptr() == again.weight.data_ptr() == layers[0].weight.data_ptr()
+    assert torch.equal(first.weight, torch.cat(before))
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
 
 
 def test_a_placeholder_is_repeated_as_a_token_only_where_it_is_one_beside_others() -> None:

@@ -85,6 +85,12 @@ def test_what_the_service_would_refuse_to_start_with(given: dict[str, Any], told
     assert (finding.state, told in finding.told) == (FAIL, True)
 
 
+def test_a_setting_that_cannot_be_read_is_told_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSCR_WEBHOOK_PAUSES_S", "canary")
+    told = [f.told for f in doctor.findings() if f.state == FAIL]
+    assert "HSCR_WEBHOOK_PAUSES_S: is not JSON; docs/settings.md says what it takes" in told
+
+
 def test_a_misspelt_variable_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HSCR_QUEU_MAX", "3")
     monkeypatch.setenv("HSCR_QUEUE_MAX", "5")
@@ -122,6 +128,9 @@ def test_models(tmp_path: Path) -> None:
     state, lacks = told(str(folder))
     assert state == FAIL
     assert "lacks preprocessor_config.json or processor_config.json, model-00002-of-00002.safetensors;" in lacks
+    for broken in ('{"weight_map": {"a', "{}", "[]"):
+        (folder / "model.safetensors.index.json").write_text(broken)
+        assert "a whole model.safetensors.index.json;" in told(str(folder))[1]
 
 
 def test_a_data_folder_without_room(tmp_path: Path) -> None:

@@ -289,6 +289,16 @@ def test_commands_on_a_service_make_none_where_there_is_none(
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{nobodys}")
     assert str(CliRunner().invoke(cli, command.split()).exception).startswith("DATABASE_URL: that database holds no")
     assert list(tmp_path.iterdir()) == [nobodys]
+    for address, said in (
+        ("nonsense", "DATABASE_URL: is no address"),
+        ("postgresql://a:canary@127.0.0.1:1/x", "the database does not answer (OperationalError)"),
+        ("mysql://a:canary@127.0.0.1/x", "the database does not answer (ModuleNotFoundError)"),
+    ):
+        monkeypatch.setenv("DATABASE_URL", address)
+        refused = CliRunner().invoke(cli, command.split()).exception
+        assert isinstance(refused, ValueError)
+        assert str(refused).startswith(said)
+        assert "canary" not in str(refused)
 
 
 @pytest.mark.thorough

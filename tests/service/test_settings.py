@@ -63,3 +63,22 @@ def test_every_process_ends_with_that_line_and_status_2(command: str, monkeypatc
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.removeprefix("error: ") == "HSCR_ENGINE: input should be 'local', 'openai' or 'none'\n"
+
+
+def test_a_link_to_a_models_folder_keeps_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "llava-v1").mkdir()
+    (tmp_path / "current").symlink_to("llava-v1")
+    assert read_settings(model=str(tmp_path / "current")).model_id == "current"
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "shown"),
+    [
+        ("/srv/m", "model '/srv/m': config in /srv/models/other/config.json", "model 'm': config in config.json"),
+        ("/srv/m", "no '/srv/My Models/llava/config.json' here", "no 'config.json' here"),
+        ("/srv/m", "file:///srv/x/y, error:/srv/x/z, https://hf.co/a/b", "y, error:z, https://hf.co/a/b"),
+        (".", "no such folder. See docs/install.md", "no such folder. See docs/install.md"),
+    ],
+)
+def test_what_is_told_of_a_model_names_no_folder(model: str, said: str, shown: str) -> None:
+    assert read_settings(model=model).shown(said) == shown
