@@ -71,9 +71,8 @@ class Decoders:
     ) -> None:
         self.memory_bytes, self.seconds, self.held_max_bytes = memory_bytes, seconds, held_max_bytes
         self._recent = Recent(recent_max_bytes)
-        self._held: dict[
-            object, int
-        ] = {}  # changed by single calls only: images are let go in any thread, at any point of it
+        # Changed by single calls only: images are let go in any thread, at any point of it.
+        self._held: dict[object, int] = {}
         self._free: queue.LifoQueue[DecodeProcess | None] = queue.LifoQueue()  # None: a process that is not started
         self._counts = dict.fromkeys(("orders", "refused", "lost", "no_room"), 0)
         self._count_lock = threading.Lock()

@@ -274,9 +274,8 @@ class Settings(BaseSettings):
         if not self.model:
             return "hscr-demo"
         hub = _HUB_NAME.fullmatch(self.model) and not Path(self.model).exists()
-        return (
-            self.model if hub else Path(os.path.abspath(self.model)).name
-        )  # a link's own: stored versions have that name
+        # abspath and not resolve: a link keeps its own name, which stored versions have.
+        return self.model if hub else Path(os.path.abspath(self.model)).name
 
     def shown(self, text: str) -> str:
         """A sentence about the model for callers: the model by its name for people, of any other folder the last part only."""

@@ -128,8 +128,9 @@ async def chat(state: Service, request: Request) -> Response:
     wish = read(await request.body())
     turns, data, views = conversation(wish)
     asking.require_images(state, len(data))
-    base = wish.model == state.settings.model_id
-    resolved = None if base else await asyncio.to_thread(model_of, state, wish.model)
+    resolved = None
+    if wish.model != state.settings.model_id:  # the base asks no thread
+        resolved = await asyncio.to_thread(version_of, state, wish.model)
     decoded = await asyncio.to_thread(asking.decode, state, request, data, views)
     question = Question(
         images=tuple(d.image for d in decoded),
@@ -168,10 +169,8 @@ async def chat(state: Service, request: Request) -> Response:
     return json_response(completion)
 
 
-def model_of(state: State, name: str) -> Resolved | None:
-    """The adapter version that a model's name means, None for the base. Blocks. Raises Problem."""
-    if name == state.settings.model_id:
-        return None
+def version_of(state: State, name: str) -> Resolved:
+    """The adapter version that a model's name means, which is not the base's. Blocks. Raises Problem."""
     try:
         resolved = asking.resolve(state, name)
     except Problem as problem:

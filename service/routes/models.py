@@ -13,7 +13,7 @@ from sqlalchemy import select
 
 from service.adapters import get_version
 from service.models import AdapterVersion, Alias
-from service.routes.chat import model_of
+from service.routes.chat import version_of
 from service.routing import Router
 from service.state import Service, State
 
@@ -54,9 +54,9 @@ def models(state: Service) -> Models:
 
 @router.get("/{model:path}", summary="One of them")
 def model(state: Service, model: str) -> Model:
-    resolved = model_of(state, model)
-    if resolved is None:
+    if model == state.settings.model_id:
         return _base(state)
+    resolved = version_of(state, model)
     with state.database.read() as session:
         return _version(state.settings.model_id, get_version(session, resolved.name, resolved.version), model)
 

@@ -185,14 +185,10 @@ def grounding(client: TestClient) -> tuple[float | None, float | None, str | Non
 def test_a_threshold_is_of_the_newest_evaluation_that_has_one(
     client: TestClient,
     database: Database,
-    settings: Settings,
-    new_job: Callable[..., str],
-    stand_in: Callable[..., None],
+    publish: Callable[..., str],
     evaluate: Callable[[dict[str, float]], str],
 ) -> None:
-    stand_in(metrics=FEW)
-    made = new_job()
-    run_job(database, settings, made, lambda: False)
+    made = publish(metrics=FEW)
     assert grounding(client) == (0.7, None, TOO_FEW, made)
     blunt = evaluate(BLUNT)
     assert grounding(client) == (0.6, None, says_nothing(0.49), blunt), "the newest that was measured"
@@ -210,16 +206,9 @@ def test_a_threshold_is_of_the_newest_evaluation_that_has_one(
 
 
 def test_a_versions_own_threshold_stands_until_another_is_found(
-    client: TestClient,
-    database: Database,
-    settings: Settings,
-    new_job: Callable[..., str],
-    stand_in: Callable[..., None],
-    evaluate: Callable[[dict[str, float]], str],
+    client: TestClient, publish: Callable[..., str], evaluate: Callable[[dict[str, float]], str]
 ) -> None:
-    stand_in(metrics=sharp(-0.01))
-    made = new_job()
-    run_job(database, settings, made, lambda: False)
+    made = publish(metrics=sharp(-0.01))
     evaluate(BLUNT)
     assert grounding(client) == (0.75, -0.01, None, made)
     other = evaluate(sharp(0.25))

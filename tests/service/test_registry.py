@@ -29,8 +29,8 @@ def publish(
 ) -> Callable[..., str]:
     """Run a job of the stand-in to its end; its id."""
 
-    def make(steps: int = 5, **values: Any) -> str:
-        stand_in(steps=steps)
+    def make(steps: int = 5, metrics: dict[str, float] | None = None, **values: Any) -> str:
+        stand_in(steps=steps, **({} if metrics is None else {"metrics": metrics}))
         job_id = new_job(**values)
         run_job(database, settings, job_id, lambda: False)
         return job_id
